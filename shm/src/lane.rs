@@ -1,0 +1,125 @@
+//! A lane assembled from its parts: the server's end and the client's end.
+
+use crate::bell::{ClientBell, ServerBell};
+use crate::bytes::SharedBytes;
+use crate::entry::{COMPLETION_WORDS, SUBMISSION_WORDS};
+use crate::error::SegmentError;
+use crate::layout::{Geometry, LaneLayout, SLOTS_PER_PAGE};
+use crate::map::{Mapping, PAGE, Shared};
+use crate::ring::{Consumer, Entry, Producer};
+use crate::slots::{Hints, SlotAllocator, SlotTable};
+use crate::sync::{AtomicU32, AtomicU64};
+use std::sync::Arc;
+
+/// The interactive ring pair: looked at between any two bulk calls.
+pub const INTERACTIVE: usize = 0;
+/// The bulk ring pair.
+pub const BULK: usize = 1;
+
+type Submissions = Shared<[Entry<SUBMISSION_WORDS>]>;
+type Completions = Shared<[Entry<COMPLETION_WORDS>]>;
+type Position = Shared<AtomicU32>;
+
+/// What both ends of a lane see alike.
+#[derive(Debug)]
+pub struct Common {
+    /// The word that the server sleeps on.
+    pub server_bell: ServerBell<Shared<AtomicU32>>,
+    /// The word that clients sleep on.
+    pub client_bell: ClientBell<Shared<AtomicU32>>,
+    /// Which slot words to look at.
+    pub hints: Hints<Shared<[AtomicU64]>>,
+    /// The client's slot words, one per base slot number.
+    pub client_words: Shared<[AtomicU64]>,
+    /// The server's slot words, one per base slot number.
+    pub server_words: Shared<[AtomicU64]>,
+    /// The slot region; slot `s` begins at [`LaneLayout::slot_offset`].
+    pub payload: SharedBytes,
+}
+
+impl Common {
+    fn open(map: &Arc<Mapping>, geometry: &Geometry, layout: &LaneLayout) -> Result<Self, SegmentError> {
+        let base_numbers = (geometry.base_pages() * SLOTS_PER_PAGE) as usize;
+        let numbers = geometry.slot_pages() * SLOTS_PER_PAGE;
+        Ok(Self {
+            server_bell: ServerBell(map.object(layout.server_bell)?),
+            client_bell: ClientBell(map.object(layout.client_bell)?),
+            hints: Hints::new(map.slice(layout.hints, 1 + layout.hint_words)?, numbers),
+            client_words: map.slice(layout.client_words, base_numbers)?,
+            server_words: map.slice(layout.server_words, base_numbers)?,
+            payload: SharedBytes::new(map, layout.slots, geometry.slot_pages() as usize * PAGE)?,
+        })
+    }
+}
+
+/// The server's end: consumes submissions, produces completions, decides by its slot table.
+#[derive(Debug)]
+pub struct ServerLane {
+    /// Submission rings, [`INTERACTIVE`] and [`BULK`].
+    pub submissions: [Consumer<Submissions, Position, SUBMISSION_WORDS>; 2],
+    /// Completion rings.
+    pub completions: [Producer<Completions, Position, COMPLETION_WORDS>; 2],
+    /// The private record of the slots.
+    pub slots: SlotTable,
+    /// Bells, hints, slot words, payload.
+    pub common: Common,
+}
+
+impl ServerLane {
+    /// The server's end of the lane at `layout` in `map`, everything at position 0.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::OutOfBounds`] if the mapping is too short for the layout.
+    pub fn open(map: &Arc<Mapping>, geometry: &Geometry, layout: &LaneLayout) -> Result<Self, SegmentError> {
+        let n = geometry.ring_len() as usize;
+        let submission = |i: usize| -> Result<_, SegmentError> {
+            Ok(Consumer::new(map.slice(layout.submissions[i], n)?, map.object(layout.published[i])?))
+        };
+        let completion = |i: usize| -> Result<_, SegmentError> {
+            Ok(Producer::new(map.slice(layout.completions[i], n)?, map.object(layout.consumed[i])?))
+        };
+        Ok(Self {
+            submissions: [submission(INTERACTIVE)?, submission(BULK)?],
+            completions: [completion(INTERACTIVE)?, completion(BULK)?],
+            slots: SlotTable::new(geometry),
+            common: Common::open(map, geometry, layout)?,
+        })
+    }
+}
+
+/// The client's end: produces submissions, consumes completions, owns the slots.
+#[derive(Debug)]
+pub struct ClientLane {
+    /// Submission rings, [`INTERACTIVE`] and [`BULK`].
+    pub submissions: [Producer<Submissions, Position, SUBMISSION_WORDS>; 2],
+    /// Completion rings.
+    pub completions: [Consumer<Completions, Position, COMPLETION_WORDS>; 2],
+    /// The private allocator of the slots.
+    pub slots: SlotAllocator,
+    /// Bells, hints, slot words, payload.
+    pub common: Common,
+}
+
+impl ClientLane {
+    /// The client's end of the lane at `layout` in `map`, everything at position 0.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::OutOfBounds`] if the mapping is too short for the layout.
+    pub fn open(map: &Arc<Mapping>, geometry: &Geometry, layout: &LaneLayout) -> Result<Self, SegmentError> {
+        let n = geometry.ring_len() as usize;
+        let submission = |i: usize| -> Result<_, SegmentError> {
+            Ok(Producer::new(map.slice(layout.submissions[i], n)?, map.object(layout.published[i])?))
+        };
+        let completion = |i: usize| -> Result<_, SegmentError> {
+            Ok(Consumer::new(map.slice(layout.completions[i], n)?, map.object(layout.consumed[i])?))
+        };
+        Ok(Self {
+            submissions: [submission(INTERACTIVE)?, submission(BULK)?],
+            completions: [completion(INTERACTIVE)?, completion(BULK)?],
+            slots: SlotAllocator::new(geometry),
+            common: Common::open(map, geometry, layout)?,
+        })
+    }
+}

@@ -1,0 +1,209 @@
+//! Segments: sealed memfds, made by the server, mapped by it and by one client, by nobody else.
+//!
+//! A segment is never reused for another client (S8): its first owner may map it for ever. There is no
+//! file in /dev/shm and nothing to leak (trap 6). Pages exist only where they were granted, and every
+//! grant is backed by `fallocate`, so a shortage is an error here and never a SIGBUS later (F34).
+
+use crate::error::{PeerFault, SegmentError};
+use crate::layout::{self, Geometry, HEADER_LEN, LaneLayout, MAGIC, VERSION, header};
+use crate::map::{Mapping, PAGE, Shared};
+use crate::sync::{
+    AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+/// Seals that every segment carries before anybody maps it.
+const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+
+/// Who a segment belongs to; written into its header and repeated in the handshake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Random at the start of the server.
+    pub epoch: u64,
+    /// Random for each session.
+    pub session: [u64; 2],
+}
+
+/// A mapped segment.
+#[derive(Debug)]
+pub struct Segment {
+    map: Arc<Mapping>,
+    geometry: Geometry,
+    words: Shared<[AtomicU64]>,
+}
+
+impl Segment {
+    /// Makes, seals, fills in and maps a segment for one client. The descriptor goes to that client and
+    /// can be closed then.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Geometry`] for a geometry outside the limits; [`SegmentError::Os`] naming the call
+    /// that the kernel refused. Whatever had been made is gone again (F33).
+    pub fn create(geometry: Geometry, identity: Identity) -> Result<(Self, OwnedFd), SegmentError> {
+        let geometry = geometry.checked()?;
+        let layout = LaneLayout::home(&geometry);
+        let len = layout.end;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
+        let fd = rustix::fs::memfd_create("doorbell-session", flags)
+            .map_err(|e| SegmentError::os("memfd_create", len, e))?;
+        rustix::fs::ftruncate(&fd, len as u64).map_err(|e| SegmentError::os("ftruncate", len, e))?;
+        let base_end = layout.slots + geometry.base_pages() as usize * PAGE;
+        for (from, to) in [(0, layout.lease_words), (layout.slots, base_end)] {
+            rustix::fs::fallocate(&fd, FallocateFlags::empty(), from as u64, (to - from) as u64)
+                .map_err(|e| SegmentError::os("fallocate", to - from, e))?;
+        }
+        rustix::fs::fcntl_add_seals(&fd, SEALS)
+            .map_err(|e| SegmentError::os("fcntl(F_ADD_SEALS)", len, e))?;
+        let map = Mapping::of_file(map_shared(fd.as_fd(), len)?);
+        let segment = Self::on(map, geometry)?;
+        segment.write_header(identity);
+        Ok((segment, fd))
+    }
+
+    /// The same on the heap: for tests and simulations, where both ends live in one process.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Geometry`] for a geometry outside the limits.
+    pub fn on_heap(geometry: Geometry, identity: Identity) -> Result<Self, SegmentError> {
+        let geometry = geometry.checked()?;
+        let segment = Self::on(Mapping::on_heap(layout::segment_len(&geometry)), geometry)?;
+        segment.write_header(identity);
+        Ok(segment)
+    }
+
+    /// Maps a segment that a server sent, after checking that it cannot change its size (F17, F20) and
+    /// that its header says what the handshake said.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Unsealed`], [`SegmentError::Os`], [`SegmentError::Geometry`] or
+    /// [`SegmentError::Header`].
+    pub fn attach(fd: BorrowedFd<'_>, geometry: Geometry, identity: Identity) -> Result<Self, SegmentError> {
+        let geometry = geometry.checked()?;
+        let len = layout::segment_len(&geometry);
+        let seals =
+            rustix::fs::fcntl_get_seals(fd).map_err(|e| SegmentError::os("fcntl(F_GET_SEALS)", len, e))?;
+        if !seals.contains(SEALS) {
+            return Err(SegmentError::Unsealed { missing: (SEALS - seals).bits() });
+        }
+        let size = rustix::fs::fstat(fd).map_err(|e| SegmentError::os("fstat", len, e))?.st_size as u64;
+        if size != len as u64 {
+            let (theirs, expected) = (size, len as u64);
+            return Err(PeerFault::Header { field: "size", theirs, expected }.into());
+        }
+        let map = map_shared(fd, len)?;
+        // A forked child would be a second writer of the same rings (F9).
+        map.advise(memmap2::Advice::DontFork)
+            .map_err(|e| SegmentError::os("madvise(MADV_DONTFORK)", len, e))?;
+        let segment = Self::on(Mapping::of_file(map), geometry)?;
+        segment.check_header(identity)?;
+        Ok(segment)
+    }
+
+    fn on(map: Arc<Mapping>, geometry: Geometry) -> Result<Self, SegmentError> {
+        let words = map.slice(0, HEADER_LEN / 8)?;
+        Ok(Self { map, geometry, words })
+    }
+
+    /// The header fields that never change, as (name, offset, value).
+    fn fixed_fields(&self, identity: Identity) -> [(&'static str, usize, u64); 8] {
+        [
+            ("magic", header::MAGIC, MAGIC),
+            ("version", header::VERSION, u64::from(VERSION) | (HEADER_LEN as u64) << 32),
+            ("features_required", header::FEATURES_REQUIRED, 0),
+            ("features_optional", header::FEATURES_OPTIONAL, 0),
+            ("epoch", header::EPOCH, identity.epoch),
+            ("session.0", header::SESSION, identity.session[0]),
+            ("session.1", header::SESSION + 8, identity.session[1]),
+            ("geometry", header::GEOMETRY, self.geometry.pack()),
+        ]
+    }
+
+    fn write_header(&self, identity: Identity) {
+        for (_, offset, value) in self.fixed_fields(identity) {
+            self.words[offset / 8].store(value, Relaxed);
+        }
+    }
+
+    fn check_header(&self, identity: Identity) -> Result<(), PeerFault> {
+        for (field, offset, expected) in self.fixed_fields(identity) {
+            let theirs = self.words[offset / 8].load(Relaxed);
+            if theirs != expected {
+                return Err(PeerFault::Header { field, theirs, expected });
+            }
+        }
+        Ok(())
+    }
+
+    /// Server: says how the session stands; `reason` is a disconnect reason code, 0 for none.
+    pub fn set_state(&self, state: u32, reason: u32) {
+        // Release pairs with the Acquire in `state`: whatever was completed before is visible with it.
+        self.words[header::STATE / 8].store(u64::from(state) | u64::from(reason) << 32, Release);
+    }
+
+    /// Client: how the server says that the session stands, as (state, reason).
+    pub fn state(&self) -> (u32, u32) {
+        // Acquire pairs with the Release in `set_state`.
+        let word = self.words[header::STATE / 8].load(Acquire);
+        (word as u32, (word >> 32) as u32)
+    }
+
+    /// The geometry that the handshake fixed, checked.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Bytes of the segment, allocated or not.
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Never true: a segment has at least a header.
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
+    }
+
+    /// The mapping, to open lanes on.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.map
+    }
+}
+
+/// Bytes that a new segment of this geometry takes from the memory budget: header, home lane, base slots.
+pub fn granted_bytes(geometry: &Geometry) -> usize {
+    LaneLayout::home(geometry).lease_words + geometry.base_pages() as usize * PAGE
+}
+
+fn map_shared(fd: BorrowedFd<'_>, len: usize) -> Result<MmapRaw, SegmentError> {
+    MmapOptions::new().len(len).map_raw(&fd).map_err(|e| SegmentError::os("mmap", len, e))
+}
+
+/// An anonymous memfd mapped shared, without header or seals: what two processes of one benchmark need.
+///
+/// # Errors
+///
+/// [`SegmentError::Os`] naming the call.
+pub fn scratch(len: usize) -> Result<(Arc<Mapping>, OwnedFd), SegmentError> {
+    let fd = rustix::fs::memfd_create("doorbell-scratch", MemfdFlags::CLOEXEC)
+        .map_err(|e| SegmentError::os("memfd_create", len, e))?;
+    rustix::fs::ftruncate(&fd, len as u64).map_err(|e| SegmentError::os("ftruncate", len, e))?;
+    rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, len as u64)
+        .map_err(|e| SegmentError::os("fallocate", len, e))?;
+    let map = attach_scratch(fd.as_fd(), len)?;
+    Ok((map, fd))
+}
+
+/// Maps what [`scratch`] made, in the other process.
+///
+/// # Errors
+///
+/// [`SegmentError::Os`] naming the call.
+pub fn attach_scratch(fd: BorrowedFd<'_>, len: usize) -> Result<Arc<Mapping>, SegmentError> {
+    Ok(Mapping::of_file(map_shared(fd, len)?))
+}

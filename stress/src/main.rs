@@ -1,0 +1,3 @@
+//! The stress levels.
+
+fn main() {}
