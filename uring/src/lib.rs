@@ -1,0 +1,60 @@
+//! What a doorbell reactor waits with: one io_uring per thread, its futex operations, descriptors,
+//! timers and messages from other rings. It knows nothing of sessions or of what a word means.
+//!
+//! - [`Driver`]: the ring. Push operations, [`Driver::enter`] once, take [`Driver::next_completion`].
+//! - [`futex`]: plain futex(2), for those who never need a ring (the client library).
+//! - [`self_test`]: does this machine's io_uring *do* what [`Driver`] relies on? And if not, why?
+//!
+//! # The rule of a polling loop
+//!
+//! The ring is `DEFER_TASKRUN`: whatever happens, **no completion appears before the next enter**. The
+//! kernel raises a flag instead, and [`Driver::pending`] reads it. A loop that polls something else
+//! must test `pending` each round and enter when it is true, else a bell is never heard:
+//!
+//! ```
+//! # use doorbell_uring::*;
+//! # fn round(driver: &mut Driver) -> Result<(), DriverError> {
+//! if driver.pending() {
+//!     driver.enter(Wait::No)?;
+//!     while let Some(completion) = driver.next_completion() {
+//!         // Look `completion.token` up; a token of a dead generation is ignored.
+//!         # let _ = completion;
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Trust
+//!
+//! The kernel is trusted, the peers behind words and descriptors are not: whatever they write or
+//! close, an operation only ever ends with a number the caller must check. The value of a futex word
+//! is compared by the kernel and never read here.
+//!
+//! # Unsafe
+//!
+//! Three files: `ring.rs` (pushing entries, reading the kernel's flags), `peer.rs` (one socket option that
+//! no kept crate offers) and `memory.rs` (the two
+//! mappings the self-test works on).
+
+mod cause;
+mod driver;
+mod error;
+pub mod futex;
+mod memory;
+mod op;
+mod peer;
+mod ring;
+mod self_test;
+mod setup;
+mod time;
+
+pub use cause::{Cause, Host, KERNEL_MIN, futex_bug_unfixed};
+pub use driver::{Counters, Driver, Wait};
+pub use error::{DriverError, SetupError, Step};
+pub use op::{Completion, Token};
+pub use peer::peer_process;
+pub use rustix::event::PollFlags;
+pub use self_test::{Report, self_test};
+pub use setup::Options;
+pub use time::monotonic_now;
