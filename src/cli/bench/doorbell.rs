@@ -1,0 +1,272 @@
+//! The peer `doorbell`: this transport, against a server process with the bench handler.
+
+use super::child::{self, Role};
+use super::error::BenchError;
+use super::load::{Received, Target};
+use super::options::{BenchOptions, Policy};
+use super::placement::Cpus;
+use super::server::{Counters, Server};
+use super::work;
+use super::worker::{self, ClientJob};
+use doorbell::{
+    CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient, IpcError,
+    IpcServer, MessageType, Reply, ServerConfig, WaitPolicy,
+};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+/// The bench handler's message type: answers every 64-bit word XOR the constant.
+const WORK: MessageType = MessageType::USER;
+/// Bytes worked on at once, in memory of the handler's own.
+const BLOCK: usize = 1024;
+/// Sessions and connections beside those of the load: whoever asks for the counters.
+const SPARE: u32 = 8;
+
+static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on(WORK, xor);
+
+fn xor(_: &Context<'_, ()>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
+    let mut block = [0u8; BLOCK];
+    for part in request.chunks(BLOCK) {
+        let out = &mut block[..part.len()];
+        work::answer(part, out);
+        reply.write(out)?;
+    }
+    Ok(())
+}
+
+/// What a doorbell server process is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DoorbellJob {
+    path: PathBuf,
+    policy: Policy,
+    cpu: Option<usize>,
+    connections: u32,
+    sessions: u32,
+}
+
+fn wait_policy(policy: Policy) -> Result<WaitPolicy, BenchError> {
+    match policy {
+        Policy::Spin => Ok(WaitPolicy::Spin),
+        Policy::Block => Ok(WaitPolicy::Block),
+        Policy::Handoff => Err(BenchError::NotHonoured { option: "policy", value: "handoff".to_owned() }),
+    }
+}
+
+fn peer(doing: &'static str) -> impl FnOnce(IpcError) -> BenchError {
+    move |error| BenchError::peer(doing, error)
+}
+
+/// Starts the server process, or finds the one that `--socket` names.
+///
+/// # Errors
+///
+/// [`BenchError`] if it does not start.
+pub fn start_server(options: &BenchOptions, cpus: &Cpus) -> Result<Server, BenchError> {
+    if let Some(path) = &options.socket {
+        let endpoint = path.to_string_lossy().into_owned();
+        return Ok(Server::with_counters(None, None, endpoint, counters_of(path.clone())));
+    }
+    let directory = ScratchDirectory::new()?;
+    let job = DoorbellJob {
+        path: directory.0.join("doorbell.sock"),
+        policy: options.policy,
+        cpu: cpus.server,
+        connections: options.connections as u32 + SPARE,
+        sessions: options.sessions as u32 + SPARE,
+    };
+    let mut process = child::spawn(Role::DoorbellServer, &job, Stdio::piped(), Stdio::piped())?;
+    let () = process.receive()?;
+    let endpoint = job.path.to_string_lossy().into_owned();
+    let pid = process.pid();
+    let mut counters = counters_of(job.path);
+    let counters = move || {
+        // Owned here, so that the directory goes with the server.
+        let _keep = &directory;
+        counters()
+    };
+    Ok(Server::with_counters(Some(process), Some(pid), endpoint, counters))
+}
+
+/// A directory of this user's alone, removed with everything in it.
+struct ScratchDirectory(PathBuf);
+
+impl ScratchDirectory {
+    fn new() -> Result<Self, BenchError> {
+        use std::os::unix::fs::DirBuilderExt;
+        let path = std::env::temp_dir().join(format!("doorbell-bench-{}", std::process::id()));
+        std::fs::DirBuilder::new().mode(0o700).create(&path).map_err(|e| BenchError::os("mkdir", e))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for ScratchDirectory {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            eprintln!("bench: {} could not be removed: {error}", self.0.display());
+        }
+    }
+}
+
+/// Asks a server for its counters, over a session that exists for as long as that takes: a lane more would
+/// be polled with the others.
+fn counters_of(path: PathBuf) -> impl FnMut() -> Counters {
+    move || match stats(&path) {
+        Ok(stats) => Counters {
+            wakeups: stats["wakeups"].as_u64(),
+            sweeps: stats["sweeps"].as_u64(),
+            syscalls: stats["enters"].as_u64(),
+        },
+        Err(error) => {
+            eprintln!("bench: the server's counters could not be read: {error}");
+            Counters::default()
+        }
+    }
+}
+
+fn stats(path: &Path) -> Result<serde_json::Value, BenchError> {
+    let client = IpcClient::connect(path).map_err(peer("connecting for the counters"))?;
+    let options = CallOptions { reply_capacity: 4096, ..CallOptions::default() };
+    let connection = client.open().map_err(peer("opening a connection for the counters"))?;
+    let json = connection
+        .call_with(MessageType::STATS, b"", &options, |reply| reply.to_vec())
+        .map_err(peer("asking for the counters"))?;
+    serde_json::from_slice(&json).map_err(|e| BenchError::peer("reading the counters", e))
+}
+
+/// The server process itself.
+///
+/// # Errors
+///
+/// Whatever keeps it from serving.
+pub fn serve(job: &DoorbellJob) -> Result<(), BenchError> {
+    let config = ServerConfig {
+        policy: wait_policy(job.policy)?,
+        core: job.cpu,
+        max_connections: job.connections,
+        max_sessions: job.sessions,
+        max_half_open: job.sessions.min(128),
+        ..ServerConfig::default()
+    };
+    let bound = IpcServer::new(&TABLE, ()).config(config).bind(&job.path).map_err(peer("binding"))?;
+    worker::say(&())?;
+    bound.serve().map_err(peer("serving"))?;
+    Ok(())
+}
+
+/// Connects sessions.
+#[derive(Debug)]
+pub struct Connector {
+    path: PathBuf,
+    config: ClientConfig,
+    clients: Vec<IpcClient>,
+    connections: Vec<(u32, ConnectionId)>,
+}
+
+impl Connector {
+    /// Nothing is connected yet.
+    ///
+    /// # Errors
+    ///
+    /// [`BenchError::NotHonoured`] for policies that do nothing yet.
+    pub fn new(job: &ClientJob) -> Result<Self, BenchError> {
+        let policy = wait_policy(job.policy)?;
+        if policy == WaitPolicy::Block && job.sessions.len() > 1 {
+            let value = format!("block with {} sessions in one process", job.sessions.len());
+            return Err(BenchError::NotHonoured { option: "policy", value });
+        }
+        let most = job.sessions.iter().max().copied().unwrap_or(1) * job.shape.in_flight;
+        let load = ClientConfig::for_load(most.min(1008) as u32, job.shape.size);
+        let config = ClientConfig { policy, name: "bench".to_owned(), ..load };
+        // A session of the client's is a socket and a segment.
+        doorbell::config::raise_file_limit(2 * job.sessions.len() as u64).map_err(peer("raising limits"))?;
+        let path = PathBuf::from(&job.endpoint);
+        Ok(Self { path, config, clients: Vec::new(), connections: Vec::new() })
+    }
+}
+
+impl worker::Connector for Connector {
+    type Target = DoorbellTarget;
+
+    fn connect(&mut self, index: usize, connections: usize) -> Result<(), BenchError> {
+        let client = IpcClient::connect_with(&self.path, &self.config).map_err(peer("connecting"))?;
+        for _ in 0..connections {
+            let connection = client.open().map_err(peer("opening a connection"))?;
+            self.connections.push((index as u32, connection.detach()));
+        }
+        self.clients.push(client);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<DoorbellTarget, BenchError> {
+        let dirty = Vec::with_capacity(self.clients.len());
+        let Self { clients, connections, config, .. } = self;
+        Ok(DoorbellTarget { clients, connections, dirty, cursor: 0, policy: config.policy })
+    }
+}
+
+/// The sessions of one client process.
+#[derive(Debug)]
+pub struct DoorbellTarget {
+    clients: Vec<IpcClient>,
+    connections: Vec<(u32, ConnectionId)>,
+    /// Sessions with something to flush, in the order of their first request.
+    dirty: Vec<u32>,
+    /// Session whose answers are taken next.
+    cursor: usize,
+    policy: WaitPolicy,
+}
+
+impl Target for DoorbellTarget {
+    type Error = IpcError;
+
+    #[inline(always)]
+    fn try_send(&mut self, connection: usize, payload: &[u8], tag: u32) -> Result<bool, IpcError> {
+        let (session, id) = self.connections[connection];
+        let options = CallOptions { tag: tag.into(), ..CallOptions::default() };
+        match self.clients[session as usize].attached(id).submit(WORK, payload, &options) {
+            Ok(_) => {
+                if self.dirty.last() != Some(&session) {
+                    self.dirty.push(session);
+                }
+                Ok(true)
+            }
+            Err(IpcError::WouldBlock) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    #[inline(always)]
+    fn flush(&mut self) -> Result<(), IpcError> {
+        for session in self.dirty.drain(..) {
+            self.clients[session as usize].flush()?;
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn try_receive(&mut self, answer: &mut [u8]) -> Result<Option<Received>, IpcError> {
+        for _ in 0..self.clients.len() {
+            if let Some(reply) = self.clients[self.cursor].poll()? {
+                reply.copy_to(answer);
+                return Ok(Some(Received { tag: reply.tag() as u32, len: reply.len(), ok: reply.is_ok() }));
+            }
+            self.cursor += 1;
+            if self.cursor == self.clients.len() {
+                self.cursor = 0;
+            }
+        }
+        Ok(None)
+    }
+
+    #[inline(always)]
+    fn wait(&mut self, at_most_ns: u64) -> Result<(), IpcError> {
+        if self.policy == WaitPolicy::Spin {
+            std::hint::spin_loop();
+            return Ok(());
+        }
+        self.clients[0].wait(Some(Duration::from_nanos(at_most_ns)))?;
+        Ok(())
+    }
+}

@@ -1,0 +1,221 @@
+//! `doorbell bench`: starts a server process and client processes, drives them, watches them, reports.
+//!
+//! This process measures nothing itself but the floor and the machine's hiccups; the clients run in processes
+//! of their own (`worker.rs`), the server in another (trap 22). Order of a run: hiccups, floor, server,
+//! clients, memory before the load, warm-up, window, hiccups again.
+
+pub mod child;
+pub mod clock;
+pub mod doorbell;
+pub mod error;
+pub mod floor;
+pub mod histogram;
+pub mod load;
+pub mod memory;
+pub mod options;
+pub mod placement;
+pub mod procfs;
+pub mod report;
+pub mod server;
+pub mod uds;
+pub mod work;
+pub mod worker;
+
+use child::Process;
+use clock::{SECOND, now_ns, sleep_until};
+use error::BenchError;
+use floor::Floor;
+use load::{LoadResult, Schedule};
+use memory::{Probe, Sampler, Segments};
+use options::{BenchOptions, PeerKind};
+use placement::Cpus;
+use report::BenchReport;
+use server::{Counters, Server};
+use std::io::IsTerminal;
+use worker::{ClientJob, Ready};
+
+/// What every load begins with and no figure contains.
+const WARM_UP_NS: u64 = 300_000_000;
+/// The length of each of the two hiccup measurements.
+const HICCUP_SECONDS: f64 = 2.0;
+
+/// Runs one benchmark. [`BenchReport::errors`] above 0 is a failure too.
+///
+/// # Errors
+///
+/// [`BenchError`]: refused options, or whatever stopped the run.
+pub fn run(options: &BenchOptions) -> Result<BenchReport, BenchError> {
+    options.validate()?;
+    let cpus = placement::plan(options.placement)?;
+    warn_of_siblings(&cpus);
+    let mut report = BenchReport::new(options);
+    if options.connect_only {
+        connect_only(options, &cpus, &mut report)?;
+        return Ok(report);
+    }
+    progress("how long does the machine take a core away");
+    let before = clock::hiccup(cpus.client(0), HICCUP_SECONDS)?;
+    if options.peer == PeerKind::Floor {
+        floor_alone(options, &cpus, &mut report)?;
+    } else {
+        if options.wants_floor() {
+            progress("the floor");
+            let window_ns = floor::window_ns(options.seconds);
+            report.add_floor(&measure_floor(options, &cpus, window_ns)?.result);
+        }
+        measure_peer(options, &cpus, &mut report)?;
+    }
+    progress("hiccups again");
+    report.hiccup_max_ns = Some(before.max(clock::hiccup(cpus.client(0), HICCUP_SECONDS)?));
+    Ok(report)
+}
+
+/// Prints a report as the options want it.
+pub fn print(options: &BenchOptions, report: &BenchReport) {
+    if options.json {
+        println!("{}", report.to_json());
+    } else {
+        print!("{report}");
+    }
+}
+
+fn progress(doing: &str) {
+    if std::io::stderr().is_terminal() {
+        eprintln!("bench: {doing}");
+    }
+}
+
+fn warn_of_siblings(cpus: &Cpus) {
+    if let (Some(server), Some(client)) = (cpus.server, cpus.client(0))
+        && placement::are_siblings(server, client)
+    {
+        eprintln!(
+            "bench: CPUs {server} and {client} are hyperthreads of one core: figures are not comparable"
+        );
+    }
+}
+
+/// What was seen of the server over the window.
+#[derive(Debug, Clone, Copy)]
+struct Usage {
+    wall_ns: u64,
+    cpu_ns: Option<u64>,
+    counters: Counters,
+}
+
+/// Sleeps from one edge of the window to the other and looks at the server at both.
+fn watch(pid: Option<u32>, schedule: &Schedule, mut counters: impl FnMut() -> Counters) -> Usage {
+    let mut look = |at| {
+        sleep_until(at);
+        (now_ns(), pid.and_then(procfs::cpu_ns), counters())
+    };
+    let (begin, cpu_before, counters_before) = look(schedule.begin_ns());
+    let (end, cpu_after, counters_after) = look(schedule.end_ns());
+    Usage {
+        wall_ns: end - begin,
+        cpu_ns: cpu_after.zip(cpu_before).map(|(after, before)| after.saturating_sub(before)),
+        counters: counters_after.since(&counters_before),
+    }
+}
+
+struct FloorRun {
+    result: LoadResult,
+    usage: Usage,
+}
+
+/// The floor's client is a thread of this process; the main thread watches and keeps the server alive.
+fn measure_floor(options: &BenchOptions, cpus: &Cpus, window_ns: u64) -> Result<FloorRun, BenchError> {
+    let mut floor = Floor::start(options.size, options.total_in_flight(), cpus)?;
+    let pid = floor.server_pid();
+    let schedule = Schedule::soon(WARM_UP_NS, window_ns);
+    let cpu = cpus.client(0);
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| floor.run(cpu, &schedule));
+        let usage = watch(Some(pid), &schedule, Counters::default);
+        let result = client.join().expect("the floor's client does not panic")?;
+        Ok(FloorRun { result, usage })
+    })
+}
+
+fn floor_alone(options: &BenchOptions, cpus: &Cpus, report: &mut BenchReport) -> Result<(), BenchError> {
+    progress("the floor");
+    let FloorRun { result, usage } = measure_floor(options, cpus, window_ns(options))?;
+    report.add_load(std::slice::from_ref(&result));
+    report.add_floor(&result);
+    report.add_server_cpu(usage.cpu_ns, usage.wall_ns);
+    Ok(())
+}
+
+fn window_ns(options: &BenchOptions) -> u64 {
+    (options.seconds * SECOND as f64) as u64
+}
+
+/// A server and its connected clients.
+struct Connected {
+    server: Server,
+    clients: Vec<Process>,
+    connect_last_ns: u64,
+}
+
+impl Connected {
+    fn start(options: &BenchOptions, cpus: &Cpus) -> Result<Self, BenchError> {
+        progress("connecting");
+        let server = match options.peer {
+            PeerKind::Doorbell => doorbell::start_server(options, cpus)?,
+            PeerKind::Uds => uds::start_server(options, cpus)?,
+            PeerKind::Floor => return Err(BenchError::option("peer floor", "has no sessions")),
+        };
+        let start = |i| worker::start(&ClientJob::new(options, &server.endpoint, cpus, i));
+        let mut clients = (0..options.processes).map(start).collect::<Result<Vec<_>, _>>()?;
+        let ready = clients.iter_mut().map(Process::receive).collect::<Result<Vec<Ready>, _>>()?;
+        let connect_last_ns = ready.iter().map(|r| r.connect_last_ns).max().unwrap_or_default();
+        Ok(Self { server, clients, connect_last_ns })
+    }
+
+    /// The segments that server or clients hold open.
+    fn segments(&self) -> Segments {
+        let clients = self.clients.iter().map(Process::pid);
+        Segments::of(&clients.chain(self.server.pid).collect::<Vec<_>>())
+    }
+
+    fn drive(&mut self, schedule: &Schedule) -> Result<(Vec<LoadResult>, Usage), BenchError> {
+        self.clients.iter_mut().try_for_each(|client| client.send(schedule))?;
+        let usage = watch(self.server.pid, schedule, &mut self.server.counters);
+        let results =
+            self.clients.iter_mut().map(Process::receive).collect::<Result<Vec<LoadResult>, _>>()?;
+        Ok((results, usage))
+    }
+}
+
+fn connect_only(options: &BenchOptions, cpus: &Cpus, report: &mut BenchReport) -> Result<(), BenchError> {
+    let connected = Connected::start(options, cpus)?;
+    report.connect_last_ms = Some(connected.connect_last_ns as f64 / 1e6);
+    let segments = connected.segments();
+    let has_segments = !segments.is_empty();
+    let memory = connected.server.pid.and_then(|pid| Probe::new(pid, segments).sample());
+    report.add_memory(memory, memory, has_segments);
+    Ok(())
+}
+
+fn measure_peer(options: &BenchOptions, cpus: &Cpus, report: &mut BenchReport) -> Result<(), BenchError> {
+    let mut connected = Connected::start(options, cpus)?;
+    report.connect_last_ms = Some(connected.connect_last_ns as f64 / 1e6);
+    let segments = connected.segments();
+    let has_segments = !segments.is_empty();
+    let mut probe = connected.server.pid.map(|pid| Probe::new(pid, segments));
+    let idle = probe.as_mut().and_then(Probe::sample);
+    let sampler = probe.map(Sampler::start);
+
+    progress("the load");
+    let schedule = Schedule::soon(WARM_UP_NS, window_ns(options));
+    let (results, usage) = connected.drive(&schedule)?;
+    let peak = sampler.and_then(Sampler::stop);
+
+    report.add_load(&results);
+    report.add_server_cpu(usage.cpu_ns, usage.wall_ns);
+    report.server_wakeups = usage.counters.wakeups;
+    report.server_sweeps = usage.counters.sweeps;
+    report.server_syscalls = usage.counters.syscalls;
+    report.add_memory(peak, idle, has_segments);
+    Ok(())
+}

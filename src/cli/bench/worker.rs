@@ -1,0 +1,154 @@
+//! The client process: connects its share of the sessions, says so, waits for the start, drives the load,
+//! reports, and stays connected until its standard input ends.
+
+use super::child::{self, Process, Role};
+use super::clock::now_ns;
+use super::error::BenchError;
+use super::load::{self, LoadResult, Schedule, Shape, Target};
+use super::options::{BenchOptions, PeerKind, Policy, share};
+use super::placement::{self, Cpus};
+use super::{doorbell, uds};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, Write};
+use std::process::Stdio;
+
+/// What one client process is to do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ClientJob {
+    /// Whom to drive.
+    pub peer: PeerKind,
+    /// Where its server listens; what that means is the peer's affair.
+    pub endpoint: String,
+    /// For each session of this process, its connections.
+    pub sessions: Vec<usize>,
+    /// The load; its `connections` is the sum of `sessions`.
+    pub shape: Shape,
+    /// How to wait.
+    pub policy: Policy,
+    /// The core to run on.
+    pub cpu: Option<usize>,
+    /// Whether the server runs on the same core: then whoever spins must yield.
+    pub shares_core: bool,
+}
+
+impl ClientJob {
+    /// The share of process `index`.
+    pub fn new(options: &BenchOptions, endpoint: &str, cpus: &Cpus, index: usize) -> Self {
+        let sessions = sessions_of_process(options, index);
+        let connections = sessions.iter().sum();
+        let part = connections as f64 / options.connections as f64;
+        Self {
+            peer: options.peer,
+            endpoint: endpoint.to_owned(),
+            sessions,
+            shape: Shape {
+                connections,
+                in_flight: options.in_flight,
+                size: options.size,
+                think_ns: options.think_us * 1000,
+                rate: options.rate.map(|rate| rate * part),
+                sleeps: options.policy != Policy::Spin,
+                first_request: (index as u64) << 44,
+            },
+            policy: options.policy,
+            cpu: cpus.client(index),
+            shares_core: cpus.shared,
+        }
+    }
+}
+
+/// The connections of each session that process `index` has.
+fn sessions_of_process(options: &BenchOptions, index: usize) -> Vec<usize> {
+    let first: usize = (0..index).map(|i| share(options.sessions, options.processes, i)).sum();
+    let count = share(options.sessions, options.processes, index);
+    (first..first + count).map(|session| share(options.connections, options.sessions, session)).collect()
+}
+
+/// What a client process says once it is connected.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Ready {
+    /// From its first attempt to connect until its last session was ready, nanoseconds.
+    pub connect_last_ns: u64,
+}
+
+/// Starts a client process; the next that it says is [`Ready`], then, to each [`Schedule`], a [`LoadResult`].
+///
+/// # Errors
+///
+/// [`BenchError::Os`] if it cannot be started.
+pub fn start(job: &ClientJob) -> Result<Process, BenchError> {
+    child::spawn(Role::Client, job, Stdio::piped(), Stdio::piped())
+}
+
+/// The client process itself.
+///
+/// # Errors
+///
+/// Whatever stops it.
+pub fn run(job: &ClientJob) -> Result<(), BenchError> {
+    placement::pin(job.cpu)?;
+    match job.peer {
+        PeerKind::Uds => drive(job, uds::Connector::new(job)?),
+        PeerKind::Doorbell => drive(job, doorbell::Connector::new(job)?),
+        PeerKind::Floor => Err(BenchError::option("peer floor", "has no client process")),
+    }
+}
+
+/// Connects the sessions of one client process, one after another.
+pub trait Connector {
+    /// What comes out of it.
+    type Target: Target;
+
+    /// Connects session `index` with so many connections.
+    ///
+    /// # Errors
+    ///
+    /// [`BenchError::Peer`] or [`BenchError::Os`].
+    fn connect(&mut self, index: usize, connections: usize) -> Result<(), BenchError>;
+
+    /// All sessions as one target. Connections are numbered through, session by session.
+    ///
+    /// # Errors
+    ///
+    /// [`BenchError::Peer`] or [`BenchError::Os`].
+    fn finish(self) -> Result<Self::Target, BenchError>;
+}
+
+fn drive<C: Connector>(job: &ClientJob, mut connector: C) -> Result<(), BenchError> {
+    let before = now_ns();
+    for (index, connections) in job.sessions.iter().enumerate() {
+        connector.connect(index, *connections)?;
+    }
+    let connect_last_ns = now_ns() - before;
+    let mut target = connector.finish()?;
+    say(&Ready { connect_last_ns })?;
+    while let Some(schedule) = hear()? {
+        let result: LoadResult = load::run(&mut target, &job.shape, &schedule)?;
+        say(&result)?;
+    }
+    Ok(())
+}
+
+/// Says one message to the parent, a line of JSON.
+///
+/// # Errors
+///
+/// [`BenchError::Os`] if the parent is gone.
+pub fn say(message: &impl Serialize) -> Result<(), BenchError> {
+    let line = serde_json::to_string(message).expect("a message has string keys only") + "\n";
+    let mut stdout = std::io::stdout().lock();
+    stdout
+        .write_all(line.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(|e| BenchError::os("write(stdout)", e))
+}
+
+/// The next schedule, or `None` when the parent has closed the pipe.
+fn hear() -> Result<Option<Schedule>, BenchError> {
+    let mut line = String::new();
+    let n = std::io::stdin().lock().read_line(&mut line).map_err(|e| BenchError::os("read(stdin)", e))?;
+    if n == 0 {
+        return Ok(None);
+    }
+    serde_json::from_str(&line).map(Some).map_err(|e| BenchError::peer("reading the schedule", e))
+}

@@ -1,0 +1,59 @@
+//! The command line. Results go to stdout, everything else to stderr; exit status 0 means that what was
+//! asked for happened, 1 that it did not, 2 that the question was wrong.
+
+mod bench;
+mod call;
+mod serve;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Request/response IPC between processes of one machine, through shared memory.
+#[derive(Debug, Parser)]
+#[command(name = "doorbell", version, about, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a server with the built-in handlers: ping, echo, stats.
+    Serve(serve::ServeOptions),
+    /// Send one request and print its answer.
+    Call(call::CallOptions),
+    /// Measure calls against a server process of its own, every byte of every answer checked.
+    Bench(bench::options::BenchOptions),
+    /// A process of `bench`.
+    #[command(name = bench::child::SUBCOMMAND, hide = true)]
+    BenchChild(bench::child::ChildOptions),
+}
+
+/// Runs the command that the arguments ask for.
+pub fn run() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Serve(options) => serve::run(&options),
+        Command::Call(options) => call::run(&options),
+        Command::Bench(options) => return run_bench(&options),
+        Command::BenchChild(options) => bench::child::run(&options).map_err(Into::into),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&*error),
+    }
+}
+
+fn run_bench(options: &bench::options::BenchOptions) -> ExitCode {
+    match bench::run(options) {
+        Ok(report) => {
+            bench::print(options, &report);
+            if report.errors > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+        }
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("doorbell: {error}");
+    ExitCode::FAILURE
+}

@@ -1,0 +1,162 @@
+//! What a caller says with a call, writes into it, and gets back.
+
+use super::IpcClient;
+use super::session::Outcome;
+use crate::error::{IpcError, Result};
+use crate::protocol::MessageType;
+use doorbell_shm::bytes::SharedBytes;
+use doorbell_shm::entry::Status;
+use doorbell_shm::layout::LaneLayout;
+use std::time::Duration;
+
+/// Names a call for as long as it is in flight: a slot and its generation, so that a late answer or a late
+/// cancel never meets another call (trap 15, R2.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CallId {
+    pub(super) slot: u32,
+    pub(super) generation: u32,
+}
+
+/// What goes with a call beside its type and body.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CallOptions {
+    /// Comes back with the answer; doorbell does not look at it.
+    pub tag: u64,
+    /// How long a blocking call waits; then it is cancelled and its slot set aside. `None`: for ever.
+    pub timeout: Option<Duration>,
+    /// From now: if the server has not started the call by then it answers `DeadlineExceeded`.
+    pub deadline: Option<Duration>,
+    /// Bytes that the answer may have, where it may be longer than the request.
+    pub reply_capacity: usize,
+    /// The call may be executed more than once: its request stays untouched in a slot of its own.
+    pub idempotent: bool,
+}
+
+/// Writes a request into the slot that carries it.
+#[derive(Debug)]
+pub struct SlotWriter<'a> {
+    pub(super) payload: &'a SharedBytes,
+    pub(super) offset: usize,
+    pub(super) capacity: usize,
+    pub(super) len: usize,
+}
+
+impl SlotWriter<'_> {
+    /// Appends `bytes` to the request.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::MessageTooLarge`] with the capacity asked for.
+    #[inline(always)]
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.len() > self.capacity - self.len {
+            return Err(IpcError::MessageTooLarge(self.capacity));
+        }
+        self.payload.write(self.offset + self.len, bytes);
+        self.len += bytes.len();
+        Ok(())
+    }
+
+    /// Bytes that still fit.
+    pub fn remaining(&self) -> usize {
+        self.capacity - self.len
+    }
+}
+
+/// The answer of a call, still in its slot. Dropping it gives the slot back.
+#[derive(Debug)]
+pub struct Reply<'c> {
+    pub(super) client: &'c IpcClient,
+    pub(super) slot: u32,
+    pub(super) generation: u32,
+    pub(super) tag: u64,
+    pub(super) outcome: Outcome,
+    pub(super) response_slot: u32,
+}
+
+impl Reply<'_> {
+    /// The tag that the call was submitted with.
+    #[inline(always)]
+    pub fn tag(&self) -> u64 {
+        self.tag
+    }
+
+    /// The call that this answers.
+    pub fn id(&self) -> CallId {
+        CallId { slot: self.slot, generation: self.generation }
+    }
+
+    /// Bytes of the answer; of the error's text where the handler gave one.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        match self.outcome {
+            Outcome::Reply { len, .. } => len as usize,
+            Outcome::Lost { .. } => 0,
+        }
+    }
+
+    /// Whether the answer has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether the call was executed and answered.
+    #[inline(always)]
+    pub fn is_ok(&self) -> bool {
+        matches!(self.outcome, Outcome::Reply { status, .. } if status == Status::Ok as u8)
+    }
+
+    /// The length of the answer, or why there is none.
+    ///
+    /// # Errors
+    ///
+    /// The status that the server answered, or what became of the session.
+    #[inline(always)]
+    pub fn result(&self) -> Result<usize> {
+        if self.is_ok() { Ok(self.len()) } else { Err(self.error()) }
+    }
+
+    /// Copies the answer into `target` and returns how many bytes that were: the shorter of the two.
+    #[inline(always)]
+    pub fn copy_to(&self, target: &mut [u8]) -> usize {
+        let len = self.len().min(target.len());
+        let session = self.client.session.borrow();
+        session.payload().read(LaneLayout::slot_offset(self.response_slot), &mut target[..len]);
+        len
+    }
+
+    /// The answer in memory of its own.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len()];
+        self.copy_to(&mut bytes);
+        bytes
+    }
+
+    #[cold]
+    fn error(&self) -> IpcError {
+        let (status, detail) = match self.outcome {
+            Outcome::Reply { status, detail, .. } => (status, detail),
+            Outcome::Lost { started: false } => return IpcError::NotExecuted,
+            Outcome::Lost { started: true } => return IpcError::ConnectionLost,
+        };
+        let text = || String::from_utf8_lossy(&self.to_vec()).into_owned();
+        match Status::from_code(status) {
+            Some(Status::UnknownType) => IpcError::UnknownMessageType(MessageType(detail as u32)),
+            Some(Status::TooLarge) => IpcError::ReplyTooLarge(detail as usize),
+            Some(Status::DecodeError) => IpcError::Decode(text()),
+            Some(Status::HandlerPanic) => IpcError::HandlerPanic,
+            Some(Status::DeadlineExceeded) => IpcError::DeadlineExceeded,
+            Some(Status::Cancelled) => IpcError::Cancelled,
+            Some(Status::Overloaded) => IpcError::Overloaded { retry_ms: detail },
+            Some(Status::Internal) => IpcError::Handler(text()),
+            Some(Status::Ok) | None => IpcError::Handshake("the server answered with an unknown status"),
+        }
+    }
+}
+
+impl Drop for Reply<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.client.session.borrow_mut().release(self.slot);
+    }
+}

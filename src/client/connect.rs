@@ -1,0 +1,198 @@
+//! Finding the server and shaking hands with it.
+
+use super::session::Session;
+use crate::config::WaitPolicy;
+use crate::error::{IpcError, Result};
+use crate::protocol::handshake::{Goodbye, Hello, VERSION_MAX, VERSION_MIN, Welcome, code};
+use crate::protocol::rendezvous::{self, monotonic_ns};
+use doorbell_shm::layout::{Geometry, MAGIC};
+use doorbell_shm::segment::Segment;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SocketAddrUnix, SocketFlags};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// What a client asks for when it connects.
+#[derive(Debug, Clone)]
+pub struct ClientConfig {
+    /// Entries of each ring: a power of two from 8 to 1024. All but one in 64 (at least one) of them can be
+    /// calls in flight.
+    pub ring_entries: u32,
+    /// Slots of 1 KiB, in fours.
+    pub small_slots: u16,
+    /// Slots of 4 KiB.
+    pub medium_slots: u16,
+    /// Slots of 16 KiB.
+    pub large_slots: u16,
+    /// How this client waits.
+    pub policy: WaitPolicy,
+    /// How long connecting may take, a full backlog included.
+    pub connect_timeout: Duration,
+    /// Name for the server's logs, cut after 32 bytes.
+    pub name: String,
+}
+
+impl Default for ClientConfig {
+    /// 16 entries, four slots of 1 KiB, one of 4 KiB, one of 16 KiB: 28 KiB of shared memory.
+    fn default() -> Self {
+        Self {
+            ring_entries: 16,
+            small_slots: 4,
+            medium_slots: 1,
+            large_slots: 1,
+            policy: WaitPolicy::default(),
+            connect_timeout: Duration::from_secs(5),
+            name: String::new(),
+        }
+    }
+}
+
+impl ClientConfig {
+    /// The smallest session: 8 KiB, four slots of 1 KiB.
+    pub fn smallest() -> Self {
+        Self { medium_slots: 0, large_slots: 0, ..Self::default() }
+    }
+
+    /// A session that carries `in_flight` calls of `len` bytes at once.
+    pub fn for_load(in_flight: u32, len: usize) -> Self {
+        use doorbell_shm::layout::{SLOT_MEDIUM, SLOT_SMALL};
+        // One in 64 entries, at least one, is left to frames.
+        let ring_entries = (in_flight + (in_flight / 63).max(1)).next_power_of_two().clamp(16, 1024);
+        let slots = in_flight.min(4096) as u16;
+        let empty = Self { ring_entries, small_slots: 0, medium_slots: 0, large_slots: 0, ..Self::default() };
+        match len {
+            _ if len <= SLOT_SMALL => Self { small_slots: slots, ..empty },
+            _ if len <= SLOT_MEDIUM => Self { medium_slots: slots, small_slots: 4, ..empty },
+            _ => Self { large_slots: slots, small_slots: 4, ..empty },
+        }
+    }
+
+    fn geometry(&self) -> Result<Geometry> {
+        if !self.ring_entries.is_power_of_two() {
+            let n = self.ring_entries;
+            return Err(IpcError::Config(format!(
+                "ring_entries is {n}, allowed are powers of two from 8 to 1024"
+            )));
+        }
+        let geometry = Geometry {
+            ring_order: self.ring_entries.trailing_zeros() as u8,
+            large: self.large_slots,
+            medium: self.medium_slots,
+            small: self.small_slots,
+            lease_pages: 0,
+        };
+        Ok(geometry.checked()?)
+    }
+}
+
+/// Connects, checks who is there, shakes hands, attaches the segment.
+pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
+    rendezvous::check_length(path)?;
+    let geometry = config.geometry()?;
+    let give_up = Instant::now() + config.connect_timeout;
+    let socket = connect_socket(path, give_up)?;
+    let uid = rendezvous::peer_uid(&socket)?;
+    if uid != rustix::process::geteuid().as_raw() {
+        return Err(IpcError::WrongServer { path: path.to_owned(), uid });
+    }
+    let hello = Hello::new(geometry, rendezvous::random_id()?, monotonic_ns(), &config.name);
+    rendezvous::send(socket.as_fd(), hello.as_bytes(), None)
+        .map_err(|e| IpcError::io("send of the hello", e))?;
+    let (welcome, memory) = receive_welcome(&socket, give_up, config.connect_timeout)?;
+    let Some(memory) = memory else { return Err(refusal(&welcome)) };
+    let granted = Geometry::unpack(welcome.geometry);
+    let segment = Segment::attach(memory.as_fd(), granted, welcome.identity())?;
+    Session::new(segment, socket, memory, welcome.clock_offset_ns)
+}
+
+fn connect_socket(path: &Path, give_up: Instant) -> Result<OwnedFd> {
+    let not_running = || IpcError::NotRunning { path: path.to_owned() };
+    let address = SocketAddrUnix::new(path).map_err(|e| IpcError::io("making a socket address", e))?;
+    let socket = rendezvous::packet_socket(SocketFlags::NONBLOCK)?;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => return Ok(socket),
+            Err(Errno::NOENT | Errno::CONNREFUSED) => return Err(not_running()),
+            Err(Errno::INTR) => {}
+            Err(Errno::PROTOTYPE | Errno::NOTSOCK) => {
+                let problem =
+                    "what lies there is not a doorbell socket: name the server's socket with --socket";
+                return Err(IpcError::SocketPath { path: path.to_owned(), problem });
+            }
+            Err(Errno::NOTDIR) => {
+                let problem = "a part of the path is not a directory: check it";
+                return Err(IpcError::SocketPath { path: path.to_owned(), problem });
+            }
+            Err(Errno::ACCESS | Errno::PERM) => return Err(IpcError::NotPermitted),
+            // The backlog is full: the server is there and busy (F26).
+            Err(Errno::AGAIN) if Instant::now() < give_up => std::thread::sleep(Duration::from_millis(1)),
+            Err(e) => return Err(IpcError::io("connect", e)),
+        }
+    }
+}
+
+fn receive_welcome(
+    socket: &OwnedFd,
+    give_up: Instant,
+    timeout: Duration,
+) -> Result<(Welcome, Option<OwnedFd>)> {
+    let mut bytes = [0u8; size_of::<Welcome>() + 1];
+    let mut packet = loop {
+        match rendezvous::receive(socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
+            Ok(packet) => break packet,
+            Err(Errno::AGAIN) => {
+                let left = give_up.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(IpcError::HandshakeTimeout(timeout));
+                }
+                let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+                match poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&left)) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(e) => return Err(IpcError::io("poll of the session socket", e)),
+                }
+            }
+            Err(e) => return Err(IpcError::io("receive of the welcome", e)),
+        }
+    };
+    if packet.len == 0 {
+        return Err(IpcError::Handshake("the server closed the socket without an answer"));
+    }
+    if let Some(reason) = Goodbye::read(&bytes[..packet.len]) {
+        return Err(IpcError::Disconnected(reason));
+    }
+    let welcome = Welcome::read_from_bytes(&bytes[..packet.len])
+        .ok()
+        .filter(|w| w.magic == MAGIC && !packet.truncated)
+        .ok_or(IpcError::Handshake("the answer is not a doorbell welcome"))?;
+    if welcome.code != code::OK {
+        return Ok((welcome, None));
+    }
+    if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
+        let (min, max) = (welcome.version_min, welcome.version_max);
+        return Err(IpcError::VersionMismatch { min, max, ours: VERSION_MAX });
+    }
+    match (packet.fds.pop(), packet.fds.len()) {
+        (Some(memory), 0) => Ok((welcome, Some(memory))),
+        _ => Err(IpcError::Handshake("the welcome did not come with exactly one descriptor")),
+    }
+}
+
+/// What a refusal means.
+fn refusal(welcome: &Welcome) -> IpcError {
+    let retry_ms = welcome.retry_ms;
+    match welcome.code {
+        code::VERSION_MISMATCH => {
+            let (min, max) = (welcome.version_min, welcome.version_max);
+            IpcError::VersionMismatch { min, max, ours: VERSION_MAX }
+        }
+        code::NOT_PERMITTED => IpcError::NotPermitted,
+        code::TOO_MANY => IpcError::TooMany { scope: "sessions", limit: welcome.limit.into(), retry_ms },
+        code::NO_MEMORY => IpcError::NoMemory { retry_ms },
+        code::DRAINING => IpcError::Draining { retry_ms },
+        code::BAD_HELLO => IpcError::Handshake("the server did not understand our hello"),
+        _ => IpcError::Handshake("the server refused with an unknown code"),
+    }
+}

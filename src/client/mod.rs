@@ -1,0 +1,349 @@
+//! The client: a session with a server, cheap connections inside it, blocking and pipelined calls.
+
+mod call;
+mod connect;
+mod session;
+mod waiting;
+
+pub use call::{CallId, CallOptions, Reply, SlotWriter};
+pub use connect::ClientConfig;
+
+use crate::config::WaitPolicy;
+use crate::error::{IpcError, Result};
+use crate::protocol::MessageType;
+use doorbell_shm::entry::{Status, codec, flag, kind};
+use session::{Outcome, Session};
+use std::cell::RefCell;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// One session with a server: one socket, one shared segment, any number of connections.
+///
+/// A client may move between threads but not be shared by them: its rings have one producer and one
+/// consumer (trap 7), and the type says so. A thread of its own gets a client of its own, which costs 8 KiB
+/// of shared memory at the smallest.
+///
+/// ```compile_fail
+/// fn share<T: Sync>() {}
+/// share::<doorbell::IpcClient>();
+/// ```
+#[derive(Debug)]
+pub struct IpcClient {
+    session: RefCell<Session>,
+    policy: WaitPolicy,
+}
+
+impl IpcClient {
+    /// Connects to the server at `path` with the default configuration.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::NotRunning`] if nobody listens there; the other variants for what the server or the
+    /// path make impossible, each saying what to do.
+    pub fn connect(path: impl AsRef<Path>) -> Result<Self> {
+        Self::connect_with(path, &ClientConfig::default())
+    }
+
+    /// Connects with a configuration of the caller's.
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::connect`].
+    pub fn connect_with(path: impl AsRef<Path>, config: &ClientConfig) -> Result<Self> {
+        let session = connect::connect(path.as_ref(), config)?;
+        Ok(Self { session: RefCell::new(session), policy: config.policy })
+    }
+
+    /// Opens an interactive connection for bodies that doorbell does not interpret.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::TooMany`] when the server's limit is reached; others if the session is lost.
+    pub fn open(&self) -> Result<Connection<'_>> {
+        self.open_with(codec::RAW, false)
+    }
+
+    /// Opens a connection for bodies of `codec`, on the bulk rings if `bulk`: interactive calls overtake
+    /// those (R2.8).
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::open`].
+    pub fn open_with(&self, codec: u8, bulk: bool) -> Result<Connection<'_>> {
+        let flags = if bulk { flag::BULK } else { 0 };
+        let slot = self.retry(|session| session.submit_control(kind::OPEN, 0, codec, flags, bulk))?;
+        let outcome = self.wait_for(slot, None)?;
+        self.session.borrow_mut().release(slot);
+        match outcome {
+            Outcome::Reply { status, detail, .. } if status == Status::Ok as u8 => {
+                let id = ConnectionId { number: detail as u32, codec, bulk };
+                Ok(Connection { client: self, id, owned: true })
+            }
+            Outcome::Reply { status, detail, .. } if status == Status::Overloaded as u8 => {
+                Err(IpcError::TooMany { scope: "connections", limit: detail, retry_ms: 100 })
+            }
+            Outcome::Reply { .. } => {
+                Err(IpcError::Handshake("the server answered OPEN with an unknown status"))
+            }
+            Outcome::Lost { .. } => Err(IpcError::NotExecuted),
+        }
+    }
+
+    /// The connection that `id` names, to be used and not closed when dropped. One that has been closed, or
+    /// was opened by another client, is a violation of the protocol and ends this session.
+    #[inline(always)]
+    pub fn attached(&self, id: ConnectionId) -> Connection<'_> {
+        Connection { client: self, id, owned: false }
+    }
+
+    /// Sends what has been submitted: one fence, and one wake if the server sleeps.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::Io`] if the kernel refuses the wake.
+    #[inline(always)]
+    pub fn flush(&self) -> Result<()> {
+        self.session.borrow_mut().flush()
+    }
+
+    /// Takes the next answer, if one has come, of whichever connection. Does not wait.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::ServerFault`] if the server broke the protocol.
+    #[inline(always)]
+    pub fn poll(&self) -> Result<Option<Reply<'_>>> {
+        let mut session = self.session.borrow_mut();
+        let Some(slot) = session.next()? else { return Ok(None) };
+        let (tag, generation, outcome, response_slot) = session.call_of(slot);
+        Ok(Some(Reply { client: self, slot, generation, tag, outcome, response_slot }))
+    }
+
+    /// Flushes, then waits until [`IpcClient::poll`] has something, or until `timeout` is over; says
+    /// whether it has.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::Disconnected`] or [`IpcError::ConnectionLost`] when the session is over and every answer
+    /// has been taken.
+    pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
+        let deadline = timeout.map(|t| Instant::now() + t);
+        self.session.borrow_mut().wait(self.policy, deadline)
+    }
+
+    /// Says that the answer of a submitted call is no longer wanted. If the call has not been started it
+    /// will be answered [`IpcError::Cancelled`]; it is answered exactly once in any case.
+    pub fn cancel(&self, call: CallId) {
+        self.session.borrow_mut().cancel(call);
+    }
+
+    /// Calls submitted and not yet answered or taken.
+    pub fn in_flight(&self) -> usize {
+        self.session.borrow().in_flight()
+    }
+
+    /// Bytes of shared memory that exist for this session, as the kernel counts them.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::Io`] if the kernel refuses fstat.
+    pub fn shared_bytes(&self) -> Result<u64> {
+        self.session.borrow().shared_bytes()
+    }
+
+    /// Longest request, bytes.
+    pub fn max_message_size(&self) -> usize {
+        self.session.borrow().largest_slot()
+    }
+
+    /// Runs `attempt` until it does not block: while it does, flushes and waits for answers.
+    fn retry<T>(&self, mut attempt: impl FnMut(&mut Session) -> Result<T>) -> Result<T> {
+        loop {
+            let mut session = self.session.borrow_mut();
+            match attempt(&mut session) {
+                Err(IpcError::WouldBlock) => {
+                    // Answers that nobody has taken hold the slots: waiting for them would wait for ever.
+                    if session.only_untaken_answers() {
+                        return Err(IpcError::WouldBlock);
+                    }
+                    session.wait(self.policy, None)?;
+                    session.stash()?;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Waits for the terminal completion of the call in `slot`; others that come are kept for `poll`.
+    #[inline]
+    fn wait_for(&self, slot: u32, deadline: Option<Instant>) -> Result<Outcome> {
+        let mut session = self.session.borrow_mut();
+        session.flush()?;
+        loop {
+            while let Some(next) = session.next_completed()? {
+                if next == slot {
+                    return Ok(session.call_of(slot).2);
+                }
+                session.keep(next);
+            }
+            if session.take_kept(slot) {
+                return Ok(session.call_of(slot).2);
+            }
+            if !session.wait_for_completion(self.policy, deadline)? {
+                return Err(IpcError::Timeout);
+            }
+        }
+    }
+}
+
+/// A numbered, ordered conversation inside a session. Cheap: a number here, 40 bytes at the server.
+/// Dropping it closes it.
+#[derive(Debug)]
+pub struct Connection<'c> {
+    client: &'c IpcClient,
+    id: ConnectionId,
+    owned: bool,
+}
+
+/// Names an open connection of a client without borrowing it: for those who keep both in one place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConnectionId {
+    number: u32,
+    codec: u8,
+    bulk: bool,
+}
+
+impl<'c> Connection<'c> {
+    /// Its number at the server, for logs.
+    pub fn number(&self) -> u32 {
+        self.id.number
+    }
+
+    /// Keeps the connection open beyond this value; [`IpcClient::attached`] makes another of it.
+    pub fn detach(mut self) -> ConnectionId {
+        self.owned = false;
+        self.id
+    }
+
+    /// The client it belongs to.
+    pub fn client(&self) -> &'c IpcClient {
+        self.client
+    }
+
+    /// Sends `request` and waits for the answer.
+    ///
+    /// # Errors
+    ///
+    /// What the server answered, or what became of the session; see [`IpcError`].
+    pub fn call(&self, message_type: MessageType, request: &[u8]) -> Result<Vec<u8>> {
+        self.call_with(message_type, request, &CallOptions::default(), Reply::to_vec)
+    }
+
+    /// Sends `request`, waits, and copies the answer into `target`; returns its length. Allocates nothing.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Connection::call`]; [`IpcError::ReplyTooLarge`] if the answer is longer than `target`.
+    #[inline]
+    pub fn call_into(
+        &self,
+        message_type: MessageType,
+        request: &[u8],
+        target: &mut [u8],
+        options: &CallOptions,
+    ) -> Result<usize> {
+        let options = CallOptions { reply_capacity: options.reply_capacity.max(target.len()), ..*options };
+        self.call_with(message_type, request, &options, |reply| {
+            if reply.len() > target.len() {
+                return Err(IpcError::ReplyTooLarge(target.len()));
+            }
+            Ok(reply.copy_to(target))
+        })?
+    }
+
+    /// Sends `request`, waits, and gives the answer to `read`, which may copy what it needs from it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Connection::call`].
+    #[inline]
+    pub fn call_with<R>(
+        &self,
+        message_type: MessageType,
+        request: &[u8],
+        options: &CallOptions,
+        read: impl FnOnce(&Reply<'c>) -> R,
+    ) -> Result<R> {
+        let client = self.client;
+        let deadline = options.timeout.map(|t| Instant::now() + t);
+        let id = match self.submit(message_type, request, options) {
+            Err(IpcError::WouldBlock) => client.retry(|session| {
+                session.submit(self.target(), message_type, request.len(), options, |w| w.write(request))
+            })?,
+            other => other?,
+        };
+        let outcome = match client.wait_for(id.slot, deadline) {
+            Err(IpcError::Timeout) => {
+                // The slot stays lent until the late answer has come: nobody else can get it (F58).
+                client.session.borrow_mut().abandon(id)?;
+                return Err(IpcError::Timeout);
+            }
+            other => other?,
+        };
+        let (tag, generation, _, response_slot) = client.session.borrow().call_of(id.slot);
+        let reply = Reply { client, slot: id.slot, generation, tag, outcome, response_slot };
+        reply.result()?;
+        Ok(read(&reply))
+    }
+
+    /// Submits a call without waiting: [`IpcClient::flush`] sends it, [`IpcClient::poll`] brings its answer.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::WouldBlock`] when all slots or entries are in use: nothing was sent or lost.
+    /// [`IpcError::MessageTooLarge`] naming the limit.
+    #[inline(always)]
+    pub fn submit(&self, message_type: MessageType, request: &[u8], options: &CallOptions) -> Result<CallId> {
+        self.submit_with(message_type, request.len(), options, |writer| writer.write(request))
+    }
+
+    /// Submits a call whose request of at most `capacity` bytes is written by `write` right into the slot.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Connection::submit`], and whatever `write` returns; then nothing was sent.
+    #[inline(always)]
+    pub fn submit_with(
+        &self,
+        message_type: MessageType,
+        capacity: usize,
+        options: &CallOptions,
+        write: impl FnOnce(&mut SlotWriter<'_>) -> Result<()>,
+    ) -> Result<CallId> {
+        let mut session = self.client.session.borrow_mut();
+        session.submit(self.target(), message_type, capacity, options, write)
+    }
+
+    #[inline(always)]
+    fn target(&self) -> session::Target {
+        session::Target { connection: self.id.number, codec: self.id.codec, bulk: self.id.bulk }
+    }
+}
+
+impl Drop for Connection<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.owned {
+            self.close_now();
+        }
+    }
+}
+
+impl Connection<'_> {
+    fn close_now(&self) {
+        // A guard that is dropped inside a callback of the same client waits for the next flush.
+        if let Ok(mut session) = self.client.session.try_borrow_mut() {
+            session.close_later(self.id.number, self.id.bulk);
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Every limit of the server, in one place, with its unit (FAULTS S12).
+
+use crate::error::{IpcError, Result};
+use doorbell_shm::layout::SLOT_LARGE;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// Longest message, bytes: one slot of the largest class, until bodies travel as frames.
+pub const MESSAGE_MAX: usize = SLOT_LARGE;
+
+/// How a side waits when there is nothing to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum WaitPolicy {
+    /// Poll without pause: the lowest latency, at the price of a whole core. Bells are still answered.
+    Spin,
+    /// Sleep as soon as there is nothing to do: no CPU while idle, a wake-up (2 µs on the caller's core, 5
+    /// to 70 µs across cores) in every cold call.
+    #[default]
+    Block,
+}
+
+impl FromStr for WaitPolicy {
+    type Err = IpcError;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "spin" => Ok(Self::Spin),
+            "block" => Ok(Self::Block),
+            other => Err(IpcError::Config(format!("policy `{other}` is unknown: choose spin or block"))),
+        }
+    }
+}
+
+/// The limits of a server. `Default` is what `doorbell serve` uses.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// Connections over all sessions.
+    pub max_connections: u32,
+    /// Sessions; each takes two file descriptors.
+    pub max_sessions: u32,
+    /// Sessions whose hello has not come yet; when reached, the kernel's backlog holds the others (F27).
+    pub max_half_open: u32,
+    /// How long a session may stay half open.
+    pub handshake_timeout: Duration,
+    /// Largest ring order a client may ask for.
+    pub max_ring_order: u8,
+    /// Most slot pages a client may ask for.
+    pub max_slot_pages: u32,
+    /// Entries taken from one lane before the next has its turn (S7).
+    pub entries_per_turn: u32,
+    /// How often every lane is looked at whether its bell rang or not (S6).
+    pub sweep_interval: Duration,
+    /// How the reactor waits.
+    pub policy: WaitPolicy,
+    /// Core that the reactor is pinned to; `None` leaves it to the scheduler.
+    pub core: Option<usize>,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            max_connections: 1000,
+            max_sessions: 1024,
+            max_half_open: 128,
+            handshake_timeout: Duration::from_millis(100),
+            max_ring_order: 10,
+            max_slot_pages: 1024,
+            entries_per_turn: 32,
+            sweep_interval: Duration::from_millis(50),
+            policy: WaitPolicy::Block,
+            core: None,
+        }
+    }
+}
+
+/// File descriptors beside those of sessions: standard streams, ring, listener, lock, directory, spare.
+const FDS_BESIDE_SESSIONS: u64 = 64;
+/// Connection numbers have 20 bits of index.
+const CONNECTIONS_LIMIT: u32 = 1 << 20;
+
+impl ServerConfig {
+    /// Checks every value against its range.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::Config`] naming the key, its value and what is allowed.
+    pub fn check(&self) -> Result<()> {
+        let range = |key: &str, value: u64, min: u64, max: u64| {
+            if (min..=max).contains(&value) {
+                return Ok(());
+            }
+            Err(IpcError::Config(format!("{key} is {value}, allowed are {min} to {max}")))
+        };
+        range("max_connections", self.max_connections.into(), 1, CONNECTIONS_LIMIT.into())?;
+        range("max_sessions", self.max_sessions.into(), 1, CONNECTIONS_LIMIT.into())?;
+        range("max_half_open", self.max_half_open.into(), 1, self.max_sessions.into())?;
+        range("handshake_timeout (ms)", self.handshake_timeout.as_millis() as u64, 1, 60_000)?;
+        range("max_ring_order", self.max_ring_order.into(), 3, 10)?;
+        range("max_slot_pages", self.max_slot_pages.into(), 1, 1024)?;
+        range("entries_per_turn", self.entries_per_turn.into(), 1, 1024)?;
+        range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
+    }
+
+    /// Raises the soft limit of file descriptors to the hard one and checks that it carries the sessions
+    /// configured (F39).
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::Config`] with both numbers when the hard limit is too low.
+    pub fn raise_file_limit(&self) -> Result<()> {
+        let sessions = self.max_sessions;
+        raise_file_limit(2 * u64::from(sessions)).map_err(|error| match error {
+            IpcError::Config(why) => {
+                IpcError::Config(format!("max_sessions = {sessions}: {why}; or lower max_sessions"))
+            }
+            other => other,
+        })
+    }
+}
+
+/// Raises the soft limit of file descriptors to the hard one, if `needed` of them and some spare ones do
+/// not fit below it.
+///
+/// # Errors
+///
+/// [`IpcError::Config`] with both numbers when the hard limit is too low.
+pub fn raise_file_limit(needed: u64) -> Result<()> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let needed = needed + FDS_BESIDE_SESSIONS;
+    if let Some(hard) = limit.maximum
+        && hard < needed
+    {
+        return Err(IpcError::Config(format!(
+            "{needed} file descriptors are needed, the hard limit is {hard}: raise it (ulimit -Hn {needed})"
+        )));
+    }
+    if limit.current.is_some_and(|soft| soft < needed) {
+        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+            .map_err(|e| IpcError::io("setrlimit(RLIMIT_NOFILE)", e))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_out_of_range_is_named_with_its_range() {
+        ServerConfig::default().check().unwrap();
+        let config = ServerConfig { max_connections: 0, ..ServerConfig::default() };
+        let error = config.check().unwrap_err().to_string();
+        assert!(error.contains("max_connections is 0") && error.contains("1048576"), "{error}");
+        assert!("handoff".parse::<WaitPolicy>().unwrap_err().to_string().contains("spin or block"));
+    }
+}

@@ -1,0 +1,184 @@
+//! The one public error of the library (R3.1): every variant says what was wrong and what to do.
+
+use crate::protocol::MessageType;
+use crate::protocol::handshake::DisconnectReason;
+use doorbell_shm::{PeerFault, SegmentError};
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The result of everything that can fail here.
+pub type Result<T, E = IpcError> = std::result::Result<T, E>;
+
+/// What went wrong in a call, a connection or a server.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IpcError {
+    /// A system call failed.
+    #[error("{call} failed: {source}")]
+    Io {
+        /// The call and what it was for.
+        call: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A request is longer than the limit given here, bytes. Nothing was sent, nothing else is lost.
+    #[error(
+        "the message is longer than the limit of {0} bytes: send less, or ask for larger slots when connecting"
+    )]
+    MessageTooLarge(usize),
+    /// The answer did not fit into the slot lent for it, which holds this many bytes.
+    #[error(
+        "the answer is longer than the {0} bytes lent for it: lend more with `CallOptions::reply_capacity`"
+    )]
+    ReplyTooLarge(usize),
+    /// The server has no handler for this type. The connection goes on.
+    #[error(
+        "the server has no handler for message type {0}: check the number, or register a handler in its table"
+    )]
+    UnknownMessageType(MessageType),
+    /// The handler panicked. The connection goes on.
+    #[error("the handler panicked while it ran this call: see the server's log")]
+    HandlerPanic,
+    /// No answer within the caller's time-out. The call has been cancelled; it may have run.
+    #[error("no answer within the time-out: the call was cancelled but may have run")]
+    Timeout,
+    /// The handler could not make sense of the body.
+    #[error("the server could not decode the request: {0}")]
+    Decode(String),
+    /// The deadline had passed before the call was started; it was not run.
+    #[error("the deadline had passed before the call was started: it was not run")]
+    DeadlineExceeded,
+    /// The call was cancelled before it was started.
+    #[error("the call was cancelled before it was started")]
+    Cancelled,
+    /// The server could not take the call now.
+    #[error("the server is overloaded: try again in {retry_ms} ms")]
+    Overloaded {
+        /// Milliseconds to wait.
+        retry_ms: u64,
+    },
+    /// The handler reported a failure of its own.
+    #[error("the handler failed: {0}")]
+    Handler(String),
+    /// Every slot or ring entry is in use: take completions, then try again. Nothing was sent or lost.
+    #[error("all slots or ring entries are in use: take completions with `poll` and try again")]
+    WouldBlock,
+    /// The connection has been closed by its owner.
+    #[error("the connection is closed: open another one")]
+    ConnectionClosed,
+    /// Nobody listens at the path.
+    #[error("no server listens at {path}: start one with `doorbell serve`, or name its socket with --socket")]
+    NotRunning {
+        /// The socket path tried.
+        path: PathBuf,
+    },
+    /// The path does not fit into a socket address.
+    #[error(
+        "the socket path {path} has {len} bytes, a unix socket address holds {max}: choose a shorter one"
+    )]
+    SocketPathTooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length, bytes.
+        len: usize,
+        /// What fits, bytes.
+        max: usize,
+    },
+    /// The path, or the directory it lies in, is not one that a socket can safely live at.
+    #[error("cannot use the socket path {path}: {problem}")]
+    SocketPath {
+        /// The path concerned.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        problem: &'static str,
+    },
+    /// Another server holds the path.
+    #[error("a server is already running at {path}: stop it, or choose another path with --socket")]
+    AlreadyRunning {
+        /// The socket path.
+        path: PathBuf,
+    },
+    /// The server belongs to another user.
+    #[error("the server at {path} runs as uid {uid}, not as yours: refusing to send it anything")]
+    WrongServer {
+        /// The socket path.
+        path: PathBuf,
+        /// The server's uid.
+        uid: u32,
+    },
+    /// The server refuses this user.
+    #[error("the server refuses other users than its own: run the client as the server's user")]
+    NotPermitted,
+    /// No common protocol version.
+    #[error("the server speaks protocol versions {min} to {max}, this client {ours}: upgrade the older one")]
+    VersionMismatch {
+        /// The server's oldest.
+        min: u16,
+        /// The server's newest.
+        max: u16,
+        /// Ours.
+        ours: u16,
+    },
+    /// A limit of the server on sessions or connections is reached. Existing ones are unaffected.
+    #[error(
+        "the server's limit of {limit} {scope} is reached: close some, or raise it; try again in {retry_ms} ms"
+    )]
+    TooMany {
+        /// `sessions` or `connections`.
+        scope: &'static str,
+        /// The limit.
+        limit: u64,
+        /// Milliseconds after which to try again.
+        retry_ms: u32,
+    },
+    /// The server lacks the memory for this session.
+    #[error("the server has no memory for this session: ask for fewer slots, or try again in {retry_ms} ms")]
+    NoMemory {
+        /// Milliseconds after which to try again.
+        retry_ms: u32,
+    },
+    /// The server is stopping.
+    #[error("the server is stopping and takes no new sessions: try again in {retry_ms} ms")]
+    Draining {
+        /// Milliseconds after which to try again.
+        retry_ms: u32,
+    },
+    /// The other side did not speak the handshake.
+    #[error("the handshake went wrong: {0}")]
+    Handshake(&'static str),
+    /// The server did not answer the handshake in time.
+    #[error("the server accepted the socket but did not answer the handshake within {0:?}: it may be stuck")]
+    HandshakeTimeout(Duration),
+    /// The server ended this session and said why.
+    #[error("the server ended this session: {0}")]
+    Disconnected(DisconnectReason),
+    /// The server is gone; this call was provably not started.
+    #[error("the server is gone; the call was not executed and can be sent again")]
+    NotExecuted,
+    /// The server is gone; this call may have been executed.
+    #[error("the server is gone; the call may or may not have been executed")]
+    ConnectionLost,
+    /// What the server wrote into shared memory breaks the protocol.
+    #[error("the server broke the protocol: {0}")]
+    ServerFault(#[source] PeerFault),
+    /// The shared segment could not be made or attached.
+    #[error("shared memory: {0}")]
+    Segment(#[from] SegmentError),
+    /// The server's waiting machinery could not be set up, or failed.
+    #[error(transparent)]
+    Uring(#[from] doorbell_uring::SetupError),
+    /// The kernel refused an operation of a running server.
+    #[error(transparent)]
+    Driver(#[from] doorbell_uring::DriverError),
+    /// The configuration asks for something impossible.
+    #[error("configuration: {0}")]
+    Config(String),
+}
+
+impl IpcError {
+    pub(crate) fn io(call: &'static str, source: impl Into<io::Error>) -> Self {
+        Self::Io { call, source: source.into() }
+    }
+}

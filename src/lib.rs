@@ -1,0 +1,26 @@
+//! doorbell: request/response IPC between processes of one Linux machine.
+//!
+//! Payloads travel through shared memory, io_uring futexes are the doorbells, a single-threaded reactor
+//! dispatches handlers from a static table. `ARCHITECTURE.md` says how it fits together.
+//!
+//! - Server: [`IpcServer`] with a [`HandlerTable`].
+//! - Client: [`IpcClient`].
+
+mod client;
+pub mod config;
+mod error;
+mod metrics;
+pub mod protocol;
+mod server;
+
+pub use client::{
+    CallId, CallOptions, ClientConfig, Connection, ConnectionId, IpcClient, Reply as Answer, SlotWriter,
+};
+pub use config::{ServerConfig, WaitPolicy};
+pub use error::{IpcError, Result};
+pub use metrics::Metrics;
+pub use protocol::{MessageType, default_socket_path};
+pub use server::{
+    BoundServer, BufferPool, ConnectionPool, Context, Handler, HandlerError, HandlerTable, IpcServer, Reply,
+    ShutdownHandle, TABLE_LEN,
+};

@@ -1,0 +1,7 @@
+//! The `doorbell` command: serve, call, bench.
+
+mod cli;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

@@ -1,0 +1,329 @@
+//! The handshake: one fixed-size message each way over a SOCK_SEQPACKET unix socket, then silence.
+//!
+//! The client sends [`Hello`] right after connecting; the server answers [`Welcome`], with the segment's
+//! descriptor if the code is [`code::OK`]. The socket stays open for the session's life: it tells of
+//! death (trap 9), carries the one-byte bell for clients that wait on a descriptor, and the server's last
+//! word, [`Goodbye`].
+//!
+//! Layout: `shm/LAYOUT.md`, section Handshake. Everything is little-endian; reserved is zero, and refused
+//! when it is not.
+
+use doorbell_shm::layout::{Geometry, MAGIC};
+use doorbell_shm::segment::Identity;
+use std::fmt;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Oldest protocol version spoken.
+pub const VERSION_MIN: u16 = 1;
+/// Newest protocol version spoken.
+pub const VERSION_MAX: u16 = 1;
+
+/// Answer codes of the handshake.
+pub mod code {
+    /// The session exists; the segment's descriptor comes with the message.
+    pub const OK: u16 = 0;
+    /// No common version; `version_min` and `version_max` are the server's. Final.
+    pub const VERSION_MISMATCH: u16 = 1;
+    /// The peer runs as another user. Final.
+    pub const NOT_PERMITTED: u16 = 2;
+    /// A limit is reached; `limit` and `retry_ms` say more.
+    pub const TOO_MANY: u16 = 3;
+    /// No memory for the segment; `retry_ms`.
+    pub const NO_MEMORY: u16 = 4;
+    /// The server is stopping; `retry_ms`.
+    pub const DRAINING: u16 = 5;
+    /// The hello was not one. Final.
+    pub const BAD_HELLO: u16 = 6;
+}
+
+/// How each side may ring the other.
+pub mod doorbell_kind {
+    /// Futex words in the segment.
+    pub const FUTEX: u32 = 0;
+}
+
+/// The client's first and only message, 96 bytes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Hello {
+    /// "DOORBELL".
+    pub magic: u64,
+    /// Oldest version the client speaks.
+    pub version_min: u16,
+    /// Newest version the client speaks.
+    pub version_max: u16,
+    /// Lanes wanted, at least 1.
+    pub lanes: u32,
+    /// Feature bits that the client knows.
+    pub features: u64,
+    /// The geometry wanted, packed.
+    pub geometry: u64,
+    /// Random id of the client, kept across reconnections.
+    pub client_id: [u64; 2],
+    /// The client's CLOCK_MONOTONIC, ns.
+    pub now_ns: u64,
+    /// Reserved, zero.
+    pub reserved: u64,
+    /// Name for logs: UTF-8, padded with zeros.
+    pub name: [u8; 32],
+}
+
+const _: () = assert!(size_of::<Hello>() == 96 && size_of::<Welcome>() == 96 && size_of::<Goodbye>() == 16);
+
+impl Hello {
+    /// A hello of this library for `geometry`.
+    pub fn new(geometry: Geometry, client_id: [u64; 2], now_ns: u64, client_name: &str) -> Self {
+        let mut name = [0; 32];
+        let mut len = client_name.len().min(name.len());
+        while !client_name.is_char_boundary(len) {
+            len -= 1;
+        }
+        name[..len].copy_from_slice(&client_name.as_bytes()[..len]);
+        Self {
+            magic: MAGIC,
+            version_min: VERSION_MIN,
+            version_max: VERSION_MAX,
+            lanes: 1,
+            features: 0,
+            geometry: geometry.pack(),
+            client_id,
+            now_ns,
+            reserved: 0,
+            name,
+        }
+    }
+
+    /// Judges the bytes of a first message.
+    ///
+    /// # Errors
+    ///
+    /// The answer code to refuse it with: [`code::BAD_HELLO`] or [`code::VERSION_MISMATCH`].
+    pub fn read(bytes: &[u8]) -> Result<Self, u16> {
+        let hello = Self::read_from_bytes(bytes).map_err(|_| code::BAD_HELLO)?;
+        if hello.magic != MAGIC {
+            return Err(code::BAD_HELLO);
+        }
+        // The version decides what the rest means, so it is judged first.
+        if hello.version_min > VERSION_MAX || hello.version_max < VERSION_MIN {
+            return Err(code::VERSION_MISMATCH);
+        }
+        let inverted = hello.version_min > hello.version_max;
+        if inverted || hello.lanes == 0 || hello.reserved != 0 || hello.display_name().is_none() {
+            return Err(code::BAD_HELLO);
+        }
+        Ok(hello)
+    }
+
+    /// The name without its padding; `None` if it is not UTF-8, holds control characters or goes on after
+    /// a zero.
+    pub fn display_name(&self) -> Option<&str> {
+        let len = self.name.iter().position(|b| *b == 0).unwrap_or(self.name.len());
+        let (name, padding) = self.name.split_at(len);
+        let name = std::str::from_utf8(name).ok()?;
+        (padding.iter().all(|b| *b == 0) && !name.chars().any(char::is_control)).then_some(name)
+    }
+}
+
+/// The server's answer, 96 bytes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Welcome {
+    /// "DOORBELL".
+    pub magic: u64,
+    /// One of [`code`].
+    pub code: u16,
+    /// The version both will speak.
+    pub version: u16,
+    /// One of [`doorbell_kind`].
+    pub doorbell_kind: u32,
+    /// Feature bits in force.
+    pub features: u64,
+    /// The geometry granted, packed.
+    pub geometry: u64,
+    /// Lanes that the session may have.
+    pub lanes: u32,
+    /// Milliseconds after which to try again.
+    pub retry_ms: u32,
+    /// Random at the start of the server.
+    pub epoch: u64,
+    /// Random id of the session.
+    pub session: [u64; 2],
+    /// Server's CLOCK_MONOTONIC minus the client's, ns, two's complement: deadlines are the server's.
+    pub clock_offset_ns: u64,
+    /// Longest message, bytes.
+    pub max_message_size: u64,
+    /// The server's oldest version.
+    pub version_min: u16,
+    /// The server's newest version.
+    pub version_max: u16,
+    /// The limit that was reached, with [`code::TOO_MANY`].
+    pub limit: u32,
+    /// Reserved, zero.
+    pub reserved: u64,
+}
+
+impl Welcome {
+    /// An answer that refuses, with nothing but its code.
+    pub fn refusal(code: u16) -> Self {
+        Self {
+            magic: MAGIC,
+            code,
+            version: 0,
+            doorbell_kind: doorbell_kind::FUTEX,
+            features: 0,
+            geometry: 0,
+            lanes: 0,
+            retry_ms: 0,
+            epoch: 0,
+            session: [0; 2],
+            clock_offset_ns: 0,
+            max_message_size: 0,
+            version_min: VERSION_MIN,
+            version_max: VERSION_MAX,
+            limit: 0,
+            reserved: 0,
+        }
+    }
+
+    /// Who the segment belongs to.
+    pub fn identity(&self) -> Identity {
+        Identity { epoch: self.epoch, session: self.session }
+    }
+}
+
+/// The server's last message on the socket, 16 bytes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Goodbye {
+    /// "BYE\0".
+    pub magic: u32,
+    /// Code of a [`DisconnectReason`].
+    pub reason: u32,
+    /// Reserved, zero.
+    pub reserved: u64,
+}
+
+impl Goodbye {
+    /// The message for `reason`.
+    pub fn new(reason: DisconnectReason) -> Self {
+        Self { magic: u32::from_le_bytes(*b"BYE\0"), reason: reason as u32, reserved: 0 }
+    }
+
+    /// The reason in a received message; `None` if it is not a goodbye.
+    pub fn read(bytes: &[u8]) -> Option<DisconnectReason> {
+        let bye = Self::read_from_bytes(bytes).ok()?;
+        (bye.magic == u32::from_le_bytes(*b"BYE\0")).then(|| DisconnectReason::from_code(bye.reason))?
+    }
+}
+
+/// Why the server ended a session (FAULTS §3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum DisconnectReason {
+    /// The client wrote what no correct client writes.
+    ProtocolViolation = 1,
+    /// The client's process or socket is gone.
+    PeerDied = 2,
+    /// No hello in time.
+    HandshakeTimeout = 3,
+    /// More than its quota.
+    Quota = 4,
+    /// It holds completions and does not take them.
+    SlowConsumer = 5,
+    /// It rings without cause.
+    DoorbellAbuse = 6,
+    /// Nothing happened for the idle time-out.
+    IdleTimeout = 7,
+    /// The server is stopping.
+    Draining = 8,
+}
+
+impl DisconnectReason {
+    /// Every reason, in the order of its code.
+    pub const ALL: [Self; 8] = [
+        Self::ProtocolViolation,
+        Self::PeerDied,
+        Self::HandshakeTimeout,
+        Self::Quota,
+        Self::SlowConsumer,
+        Self::DoorbellAbuse,
+        Self::IdleTimeout,
+        Self::Draining,
+    ];
+
+    /// The reason numbered `code`, if there is one.
+    pub fn from_code(code: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|r| *r as u32 == code)
+    }
+}
+
+impl fmt::Display for DisconnectReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ProtocolViolation => "this client broke the protocol (see the server's log)",
+            Self::PeerDied => "the client is gone",
+            Self::HandshakeTimeout => "no hello came in time",
+            Self::Quota => "this client used more than its quota",
+            Self::SlowConsumer => "this client did not take its completions",
+            Self::DoorbellAbuse => "this client rang without cause",
+            Self::IdleTimeout => "nothing was sent for the idle time-out",
+            Self::Draining => "the server is stopping",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello() -> Hello {
+        Hello::new(Geometry::default(), [1, 2], 3, "test")
+    }
+
+    #[test]
+    fn trap20_our_own_hello_is_accepted() {
+        assert_eq!(Hello::read(hello().as_bytes()), Ok(hello()));
+    }
+
+    /// Goal: every way to get the first message wrong has its refusal (F31, F48).
+    #[test]
+    fn f31_f48_a_wrong_hello_is_refused_by_code() {
+        let mut cases: Vec<(Vec<u8>, u16)> = Vec::new();
+        cases.push((Vec::new(), code::BAD_HELLO));
+        cases.push((hello().as_bytes()[..95].to_vec(), code::BAD_HELLO));
+        cases.push(([hello().as_bytes(), &[0]].concat(), code::BAD_HELLO));
+        let bad = |change: &dyn Fn(&mut Hello), code| {
+            let mut h = hello();
+            change(&mut h);
+            (h.as_bytes().to_vec(), code)
+        };
+        cases.push(bad(&|h| h.magic ^= 1, code::BAD_HELLO));
+        cases.push(bad(&|h| h.reserved = 1, code::BAD_HELLO));
+        cases.push(bad(&|h| h.lanes = 0, code::BAD_HELLO));
+        cases.push(bad(&|h| h.name = [0xff; 32], code::BAD_HELLO));
+        cases.push(bad(&|h| h.name[31] = b'x', code::BAD_HELLO));
+        cases.push(bad(&|h| h.name[0] = b'\n', code::BAD_HELLO));
+        cases.push(bad(&|h| (h.version_min, h.version_max) = (1, 0), code::VERSION_MISMATCH));
+        cases.push(bad(&|h| (h.version_min, h.version_max) = (9, 12), code::VERSION_MISMATCH));
+        for (bytes, code) in cases {
+            assert_eq!(Hello::read(&bytes), Err(code), "{bytes:x?}");
+        }
+    }
+
+    #[test]
+    fn a_long_name_is_cut_at_a_character() {
+        let h = Hello::new(Geometry::default(), [0; 2], 0, &"ä".repeat(40));
+        assert_eq!(h.display_name(), Some("ä".repeat(16).as_str()));
+        let h = Hello::new(Geometry::default(), [0; 2], 0, &format!("x{}", "ä".repeat(40)));
+        assert_eq!(h.display_name().map(str::len), Some(31));
+    }
+
+    #[test]
+    fn a_goodbye_carries_its_reason() {
+        for reason in DisconnectReason::ALL {
+            assert_eq!(Goodbye::read(Goodbye::new(reason).as_bytes()), Some(reason));
+        }
+        assert_eq!(Goodbye::read(&[0; 16]), None);
+        assert_eq!(Goodbye::read(b"x"), None);
+    }
+}

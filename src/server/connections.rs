@@ -1,0 +1,150 @@
+//! The pool of connection records: all made at start, numbered, reused, never allocated later (R1.8).
+
+/// A connection's number as the client names it: 20 bits of index, 12 bits of generation.
+const INDEX_BITS: u32 = 20;
+const INDEX_MASK: u32 = (1 << INDEX_BITS) - 1;
+/// No further record in the free list.
+const NONE: u32 = u32::MAX;
+
+/// One conversation inside a session.
+#[derive(Debug, Clone, Copy)]
+pub struct Connection {
+    /// Session that opened it, while it is open.
+    session: u32,
+    /// Number it answers to while open; when free, the next free index.
+    number_or_next: u32,
+    /// How often this record has been used, for the generation in its number.
+    uses: u32,
+    /// Calls started on it.
+    pub requests: u32,
+    /// Bytes of requests and answers.
+    pub bytes: u64,
+    /// One of [`doorbell_shm::entry::codec`].
+    pub codec: u8,
+    open: bool,
+    /// Whether its calls come on the bulk rings.
+    pub bulk: bool,
+}
+
+/// Records of all connections of a server, whichever session they belong to.
+#[derive(Debug)]
+pub struct ConnectionPool {
+    records: Vec<Connection>,
+    first_free: u32,
+    open: u32,
+}
+
+impl ConnectionPool {
+    /// `limit` records of 32 bytes each: the only allocation the pool ever makes.
+    pub fn new(limit: u32) -> Self {
+        let blank = |index| Connection {
+            session: 0,
+            number_or_next: if index + 1 == limit { NONE } else { index + 1 },
+            uses: 0,
+            requests: 0,
+            bytes: 0,
+            codec: 0,
+            open: false,
+            bulk: false,
+        };
+        Self { records: (0..limit).map(blank).collect(), first_free: 0, open: 0 }
+    }
+
+    /// Most connections at once.
+    pub fn limit(&self) -> u32 {
+        self.records.len() as u32
+    }
+
+    /// Connections open now.
+    pub fn open_count(&self) -> u32 {
+        self.open
+    }
+
+    /// Opens a connection of `session` and returns its number; `None` when the limit is reached.
+    pub fn open(&mut self, session: u32, codec: u8, bulk: bool) -> Option<u32> {
+        let index = self.first_free;
+        let record = self.records.get_mut(index as usize)?;
+        self.first_free = record.number_or_next;
+        let uses = record.uses.wrapping_add(1);
+        let number = index | uses << INDEX_BITS;
+        *record = Connection {
+            session,
+            number_or_next: number,
+            uses,
+            requests: 0,
+            bytes: 0,
+            codec,
+            open: true,
+            bulk,
+        };
+        self.open += 1;
+        Some(number)
+    }
+
+    /// The record of `number`, if `session` has it open.
+    #[inline(always)]
+    pub fn get(&mut self, session: u32, number: u32) -> Option<&mut Connection> {
+        let record = self.records.get_mut((number & INDEX_MASK) as usize)?;
+        (record.open && record.number_or_next == number && record.session == session).then_some(record)
+    }
+
+    /// Closes a connection; `false` if `session` does not have it open.
+    pub fn close(&mut self, session: u32, number: u32) -> bool {
+        let next = self.first_free;
+        let Some(record) = self.get(session, number) else { return false };
+        record.open = false;
+        record.number_or_next = next;
+        self.first_free = number & INDEX_MASK;
+        self.open -= 1;
+        true
+    }
+
+    /// Closes every connection of `session` and returns how many there were.
+    pub fn close_all(&mut self, session: u32) -> u32 {
+        let mut closed = 0;
+        for index in 0..self.records.len() {
+            let record = self.records[index];
+            if record.open && record.session == session && self.close(session, record.number_or_next) {
+                closed += 1;
+            }
+        }
+        closed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_holds_and_numbers_are_not_reused_at_once() {
+        let mut pool = ConnectionPool::new(2);
+        let (a, b) = (pool.open(7, 0, false).unwrap(), pool.open(7, 0, false).unwrap());
+        assert_ne!(a, b);
+        assert_eq!(pool.open(8, 0, false), None);
+        assert!(pool.close(7, a) && !pool.close(7, a));
+        let c = pool.open(8, 0, true).unwrap();
+        assert_ne!(a, c, "a late call on the old number must not reach the new connection");
+        assert!(pool.get(7, a).is_none() && pool.get(7, c).is_none() && pool.get(8, c).is_some());
+        assert_eq!(pool.open_count(), 2);
+    }
+
+    #[test]
+    fn a_session_that_ends_closes_what_it_opened_and_nothing_else() {
+        let mut pool = ConnectionPool::new(8);
+        let mine: Vec<u32> = (0..3).filter_map(|_| pool.open(1, 0, false)).collect();
+        let other = pool.open(2, 0, false).unwrap();
+        assert_eq!(pool.close_all(1), 3);
+        assert!(mine.iter().all(|n| pool.get(1, *n).is_none()) && pool.get(2, other).is_some());
+        assert_eq!((0..9).filter_map(|_| pool.open(3, 0, false)).count(), 7);
+    }
+
+    #[test]
+    fn numbers_that_were_never_given_are_refused() {
+        let mut pool = ConnectionPool::new(2);
+        let a = pool.open(1, 0, false).unwrap();
+        for number in [0, 1, 2, a ^ 1, a ^ (1 << INDEX_BITS), u32::MAX] {
+            assert!(pool.get(1, number).is_none(), "{number:#x}");
+        }
+    }
+}

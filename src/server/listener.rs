@@ -1,0 +1,180 @@
+//! The listening socket: whose path it is, and for how long (R3.6, F52 to F55, trap 12).
+
+use crate::error::{IpcError, Result};
+use crate::protocol::rendezvous::{Place, SOCKET_PATH_MAX, check_length, packet_socket};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags};
+use rustix::net::SocketFlags;
+use std::ffi::OsString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Connections that the kernel queues while the reactor is busy; capped by net.core.somaxconn (F26).
+const BACKLOG: i32 = 4096;
+
+/// A bound, listening socket. Its path is ours while the lock is held; dropping removes the socket.
+pub(crate) struct Listener {
+    socket: OwnedFd,
+    place: Place,
+    /// Inode of our socket file, to remove no other.
+    inode: u64,
+    /// Held until the process ends, however it ends. The file stays: unlinking it would let two servers
+    /// lock two different files of the same name.
+    _lock: OwnedFd,
+}
+
+impl Listener {
+    /// Binds `path`: takes the lock first, refuses what is not ours or alive, replaces what is stale.
+    pub fn bind(path: &Path) -> Result<Self> {
+        // The lock and the temporary name are longer than the path; clients need the path itself.
+        check_length(path)?;
+        prepare_default_directory(path)?;
+        let place = Place::open(path)?;
+        let lock = take_lock(&place)?;
+        refuse_what_is_not_stale(&place)?;
+        let (socket, inode) = bind_beside_and_rename(&place)?;
+        rustix::net::listen(&socket, BACKLOG).map_err(|e| IpcError::io("listen", e))?;
+        Ok(Self { socket, place, inode, _lock: lock })
+    }
+
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    pub fn path(&self) -> &PathBuf {
+        &self.place.path
+    }
+
+    /// Takes the next waiting client; `None` when there is none.
+    pub fn accept(&self) -> std::result::Result<Option<OwnedFd>, rustix::io::Errno> {
+        use rustix::io::Errno;
+        match rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(socket) => Ok(Some(socket)),
+            // A client that gave up while it was queued is no reason to stop (F1).
+            Err(Errno::AGAIN) => Ok(None),
+            Err(Errno::INTR | Errno::CONNABORTED) => self.accept(),
+            Err(other) => Err(other),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let stat = rustix::fs::statat(&self.place.directory, &self.place.name, AtFlags::SYMLINK_NOFOLLOW);
+        if stat.is_ok_and(|s| s.st_ino == self.inode)
+            && let Err(error) =
+                rustix::fs::unlinkat(&self.place.directory, &self.place.name, AtFlags::empty())
+        {
+            tracing::warn!(path = %self.place.path.display(), %error, "could not remove the socket");
+        }
+    }
+}
+
+/// Makes the directory of the default path, mode 0700, when there is no runtime directory to use.
+fn prepare_default_directory(path: &Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    let uid = rustix::process::geteuid().as_raw();
+    let fallback = PathBuf::from(format!("/tmp/doorbell-{uid}"));
+    if path.parent() != Some(fallback.as_path()) {
+        return Ok(());
+    }
+    match std::fs::DirBuilder::new().mode(0o700).create(&fallback) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(IpcError::io("mkdir of the default socket directory", e))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn with_suffix(name: &std::ffi::OsStr, suffix: &str) -> OsString {
+    let mut name = name.to_owned();
+    name.push(suffix);
+    name
+}
+
+fn refuse(place: &Place, problem: &'static str) -> IpcError {
+    IpcError::SocketPath { path: place.path.clone(), problem }
+}
+
+/// Locks `<path>.lock`; the kernel releases it when we die (F52, F53).
+fn take_lock(place: &Place) -> Result<OwnedFd> {
+    let name = with_suffix(&place.name, ".lock");
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let lock =
+        rustix::fs::openat(&place.directory, &name, flags, Mode::RUSR | Mode::WUSR).map_err(|e| match e {
+            rustix::io::Errno::LOOP => {
+                refuse(place, "its lock file is a symbolic link, which is not followed: remove it")
+            }
+            rustix::io::Errno::ACCESS => {
+                refuse(place, "its directory or lock file may not be written by this user")
+            }
+            other => IpcError::io("open of the socket's lock file", other),
+        })?;
+    let stat = rustix::fs::fstat(&lock).map_err(|e| IpcError::io("fstat of the socket's lock file", e))?;
+    if stat.st_uid != rustix::process::geteuid().as_raw() {
+        return Err(refuse(place, "its lock file belongs to another user: choose another path"));
+    }
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(refuse(place, "its lock file is not a regular file: remove it"));
+    }
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::AGAIN) => Err(IpcError::AlreadyRunning { path: place.path.clone() }),
+        Err(e) => Err(IpcError::io("flock of the socket's lock file", e)),
+    }
+}
+
+/// With the lock held: a dead server's socket may be replaced, anything else may not.
+fn refuse_what_is_not_stale(place: &Place) -> Result<()> {
+    let Some((kind, owner)) = place.look(&place.name)? else { return Ok(()) };
+    if kind != FileType::Socket {
+        return Err(refuse(
+            place,
+            "something that is not a socket lies there: remove it or choose another path",
+        ));
+    }
+    if owner != rustix::process::geteuid().as_raw() {
+        return Err(refuse(place, "a socket of another user lies there: choose another path"));
+    }
+    // A server that does not know our lock may listen there all the same.
+    let probe = packet_socket(SocketFlags::NONBLOCK)?;
+    use rustix::io::Errno;
+    match rustix::net::connect(&probe, &place.address(&place.name)?) {
+        // Nobody listens: stale.
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(()),
+        // Somebody listens: for packets, with a full backlog, or for another type of socket.
+        Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => {
+            Err(IpcError::AlreadyRunning { path: place.path.clone() })
+        }
+        Err(e) => Err(IpcError::io("connect to the socket that lies at the path", e)),
+    }
+}
+
+/// Binds under a temporary name and renames: the path is either absent, stale or a listening socket.
+fn bind_beside_and_rename(place: &Place) -> Result<(OwnedFd, u64)> {
+    let temporary = with_suffix(&place.name, ".new");
+    let address = place.address(&temporary)?;
+    let socket = packet_socket(SocketFlags::NONBLOCK)?;
+    // Mode 0600 from birth: the inode takes the socket's own mode (F55).
+    rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)
+        .map_err(|e| IpcError::io("fchmod of the socket", e))?;
+    // Only a server that holds the lock makes this name, so what lies there is a dead one's.
+    match rustix::fs::unlinkat(&place.directory, &temporary, AtFlags::empty()) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+        Err(e) => return Err(IpcError::io("unlink of a stale temporary socket", e)),
+    }
+    rustix::net::bind(&socket, &address).map_err(|e| match e {
+        rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
+            refuse(place, "its directory may not be written")
+        }
+        rustix::io::Errno::NAMETOOLONG => {
+            let path = place.path.clone();
+            IpcError::SocketPathTooLong { path, len: place.name.len(), max: SOCKET_PATH_MAX }
+        }
+        other => IpcError::io("bind", other),
+    })?;
+    let stat = rustix::fs::statat(&place.directory, &temporary, AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(|e| IpcError::io("stat of the new socket", e))?;
+    rustix::fs::renameat(&place.directory, &temporary, &place.directory, &place.name)
+        .map_err(|e| IpcError::io("rename of the new socket", e))?;
+    Ok((socket, stat.st_ino))
+}

@@ -1,0 +1,171 @@
+//! A server in a thread of the test, on a path of its own.
+
+#![allow(dead_code)]
+
+use doorbell::{
+    Context, HandlerError, HandlerTable, IpcServer, MessageType, Metrics, Reply, ServerConfig,
+    ShutdownHandle, WaitPolicy,
+};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+/// Panics.
+pub const PANIC: MessageType = MessageType(256);
+/// Answers with 2 MiB, more than any slot.
+pub const FLOOD: MessageType = MessageType(257);
+/// Refuses its body.
+pub const REFUSE: MessageType = MessageType(258);
+/// Counts its calls in the server's state and answers with the count.
+pub const COUNT: MessageType = MessageType(259);
+/// Waits until the test opens the gate, then counts.
+pub const GATE: MessageType = MessageType(260);
+/// Reads its request twice, with the gate in between, and answers whether both were the same.
+pub const READ_TWICE: MessageType = MessageType(261);
+
+#[derive(Debug, Default)]
+pub struct State {
+    pub counted: AtomicU64,
+    pub entered: AtomicU64,
+    pub gate: AtomicU64,
+}
+
+pub type Shared = &'static State;
+
+fn panic(_: &Context<'_, Shared>, _: &[u8], _: &mut Reply<'_>) -> Result<(), HandlerError> {
+    panic!("a handler that panics on purpose")
+}
+
+fn flood(_: &Context<'_, Shared>, _: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
+    // The error is ignored on purpose: the answer must not be cut short silently all the same.
+    reply.write(&[7; 2 << 20]).ok();
+    Ok(())
+}
+
+fn refuse(_: &Context<'_, Shared>, request: &[u8], _: &mut Reply<'_>) -> Result<(), HandlerError> {
+    Err(HandlerError::Decode(format!("{} bytes make no sense", request.len())))
+}
+
+fn count(context: &Context<'_, Shared>, _: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
+    let count = context.state().counted.fetch_add(1, Ordering::SeqCst) + 1;
+    reply.write(&count.to_le_bytes())
+}
+
+fn gate(context: &Context<'_, Shared>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
+    pass_gate(context.state());
+    count(context, request, reply)
+}
+
+fn pass_gate(state: &State) {
+    let ticket = state.entered.fetch_add(1, Ordering::SeqCst) + 1;
+    while state.gate.load(Ordering::SeqCst) < ticket {
+        std::thread::yield_now();
+    }
+}
+
+fn read_twice(
+    context: &Context<'_, Shared>,
+    request: &[u8],
+    reply: &mut Reply<'_>,
+) -> Result<(), HandlerError> {
+    let first = request.to_vec();
+    pass_gate(context.state());
+    reply.write(&[u8::from(first == request)])
+}
+
+static TABLE: HandlerTable<Shared> = HandlerTable::with_builtins()
+    .on(PANIC, panic)
+    .on(FLOOD, flood)
+    .on(REFUSE, refuse)
+    .on(COUNT, count)
+    .on(GATE, gate)
+    .on(READ_TWICE, read_twice);
+
+/// A directory of the test's own, removed with it.
+pub struct TestDir(pub PathBuf);
+
+impl TestDir {
+    pub fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("doorbell-test-{}-{n}", std::process::id()));
+        use std::os::unix::fs::DirBuilderExt;
+        std::fs::DirBuilder::new().mode(0o700).create(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for TestDir {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).ok();
+    }
+}
+
+/// A server that runs until dropped.
+pub struct TestServer {
+    path: PathBuf,
+    handle: ShutdownHandle,
+    thread: Option<JoinHandle<Metrics>>,
+    pub state: Shared,
+    _directory: TestDir,
+}
+
+impl TestServer {
+    pub fn start(policy: WaitPolicy) -> Self {
+        Self::start_with(ServerConfig { policy, ..ServerConfig::default() })
+    }
+
+    pub fn start_with(config: ServerConfig) -> Self {
+        let directory = TestDir::new();
+        let path = directory.join("s");
+        let state: Shared = Box::leak(Box::default());
+        let bound = IpcServer::new(&TABLE, state).config(config).bind(&path).unwrap();
+        let handle = bound.shutdown_handle();
+        let thread = std::thread::spawn(move || bound.serve().unwrap());
+        Self { path, handle, thread: Some(thread), state, _directory: directory }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Stops the server and returns what it counted.
+    pub fn stop(mut self) -> Metrics {
+        self.handle.shutdown().unwrap();
+        self.thread.take().unwrap().join().unwrap()
+    }
+
+    /// Lets one more call pass the gate.
+    pub fn open_gate(&self) {
+        self.state.gate.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub fn entered(&self) -> u64 {
+        self.state.entered.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for TestServer {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.state.gate.store(u64::MAX, Ordering::SeqCst);
+            self.handle.shutdown().unwrap();
+            if !std::thread::panicking() {
+                thread.join().unwrap();
+            }
+        }
+    }
+}
+
+/// Waits until `condition` holds; fails after half a minute.
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let begun = std::time::Instant::now();
+    while !condition() {
+        assert!(begun.elapsed().as_secs() < 30, "waited 30 s for: {what}");
+        std::thread::yield_now();
+    }
+}
