@@ -2,6 +2,9 @@
 //!
 //! Rule:   both sides *publish, fence (SeqCst), read the other's state* (Dekker). Either the sleeper finds
 //!         the entry when it looks again, or the publisher finds the mark and rings.
+//! Cost:   a fence right behind the stores it orders waits for their cache lines, 50 to 100 ns; the same
+//!         fence a moment later costs 10. So whoever has published looks without a fence first, goes on
+//!         polling, and asks behind a fence once it has nothing better to do, always before it sleeps.
 //! Trust:  a bell is a hint. A peer that scribbles on it loses wakes of its own, nothing else; the server's
 //!         sweep finds what it did not ring for (S6, F25).
 //! Layout: one 32-bit word on a line of its own, `shm/LAYOUT.md`, section Lane.
@@ -67,12 +70,19 @@ impl<B: Deref<Target = AtomicU32>> ServerBell<B> {
         self.0.load(Relaxed) != AWAKE
     }
 
+    /// Client: whether the server *seems* to sleep, without a fence. `true` is worth an immediate look with
+    /// [`ServerBell::take`]; `false` proves nothing until that has been asked behind a fence.
+    #[inline(always)]
+    pub fn seems_asleep(&self, published: Published) -> bool {
+        let state = self.0.load(Relaxed);
+        state != AWAKE && (state != ASLEEP || published == Published::Submissions)
+    }
+
     /// Client: whether the server has to be woken, after [`fence_before_bell`]. Takes the mark, so that
     /// the caller that gets `true` is the only one who pays for the wake.
     #[inline(always)]
     pub fn take(&self, published: Published) -> bool {
-        let state = self.0.load(Relaxed);
-        if state == AWAKE || (state == ASLEEP && published == Published::Consumed) {
+        if !self.seems_asleep(published) {
             return false;
         }
         // Relaxed: what was published is ordered by the fences. The wake that follows cannot precede the
@@ -99,6 +109,12 @@ impl<B: Deref<Target = AtomicU32>> ClientBell<B> {
     /// be cleared only while nobody else does (one leader per kind of waiter), or that one sleeps on.
     pub fn clear(&self, waiter: u32) {
         self.0.fetch_and(!waiter, Relaxed);
+    }
+
+    /// Server: whether somebody *seems* to sleep, without a fence; as for [`ServerBell::seems_asleep`].
+    #[inline(always)]
+    pub fn seems_asleep(&self) -> bool {
+        self.0.load(Relaxed) != 0
     }
 
     /// Server: who has to be woken, after [`fence_before_bell`]: bits of [`WAITER_FUTEX`] and

@@ -6,9 +6,13 @@
 //! `ptr::copy_nonoverlapping` is used rather than atomic words: 1 KiB costs 10 ns instead of 23.
 
 use crate::error::SegmentError;
+use crate::layout::LINE;
 use crate::map::Mapping;
 use std::ptr::NonNull;
 use std::sync::Arc;
+
+/// Longest range that [`SharedBytes::prefetch`] asks for, bytes: the processor's own prefetcher goes on.
+pub const PREFETCH_MAX: usize = 1024;
 
 /// A range of shared memory that can be copied from and to, but not referenced.
 #[derive(Debug, Clone)]
@@ -77,6 +81,20 @@ impl SharedBytes {
         }
     }
 
+    /// Asks for the cache lines of a range that will be read and then written, at most [`PREFETCH_MAX`]
+    /// bytes of it; a range that leaves this one is ignored. Owning a line at once saves the second
+    /// transfer that writing it after reading would cost.
+    #[inline(always)]
+    pub fn prefetch(&self, offset: usize, len: usize) {
+        if offset < self.len {
+            let end = offset + len.min(self.len - offset).clamp(1, PREFETCH_MAX);
+            for line in (offset..end).step_by(LINE) {
+                // SAFETY: `line < self.len`, so the address lies inside the mapping.
+                prefetch_for_write(unsafe { self.base.as_ptr().add(line) });
+            }
+        }
+    }
+
     #[inline(always)]
     fn check(&self, offset: usize, len: usize) {
         assert!(
@@ -85,6 +103,32 @@ impl SharedBytes {
             self.len
         );
     }
+}
+
+/// Asks for the cache line of `address`, to be owned. Changes nothing but the time of later accesses.
+#[inline(always)]
+pub(crate) fn prefetch_for_write<T>(address: *const T) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: a prefetch never faults and reads or writes nothing, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_ET0>(address.cast());
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = address;
+}
+
+/// Asks for the cache line of `address`, to be shared. Changes nothing but the time of later accesses.
+#[inline(always)]
+pub(crate) fn prefetch_for_read<T>(address: *const T) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: a prefetch never faults and reads or writes nothing, whatever the address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = address;
 }
 
 #[cfg(test)]
@@ -101,6 +145,19 @@ mod tests {
         bytes.read(0, &mut all);
         assert_eq!(&all[10..18], b"doorbell");
         assert!(all[..10].iter().chain(&all[18..]).all(|b| *b == 0));
+    }
+
+    #[test]
+    fn a_prefetch_of_any_range_changes_nothing() {
+        let map = Mapping::on_heap(PAGE);
+        let bytes = SharedBytes::new(&map, 64, 100).unwrap();
+        for (offset, len) in [(0, 0), (0, 100), (99, 1), (50, usize::MAX), (100, 1), (usize::MAX, usize::MAX)]
+        {
+            bytes.prefetch(offset, len);
+        }
+        let mut all = [9u8; 100];
+        bytes.read(0, &mut all);
+        assert_eq!(all, [0; 100]);
     }
 
     #[test]

@@ -137,6 +137,13 @@ where
         Ok(())
     }
 
+    /// Asks for the line of the entry `ahead` of the next one, which will be written soon.
+    #[inline(always)]
+    pub fn prefetch(&self, ahead: u64) {
+        let index = (self.next + ahead) as usize & ((1 << self.order) - 1);
+        crate::bytes::prefetch_for_write(&raw const self.entries[index]);
+    }
+
     /// Writes an entry, or returns `false` when the ring is full: the caller waits, nothing is lost (R1.9).
     ///
     /// Shape: the low half of `words[0]` is ignored, the lap takes its place.
@@ -206,6 +213,29 @@ where
         self.current().words[0].sequence() as u32 != expected.wrapping_sub(1)
     }
 
+    /// Asks for the lines of the next `count` entries, which have probably been written already.
+    #[inline(always)]
+    pub fn prefetch(&self, count: u64) {
+        for position in self.next..self.next + count {
+            let index = position as usize & ((1 << self.order) - 1);
+            crate::bytes::prefetch_for_read(&raw const self.entries[index]);
+        }
+    }
+
+    /// The words of the next entry if it is there: a hint for prefetching, not to be acted upon.
+    #[inline(always)]
+    pub fn peek(&self) -> Option<[u64; W]> {
+        let entry = self.current();
+        let sequence = entry.words[0].sequence();
+        (sequence as u32 == lap(self.next, self.order)).then(|| {
+            let mut words = [sequence; W];
+            for (word, value) in entry.words.iter().zip(&mut words).skip(1) {
+                *value = word.get();
+            }
+            words
+        })
+    }
+
     /// Takes the oldest entry, or `None` when there is none. Does not publish that it did.
     ///
     /// # Errors
@@ -233,12 +263,19 @@ where
         Ok(Some(words))
     }
 
-    /// Tells the producer how far we got: entries popped so far may be written again, and, for a
-    /// submission ring, may have been executed (FAULTS §5).
+    /// Tells the producer that everything popped so far may be written again.
     #[inline(always)]
     pub fn publish(&self) {
+        self.publish_at(self.next);
+    }
+
+    /// Tells the producer that entries before `position` may be written again, and, for a submission ring,
+    /// may have been executed (FAULTS §5). `position` is at most [`Consumer::next`].
+    #[inline(always)]
+    pub fn publish_at(&self, position: u64) {
+        debug_assert!(position <= self.next, "an entry is published only after it has been copied out");
         // Release pairs with the Acquire in `Producer::refresh`: our copies are complete.
-        self.position.store(self.next as u32, Release);
+        self.position.store(position as u32, Release);
     }
 
     #[inline(always)]

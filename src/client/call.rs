@@ -1,7 +1,7 @@
 //! What a caller says with a call, writes into it, and gets back.
 
 use super::IpcClient;
-use super::session::Outcome;
+use super::session::{Answered, Outcome};
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use doorbell_shm::bytes::SharedBytes;
@@ -67,29 +67,25 @@ impl SlotWriter<'_> {
 #[derive(Debug)]
 pub struct Reply<'c> {
     pub(super) client: &'c IpcClient,
-    pub(super) slot: u32,
-    pub(super) generation: u32,
-    pub(super) tag: u64,
-    pub(super) outcome: Outcome,
-    pub(super) response_slot: u32,
+    pub(super) answered: Answered,
 }
 
 impl Reply<'_> {
     /// The tag that the call was submitted with.
     #[inline(always)]
     pub fn tag(&self) -> u64 {
-        self.tag
+        self.answered.tag
     }
 
     /// The call that this answers.
     pub fn id(&self) -> CallId {
-        CallId { slot: self.slot, generation: self.generation }
+        CallId { slot: self.answered.slot, generation: self.answered.generation }
     }
 
     /// Bytes of the answer; of the error's text where the handler gave one.
     #[inline(always)]
     pub fn len(&self) -> usize {
-        match self.outcome {
+        match self.answered.outcome {
             Outcome::Reply { len, .. } => len as usize,
             Outcome::Lost { .. } => 0,
         }
@@ -103,7 +99,7 @@ impl Reply<'_> {
     /// Whether the call was executed and answered.
     #[inline(always)]
     pub fn is_ok(&self) -> bool {
-        matches!(self.outcome, Outcome::Reply { status, .. } if status == Status::Ok as u8)
+        matches!(self.answered.outcome, Outcome::Reply { status, .. } if status == Status::Ok as u8)
     }
 
     /// The length of the answer, or why there is none.
@@ -121,7 +117,7 @@ impl Reply<'_> {
     pub fn copy_to(&self, target: &mut [u8]) -> usize {
         let len = self.len().min(target.len());
         let session = self.client.session.borrow();
-        session.payload().read(LaneLayout::slot_offset(self.response_slot), &mut target[..len]);
+        session.payload().read(LaneLayout::slot_offset(self.answered.response_slot), &mut target[..len]);
         len
     }
 
@@ -134,7 +130,7 @@ impl Reply<'_> {
 
     #[cold]
     fn error(&self) -> IpcError {
-        let (status, detail) = match self.outcome {
+        let (status, detail) = match self.answered.outcome {
             Outcome::Reply { status, detail, .. } => (status, detail),
             Outcome::Lost { started: false } => return IpcError::NotExecuted,
             Outcome::Lost { started: true } => return IpcError::ConnectionLost,
@@ -157,6 +153,6 @@ impl Reply<'_> {
 impl Drop for Reply<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        self.client.session.borrow_mut().release(self.slot);
+        self.client.session.borrow_mut().release(self.answered.slot);
     }
 }

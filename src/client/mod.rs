@@ -12,7 +12,7 @@ use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use doorbell_shm::entry::{Status, codec, flag, kind};
-use session::{Outcome, Session};
+use session::{Answered, Outcome, Session};
 use std::cell::RefCell;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -72,9 +72,9 @@ impl IpcClient {
     pub fn open_with(&self, codec: u8, bulk: bool) -> Result<Connection<'_>> {
         let flags = if bulk { flag::BULK } else { 0 };
         let slot = self.retry(|session| session.submit_control(kind::OPEN, 0, codec, flags, bulk))?;
-        let outcome = self.wait_for(slot, None)?;
+        let answered = self.wait_for(slot, None)?;
         self.session.borrow_mut().release(slot);
-        match outcome {
+        match answered.outcome {
             Outcome::Reply { status, detail, .. } if status == Status::Ok as u8 => {
                 let id = ConnectionId { number: detail as u32, codec, bulk };
                 Ok(Connection { client: self, id, owned: true })
@@ -108,15 +108,16 @@ impl IpcClient {
 
     /// Takes the next answer, if one has come, of whichever connection. Does not wait.
     ///
+    /// Polling flushes: who polls until nothing comes need not call [`IpcClient::flush`], and the fence then
+    /// falls into a moment when it costs less.
+    ///
     /// # Errors
     ///
     /// [`IpcError::ServerFault`] if the server broke the protocol.
     #[inline(always)]
     pub fn poll(&self) -> Result<Option<Reply<'_>>> {
         let mut session = self.session.borrow_mut();
-        let Some(slot) = session.next()? else { return Ok(None) };
-        let (tag, generation, outcome, response_slot) = session.call_of(slot);
-        Ok(Some(Reply { client: self, slot, generation, tag, outcome, response_slot }))
+        Ok(session.next()?.map(|answered| Reply { client: self, answered }))
     }
 
     /// Flushes, then waits until [`IpcClient::poll`] has something, or until `timeout` is over; says
@@ -176,18 +177,17 @@ impl IpcClient {
 
     /// Waits for the terminal completion of the call in `slot`; others that come are kept for `poll`.
     #[inline]
-    fn wait_for(&self, slot: u32, deadline: Option<Instant>) -> Result<Outcome> {
+    fn wait_for(&self, slot: u32, deadline: Option<Instant>) -> Result<Answered> {
         let mut session = self.session.borrow_mut();
-        session.flush()?;
         loop {
             while let Some(next) = session.next_completed()? {
-                if next == slot {
-                    return Ok(session.call_of(slot).2);
+                if next.slot == slot {
+                    return Ok(next);
                 }
                 session.keep(next);
             }
-            if session.take_kept(slot) {
-                return Ok(session.call_of(slot).2);
+            if let Some(answered) = session.take_kept(slot) {
+                return Ok(answered);
             }
             if !session.wait_for_completion(self.policy, deadline)? {
                 return Err(IpcError::Timeout);
@@ -282,7 +282,7 @@ impl<'c> Connection<'c> {
             })?,
             other => other?,
         };
-        let outcome = match client.wait_for(id.slot, deadline) {
+        let answered = match client.wait_for(id.slot, deadline) {
             Err(IpcError::Timeout) => {
                 // The slot stays lent until the late answer has come: nobody else can get it (F58).
                 client.session.borrow_mut().abandon(id)?;
@@ -290,8 +290,7 @@ impl<'c> Connection<'c> {
             }
             other => other?,
         };
-        let (tag, generation, _, response_slot) = client.session.borrow().call_of(id.slot);
-        let reply = Reply { client, slot: id.slot, generation, tag, outcome, response_slot };
+        let reply = Reply { client, answered };
         reply.result()?;
         Ok(read(&reply))
     }

@@ -19,6 +19,9 @@ use doorbell_shm::slots::{ClientWord, Grant};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 
+/// Empty polls after which the server's bell is looked at behind a fence.
+const QUIET_POLLS: u32 = 8;
+
 /// Where a call goes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Target {
@@ -49,11 +52,21 @@ enum Phase {
     Zombie,
 }
 
+/// An answered call, as it is handed out. By value: going through the call's record would make every
+/// answer wait for its own stores.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Answered {
+    pub slot: u32,
+    pub generation: u32,
+    pub response_slot: u32,
+    pub tag: u64,
+    pub outcome: Outcome,
+}
+
 /// The private record of the call in a slot.
 #[derive(Debug, Clone, Copy)]
 struct Call {
     tag: u64,
-    outcome: Outcome,
     /// Position of its entry in the submission ring.
     position: u64,
     generation: u32,
@@ -62,15 +75,8 @@ struct Call {
     bulk: bool,
 }
 
-const NO_CALL: Call = Call {
-    tag: 0,
-    outcome: Outcome::Lost { started: false },
-    position: 0,
-    generation: 0,
-    response_slot: 0,
-    phase: Phase::Free,
-    bulk: false,
-};
+const NO_CALL: Call =
+    Call { tag: 0, position: 0, generation: 0, response_slot: 0, phase: Phase::Free, bulk: false };
 
 /// How a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,11 +94,13 @@ pub(super) struct Session {
     pub(super) socket: OwnedFd,
     memory: OwnedFd,
     calls: Vec<Call>,
-    /// Slots answered while somebody waited for another one.
-    kept: VecDeque<u32>,
+    /// Calls answered while somebody waited for another one.
+    kept: VecDeque<Answered>,
     in_flight: usize,
     /// Something was published since the server's bell was last looked at.
-    unrung: Option<Published>,
+    pub(super) unrung: Option<Published>,
+    /// Polls that found nothing since something was published.
+    quiet_polls: u32,
     /// Connections to close as soon as a slot is free.
     closing: Vec<(u32, bool)>,
     pub(super) end: Option<End>,
@@ -113,6 +121,7 @@ impl Session {
             kept: VecDeque::with_capacity(slots),
             in_flight: 0,
             unrung: None,
+            quiet_polls: 0,
             closing: Vec::new(),
             end: None,
             clock_offset_ns,
@@ -220,7 +229,6 @@ impl Session {
         self.lane.slots.advance(grant);
         self.calls[grant.slot as usize] = Call {
             tag,
-            outcome: Outcome::Lost { started: false },
             position,
             generation: grant.generation,
             response_slot: entry.response_slot,
@@ -291,6 +299,7 @@ impl Session {
         if !self.closing.is_empty() {
             self.send_closes();
         }
+        self.quiet_polls = 0;
         match self.unrung.take() {
             Some(published) => self.ring(published),
             None => Ok(()),
@@ -325,38 +334,62 @@ impl Session {
         Ok(())
     }
 
-    /// The next slot whose call is answered, kept ones first.
+    /// The next answered call, kept ones first.
     #[inline(always)]
-    pub fn next(&mut self) -> Result<Option<u32>> {
-        if let Some(slot) = self.kept.pop_front() {
-            return Ok(Some(slot));
+    pub fn next(&mut self) -> Result<Option<Answered>> {
+        if let Some(answered) = self.kept.pop_front() {
+            return Ok(Some(answered));
         }
         self.next_completed()
     }
 
-    /// The next slot whose completion is in a ring, interactive ones first.
+    /// The next call whose completion is in a ring, interactive ones first.
     #[inline(always)]
-    pub fn next_completed(&mut self) -> Result<Option<u32>> {
+    pub fn next_completed(&mut self) -> Result<Option<Answered>> {
         for ring in [INTERACTIVE, BULK] {
             while let Some(words) = self.lane.completions[ring].pop().map_err(IpcError::ServerFault)? {
                 self.lane.completions[ring].publish();
                 self.unrung.get_or_insert(Published::Consumed);
-                if let Some(slot) = self.complete(words)? {
-                    return Ok(Some(slot));
+                self.prefetch_next(ring);
+                if let Some(answered) = self.complete(words)? {
+                    return Ok(Some(answered));
                 }
             }
         }
-        // The server may wait for the space that was just made.
-        if self.unrung == Some(Published::Consumed) {
-            self.unrung = None;
-            self.ring(Published::Consumed)?;
+        if let Some(published) = self.unrung {
+            self.idle(published)?;
         }
         Ok(None)
     }
 
+    /// The next answer's lines travel while this one is looked at; its slot, and an entry, will probably be
+    /// written again.
+    #[inline(always)]
+    fn prefetch_next(&self, ring: usize) {
+        self.lane.submissions[ring].prefetch(1);
+        if let Some(words) = self.lane.completions[ring].peek() {
+            // Slot and length, a hint only: the completion is judged when it is taken.
+            self.lane
+                .common
+                .payload
+                .prefetch(LaneLayout::slot_offset(words[1] as u32), words[2] as u32 as usize);
+        }
+    }
+
+    /// Nothing has come and something has gone out: rings at once if the server seems to sleep, else makes
+    /// sure behind a fence a few polls later, when that is cheap.
+    #[inline(always)]
+    pub fn idle(&mut self, published: Published) -> Result<()> {
+        self.quiet_polls += 1;
+        if self.quiet_polls >= QUIET_POLLS || self.lane.common.server_bell.seems_asleep(published) {
+            return self.flush();
+        }
+        Ok(())
+    }
+
     /// Notes a completion; `None` if nobody waits for it any more.
     #[inline(always)]
-    fn complete(&mut self, words: [u64; 4]) -> Result<Option<u32>> {
+    fn complete(&mut self, words: [u64; 4]) -> Result<Option<Answered>> {
         let completion = Completion::unpack(words).map_err(IpcError::ServerFault)?;
         let Completion { slot, generation, status, len, detail, .. } = completion;
         let Some(call) = self.calls.get_mut(slot as usize) else {
@@ -374,40 +407,33 @@ impl Session {
             return Err(IpcError::ServerFault(PeerFault::Length { len, slot, capacity }));
         }
         self.in_flight -= 1;
-        call.outcome = Outcome::Reply { status, len, detail };
         if call.phase == Phase::Zombie {
             self.release(slot);
             return Ok(None);
         }
         call.phase = Phase::Answered;
-        Ok(Some(slot))
+        let Call { tag, response_slot, .. } = *call;
+        let outcome = Outcome::Reply { status, len, detail };
+        Ok(Some(Answered { slot, generation, response_slot, tag, outcome }))
     }
 
-    /// The answered call in `slot`: tag, generation, outcome, answer slot.
-    #[inline(always)]
-    pub fn call_of(&self, slot: u32) -> (u64, u32, Outcome, u32) {
-        let call = &self.calls[slot as usize];
-        (call.tag, call.generation, call.outcome, call.response_slot)
-    }
-
-    /// Keeps an answered slot for `next`.
-    pub fn keep(&mut self, slot: u32) {
-        self.kept.push_back(slot);
+    /// Keeps an answered call for `next`.
+    pub fn keep(&mut self, answered: Answered) {
+        self.kept.push_back(answered);
     }
 
     /// Moves every completion that is there to those kept.
     pub fn stash(&mut self) -> Result<()> {
-        while let Some(slot) = self.next_completed()? {
-            self.kept.push_back(slot);
+        while let Some(answered) = self.next_completed()? {
+            self.kept.push_back(answered);
         }
         Ok(())
     }
 
-    /// Takes `slot` from those kept, if it is there.
-    pub fn take_kept(&mut self, slot: u32) -> bool {
-        let Some(at) = self.kept.iter().position(|s| *s == slot) else { return false };
-        self.kept.remove(at);
-        true
+    /// Takes the call in `slot` from those kept, if it is there.
+    pub fn take_kept(&mut self, slot: u32) -> Option<Answered> {
+        let at = self.kept.iter().position(|answered| answered.slot == slot)?;
+        self.kept.remove(at)
     }
 
     /// Whether nothing is in flight that could free a slot: only the caller can.
@@ -473,9 +499,10 @@ impl Session {
                 Phase::InFlight => {
                     let ring = if call.bulk { BULK } else { INTERACTIVE };
                     let started = call.position < self.lane.submissions[ring].passed();
-                    call.outcome = Outcome::Lost { started };
                     call.phase = Phase::Answered;
-                    self.kept.push_back(slot);
+                    let Call { tag, generation, response_slot, .. } = *call;
+                    let outcome = Outcome::Lost { started };
+                    self.kept.push_back(Answered { slot, generation, response_slot, tag, outcome });
                 }
                 Phase::Zombie => self.release(slot),
                 Phase::Free | Phase::Answered => {}

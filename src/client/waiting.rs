@@ -22,10 +22,10 @@ const LOOKS_PER_SOCKET: u32 = 1 << 8;
 const SLEEP_SLICE: Duration = Duration::from_millis(20);
 
 impl Session {
-    /// Flushes and waits until an answer can be taken; `false` when the deadline came first.
+    /// Waits until an answer can be taken; `false` when the deadline came first.
     pub fn wait(&mut self, policy: WaitPolicy, deadline: Option<Instant>) -> Result<bool> {
-        self.flush()?;
         if self.has_kept() || self.is_ready() {
+            self.flush()?;
             return Ok(true);
         }
         self.wait_for_completion(policy, deadline)
@@ -56,6 +56,9 @@ impl Session {
                 if self.is_ready() {
                     return Ok(true);
                 }
+                if let Some(published) = self.unrung {
+                    self.idle(published)?;
+                }
                 std::hint::spin_loop();
             }
             looks = looks.wrapping_add(1);
@@ -71,6 +74,7 @@ impl Session {
 
     #[cold]
     fn block(&mut self, deadline: Option<Instant>) -> Result<bool> {
+        self.flush()?;
         loop {
             let now = Instant::now();
             let left = deadline.map(|d| d.saturating_duration_since(now));

@@ -2,7 +2,7 @@
 //! and hang-ups are its inputs; completions to ring for and sessions to end its outputs.
 
 use super::connections::ConnectionPool;
-use super::session::{Bench, Session};
+use super::session::{Batch, Bench, Session};
 use super::staging::BufferPool;
 use super::table::Handler;
 use crate::config::{MESSAGE_MAX, ServerConfig};
@@ -35,6 +35,8 @@ struct Seat {
     /// Turns in a row that found nothing; a lane is cooled when there are many.
     idle_turns: u32,
     hot: bool,
+    /// Is among [`Core::touched`].
+    touched: bool,
 }
 
 pub(crate) struct Core<S: 'static> {
@@ -46,12 +48,13 @@ pub(crate) struct Core<S: 'static> {
     live: u32,
     /// Seats whose lanes are polled.
     hot: Vec<u32>,
-    /// Seats that completed something in this round: their clients may have to be woken.
+    /// Seats that completed something since the last [`Core::untouch`]: their clients may have to be woken.
     touched: Vec<u32>,
     /// Sessions that broke the protocol in this round.
     faults: Vec<(SessionId, PeerFault)>,
     connections: ConnectionPool,
     staging: BufferPool,
+    batch: Box<Batch>,
     pub metrics: Metrics,
     draining: bool,
 }
@@ -71,6 +74,7 @@ impl<S> Core<S> {
             faults: Vec::new(),
             connections: ConnectionPool::new(config.max_connections),
             staging: BufferPool::new(),
+            batch: Box::new(Batch::new()),
             metrics: Metrics::default(),
             draining: false,
             config,
@@ -198,6 +202,7 @@ impl<S> Core<S> {
             connections: &mut self.connections,
             staging: &mut self.staging,
             metrics: &mut self.metrics,
+            batch: &mut self.batch,
             now_ns,
             entries_per_turn: self.config.entries_per_turn,
         };
@@ -209,11 +214,13 @@ impl<S> Core<S> {
                 Ok(taken) => {
                     seat.idle_turns = 0;
                     total += taken;
-                    self.touched.push(index);
+                    if !seat.touched {
+                        seat.touched = true;
+                        self.touched.push(index);
+                    }
                 }
                 Err(fault) => {
                     let id = SessionId { index, generation: seat.generation };
-                    self.touched.push(index);
                     self.faults.push((id, fault));
                 }
             }
@@ -221,7 +228,7 @@ impl<S> Core<S> {
         total
     }
 
-    /// Lanes that completed something in the last round.
+    /// Lanes that completed something and whose clients have not been looked at behind a fence.
     pub fn touched(&self) -> &[u32] {
         &self.touched
     }
@@ -234,7 +241,9 @@ impl<S> Core<S> {
 
     /// Forgets who was touched: they have been woken.
     pub fn untouch(&mut self) {
-        self.touched.clear();
+        for index in self.touched.drain(..) {
+            self.seats[index as usize].touched = false;
+        }
     }
 
     /// A session that broke the protocol, and how.

@@ -27,6 +27,7 @@ pub(crate) struct Bench<'a, S> {
     pub connections: &'a mut ConnectionPool,
     pub staging: &'a mut BufferPool,
     pub metrics: &'a mut Metrics,
+    pub batch: &'a mut Batch,
     /// The server's CLOCK_MONOTONIC, ns; asked only for calls that carry a deadline.
     pub now_ns: &'a mut dyn FnMut() -> u64,
     pub entries_per_turn: u32,
@@ -41,6 +42,30 @@ pub(crate) struct Session {
     admitted: u64,
     /// Entries may wait in a ring because their completions would find no space.
     starved: bool,
+}
+
+/// Entries copied out before the first of them is run.
+const BATCH: usize = 8;
+
+/// Private copies of consecutive entries of one ring. Made once and used for every turn.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    entries: [[u64; 8]; BATCH],
+}
+
+impl Batch {
+    pub fn new() -> Self {
+        Self { entries: [[0; 8]; BATCH] }
+    }
+}
+
+/// What is in a [`Batch`].
+struct Filled {
+    len: usize,
+    /// Position of the first entry.
+    first: u64,
+    /// What stopped the copying, to be reported once the entries before it have run.
+    fault: Option<PeerFault>,
 }
 
 /// How a call ended: status, bytes of the answer, a number that goes with the status.
@@ -81,18 +106,76 @@ impl Session {
         self.starved = false;
         let mut taken = 0;
         while taken < bench.entries_per_turn {
-            let (ring, words) = match self.pop(INTERACTIVE)? {
-                Some(words) => (INTERACTIVE, words),
-                None => match self.pop(BULK)? {
-                    Some(words) => (BULK, words),
-                    None => break,
-                },
+            let (ring, filled) = match self.fill(INTERACTIVE, BATCH, bench.batch) {
+                Filled { len: 0, fault: None, .. } => (BULK, self.fill(BULK, 1, bench.batch)),
+                filled => (INTERACTIVE, filled),
             };
-            taken += 1;
+            if filled.len == 0 && filled.fault.is_none() {
+                break;
+            }
+            taken += filled.len as u32;
+            self.run_batch(id, ring, filled, bench)?;
+        }
+        Ok(taken)
+    }
+
+    /// Copies out what is there, as far as completions would find space, and asks for the payloads: their
+    /// lines travel while earlier entries run.
+    #[inline(always)]
+    fn fill(&mut self, ring: usize, most: usize, batch: &mut Batch) -> Filled {
+        let mut filled = Filled { len: 0, first: self.lane.submissions[ring].next(), fault: None };
+        let space = match self.space(ring) {
+            Ok(space) => space,
+            Err(fault) => return Filled { fault: Some(fault), ..filled },
+        };
+        for entry in batch.entries.iter_mut().take(most.min(space as usize)) {
+            match self.lane.submissions[ring].pop() {
+                Ok(Some(words)) => {
+                    // A hint only: the slot is judged when its entry is.
+                    let slot = words[2] as u32;
+                    self.lane
+                        .common
+                        .payload
+                        .prefetch(LaneLayout::slot_offset(slot), words[3] as u32 as usize);
+                    self.lane.completions[ring].prefetch(filled.len as u64);
+                    *entry = words;
+                    filled.len += 1;
+                }
+                Ok(None) => break,
+                Err(fault) => return Filled { fault: Some(fault), ..filled },
+            }
+        }
+        if filled.len == BATCH {
+            // Where so many were waiting, more are.
+            self.lane.submissions[ring].prefetch(BATCH as u64 / 2);
+        }
+        self.starved |= space == 0 && self.lane.submissions[ring].is_ready();
+        filled
+    }
+
+    /// Calls that may still be admitted: each reserves the space of its completion.
+    #[inline(always)]
+    fn space(&mut self, ring: usize) -> Result<u64, PeerFault> {
+        let completions = &mut self.lane.completions[ring];
+        if self.admitted - completions.outstanding() < BATCH as u64 {
+            completions.refresh()?;
+        }
+        Ok(self.admitted - completions.outstanding())
+    }
+
+    #[inline(always)]
+    fn run_batch<S>(
+        &mut self,
+        id: u32,
+        ring: usize,
+        filled: Filled,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<(), PeerFault> {
+        for i in 0..filled.len {
             // Published before the entry is run: after our death the client knows which calls were not
             // started (FAULTS §5).
-            self.lane.submissions[ring].publish();
-            let submission = Submission::unpack(words)?;
+            self.lane.submissions[ring].publish_at(filled.first + i as u64 + 1);
+            let submission = Submission::unpack(bench.batch.entries[i])?;
             match submission.kind {
                 kind::CALL => self.call(id, ring, &submission, bench)?,
                 kind::OPEN => self.open(id, ring, &submission, bench)?,
@@ -100,20 +183,8 @@ impl Session {
                 kind => return Err(PeerFault::Kind { kind }),
             }
         }
-        Ok(taken)
-    }
-
-    /// The next entry of `ring`, unless its completion would have no reserved space.
-    #[inline(always)]
-    fn pop(&mut self, ring: usize) -> Result<Option<[u64; 8]>, PeerFault> {
-        if self.lane.completions[ring].outstanding() >= self.admitted {
-            self.lane.completions[ring].refresh()?;
-            if self.lane.completions[ring].outstanding() >= self.admitted {
-                self.starved |= self.lane.submissions[ring].is_ready();
-                return Ok(None);
-            }
-        }
-        self.lane.submissions[ring].pop()
+        // What came before a broken entry has run; nothing after it will.
+        filled.fault.map_or(Ok(()), Err)
     }
 
     /// Whether a turn would find something to do. Looks at everything that a client's ring may be about.

@@ -7,7 +7,9 @@
 //!   answer is in private memory. Waiting for room counts: a refused request keeps its clock.
 //! - Every call is timed at one in flight and wherever the pace needs the clock anyway, else one in 64, at
 //!   irregular distances, so that no connection is timed more often than another.
-//! - Warm-up is left out; calls that start in the window are timed even if they end after it.
+//! - Warm-up is left out; calls that start in the window are timed even if they end after it. An open loop also
+//!   counts calls that were due before the window and answered in it: a server that cannot keep up would
+//!   otherwise have no latencies at all.
 //!
 //! Cost:   a few nanoseconds per call above what the target takes. No allocation after the start.
 
@@ -138,7 +140,7 @@ const SAMPLE: u64 = 64;
 /// A spinning generator looks at the clock every so many empty polls.
 const LOOK_EVERY: u32 = 1024;
 /// Requests sent before a flush, at most.
-const FLUSH_EVERY: u32 = 32;
+const FLUSH_EVERY: u64 = 32;
 /// Refused requests tried again after an answer, at most.
 const RETRIES: usize = 4;
 /// A sleeping generator wakes so much before a request is due and polls for the rest.
@@ -152,7 +154,6 @@ const SILENCE_NS: u64 = 10 * SECOND;
 struct Call {
     nonce: u64,
     started: u64,
-    connection: usize,
 }
 
 /// A call that will be sent when its time comes.
@@ -197,20 +198,28 @@ struct Generator<'a, T> {
     sleeps: bool,
     pace: Pace,
     time_all: bool,
-    flush_every: u32,
+    flush_every: u64,
     /// Holds a payload until it is sent, and an answer until it is checked.
     buffer: Vec<u8>,
     calls: Vec<Call>,
+    /// The connection of each call.
+    connections: Vec<u32>,
     thinking: VecDeque<Thinking>,
     refused: VecDeque<Refused>,
-    outstanding: u64,
-    unflushed: u32,
+    /// Requests sent, counted from the shape's `first_request` on.
     sent: u64,
-    until_sample: u64,
+    /// Of those, seen by the server.
+    flushed: u64,
+    /// Of those, answered: rightly or not.
+    answered: u64,
+    /// Answers that were wrong.
+    wrong: u64,
+    /// Answers to nothing.
+    stray: u64,
+    /// The value of `sent` at which the next call is timed.
+    next_sample: u64,
     random: u64,
     idle_polls: u32,
-    correct: u64,
-    errors: u64,
     window: Window,
     silence: Silence,
     latencies: Latencies,
@@ -225,6 +234,8 @@ struct Window {
     correct: u64,
     cpu_ns: u64,
     level: Level,
+    /// Whether calls that were due before it count.
+    open: bool,
 }
 
 /// Calls in flight times nanoseconds.
@@ -252,7 +263,6 @@ impl<'a, T: Target> Generator<'a, T> {
             (None, ns) => Pace::Think { ns },
         };
         // Tags go round the connections, so that the first requests are one on each.
-        let call = |tag| Call { nonce: 0, started: IDLE, connection: tag % shape.connections };
         let thinking = (0..total as u32).map(|tag| Thinking { tag, ready_ns: 0 }).collect();
         Self {
             target,
@@ -260,20 +270,21 @@ impl<'a, T: Target> Generator<'a, T> {
             sleeps: shape.sleeps,
             pace,
             time_all: total == 1 || !matches!(pace, Pace::Closed),
-            flush_every: FLUSH_EVERY.min(total.div_ceil(2) as u32),
+            flush_every: FLUSH_EVERY.min(total.div_ceil(2) as u64),
             buffer: vec![0; shape.size],
-            calls: (0..total).map(call).collect(),
+            calls: vec![Call { nonce: 0, started: IDLE }; total],
+            connections: (0..total).map(|tag| (tag % shape.connections) as u32).collect(),
             thinking,
             refused: VecDeque::with_capacity(total + 1),
-            outstanding: 0,
-            unflushed: 0,
             sent: shape.first_request,
-            until_sample: 1,
+            flushed: shape.first_request,
+            answered: shape.first_request,
+            wrong: 0,
+            stray: 0,
+            next_sample: shape.first_request,
             random: work::nonce(shape.first_request + 1),
             idle_polls: 0,
-            correct: 0,
-            errors: 0,
-            window: Window::new(schedule),
+            window: Window::new(schedule, shape.rate.is_some()),
             silence: Silence::default(),
             latencies: Latencies::new(),
         }
@@ -281,10 +292,10 @@ impl<'a, T: Target> Generator<'a, T> {
 
     fn run(&mut self) -> Result<(), BenchError> {
         self.look(now_ns())?;
-        while self.window.phase != Phase::Drain || self.outstanding > 0 {
+        while self.window.phase != Phase::Drain || self.outstanding() > 0 {
             let received = self.target.try_receive(&mut self.buffer);
             match received.map_err(|e| BenchError::peer("receiving", e))? {
-                Some(received) => self.answered(received)?,
+                Some(received) => self.take(received)?,
                 None => self.idle()?,
             }
         }
@@ -292,19 +303,35 @@ impl<'a, T: Target> Generator<'a, T> {
     }
 
     #[inline(always)]
-    fn answered(&mut self, received: Received) -> Result<(), BenchError> {
+    fn outstanding(&self) -> u64 {
+        self.sent - self.answered
+    }
+
+    #[inline(always)]
+    fn unflushed(&self) -> u64 {
+        self.sent - self.flushed
+    }
+
+    /// Answers so far that were right. Counted as the difference, since that is one store less per call.
+    #[inline(always)]
+    fn correct(&self) -> u64 {
+        self.answered - self.wrong
+    }
+
+    #[inline(always)]
+    fn take(&mut self, received: Received) -> Result<(), BenchError> {
         let Some(call) = self.calls.get_mut(received.tag as usize).filter(|call| call.started != IDLE) else {
-            self.errors += 1; // An answer to nothing.
+            self.stray += 1;
             return Ok(());
         };
-        let Call { nonce, started, .. } = *call;
+        let Call { nonce, started } = *call;
         call.started = IDLE;
         let now = if started == UNTIMED { 0 } else { self.timed(started) };
         let right = received.ok && received.len == self.size && work::check(nonce, &self.buffer[..self.size]);
-        self.correct += u64::from(right);
-        self.errors += u64::from(!right);
-        self.outstanding -= 1;
-        self.idle_polls = 0;
+        self.answered += 1;
+        if !right {
+            self.wrong += 1;
+        }
         self.next(received.tag, now)
     }
 
@@ -312,11 +339,17 @@ impl<'a, T: Target> Generator<'a, T> {
     #[inline(always)]
     fn timed(&mut self, started: u64) -> u64 {
         let now = now_ns();
-        self.window.see(now, self.outstanding, self.correct);
+        self.see(now);
         if self.window.counts(started) {
             self.latencies.record(now.saturating_sub(started));
         }
         now
+    }
+
+    #[inline(always)]
+    fn see(&mut self, now: u64) {
+        let (outstanding, correct) = (self.outstanding(), self.correct());
+        self.window.see(now, outstanding, correct);
     }
 
     /// What becomes of a call once it has been answered. `now` is valid where every call is timed.
@@ -332,7 +365,7 @@ impl<'a, T: Target> Generator<'a, T> {
             self.rest(tag, now);
             self.send_due(now)?;
         }
-        if self.unflushed >= self.flush_every { self.flush() } else { Ok(()) }
+        if self.unflushed() >= self.flush_every { self.flush() } else { Ok(()) }
     }
 
     fn rest(&mut self, tag: u32, now: u64) {
@@ -344,14 +377,13 @@ impl<'a, T: Target> Generator<'a, T> {
     #[inline(always)]
     fn start_clock(&mut self) -> u64 {
         if !self.time_all {
-            self.until_sample -= 1;
-            if self.until_sample > 0 {
+            if self.sent < self.next_sample {
                 return UNTIMED;
             }
-            self.until_sample = self.sample_distance();
+            self.next_sample = self.sent + self.sample_distance();
         }
         let now = now_ns();
-        self.window.see(now, self.outstanding, self.correct);
+        self.see(now);
         now
     }
 
@@ -393,27 +425,25 @@ impl<'a, T: Target> Generator<'a, T> {
     fn submit(&mut self, Refused { tag, started }: Refused) -> Result<bool, BenchError> {
         let nonce = work::nonce(self.sent + 1);
         work::fill(nonce, &mut self.buffer);
-        let connection = self.calls[tag as usize].connection;
+        let connection = self.connections[tag as usize] as usize;
         let sent = self.target.try_send(connection, &self.buffer, tag);
         if !sent.map_err(|e| BenchError::peer("sending", e))? {
             return Ok(false);
         }
-        self.calls[tag as usize] = Call { nonce, started, connection };
+        self.calls[tag as usize] = Call { nonce, started };
         self.sent += 1;
-        self.outstanding += 1;
-        self.unflushed += 1;
         Ok(true)
     }
 
     fn flush(&mut self) -> Result<(), BenchError> {
-        self.unflushed = 0;
+        self.flushed = self.sent;
         self.target.flush().map_err(|e| BenchError::peer("flushing", e))
     }
 
     /// No answer was there.
     #[inline(always)]
     fn idle(&mut self) -> Result<(), BenchError> {
-        if self.unflushed > 0 {
+        if self.unflushed() > 0 {
             return self.flush(); // And look again before waiting.
         }
         self.idle_polls = self.idle_polls.wrapping_add(1);
@@ -425,7 +455,7 @@ impl<'a, T: Target> Generator<'a, T> {
         }
         let now = now_ns();
         self.look(now)?;
-        if self.unflushed > 0 { Ok(()) } else { self.wait_for_pace(now) }
+        if self.unflushed() > 0 { Ok(()) } else { self.wait_for_pace(now) }
     }
 
     fn wait(&mut self, at_most_ns: u64) -> Result<(), BenchError> {
@@ -436,7 +466,10 @@ impl<'a, T: Target> Generator<'a, T> {
     fn wait_for_pace(&mut self, now: u64) -> Result<(), BenchError> {
         let left = self.next_event_ns().saturating_sub(now);
         let open = matches!(self.pace, Pace::Open { .. });
-        if self.outstanding == 0 && self.refused.is_empty() {
+        if self.outstanding() == 0 && self.window.phase == Phase::Drain {
+            return Ok(());
+        }
+        if self.outstanding() == 0 && self.refused.is_empty() {
             // Nobody to wait for. A pause may be overslept, a due time may not.
             let early = if open { WAKE_EARLY_NS } else { 0 };
             if left > early && (self.sleeps || !open) {
@@ -476,14 +509,14 @@ impl<'a, T: Target> Generator<'a, T> {
     /// Looks at the clock: window, silence, requests whose time has come, requests that found no room.
     #[cold]
     fn look(&mut self, now: u64) -> Result<(), BenchError> {
-        self.window.see(now, self.outstanding, self.correct);
-        self.silence.check(now, self.correct + self.errors, self.outstanding)?;
+        self.see(now);
+        self.silence.check(now, self.answered, self.outstanding())?;
         if self.window.phase == Phase::Drain {
             return Ok(());
         }
         self.retry(usize::MAX)?;
         self.send_due(now)?;
-        if self.unflushed > 0 { self.flush() } else { Ok(()) }
+        if self.unflushed() > 0 { self.flush() } else { Ok(()) }
     }
 
     /// Sends the requests whose time has come.
@@ -508,7 +541,7 @@ impl<'a, T: Target> Generator<'a, T> {
         LoadResult {
             requests: self.window.correct,
             window_ns,
-            errors: self.errors,
+            errors: self.wrong + self.stray,
             in_flight_mean: self.window.level.sum as f64 / window_ns as f64,
             cpu_ns: self.window.cpu_ns,
             latencies: self.latencies.to_sparse(),
@@ -517,15 +550,15 @@ impl<'a, T: Target> Generator<'a, T> {
 }
 
 impl Window {
-    fn new(schedule: &Schedule) -> Self {
+    fn new(schedule: &Schedule, open: bool) -> Self {
         let (begin_ns, end_ns) = (schedule.begin_ns(), schedule.end_ns());
-        Self { phase: Phase::WarmUp, begin_ns, end_ns, correct: 0, cpu_ns: 0, level: Level::default() }
+        Self { phase: Phase::WarmUp, begin_ns, end_ns, correct: 0, cpu_ns: 0, level: Level::default(), open }
     }
 
     /// Whether a call that started then belongs to the window.
     #[inline(always)]
     fn counts(&self, started: u64) -> bool {
-        self.phase != Phase::WarmUp && started >= self.begin_ns && started < self.end_ns
+        self.phase != Phase::WarmUp && started < self.end_ns && (self.open || started >= self.begin_ns)
     }
 
     /// Takes note of the time, and opens or closes the window. The edges become the times at which that
