@@ -15,6 +15,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
+/// Longest time that connecting may take.
+const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+
 /// What a client asks for when it connects.
 #[derive(Debug, Clone)]
 pub struct ClientConfig {
@@ -92,20 +95,31 @@ impl ClientConfig {
 pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     rendezvous::check_length(path)?;
     let geometry = config.geometry()?;
-    let give_up = Instant::now() + config.connect_timeout;
+    // A time-out beyond all clocks is none worth a name: a day will do.
+    let give_up = Instant::now() + config.connect_timeout.min(CONNECT_TIMEOUT_MAX);
     let socket = connect_socket(path, give_up)?;
     let uid = rendezvous::peer_uid(&socket)?;
     if uid != rustix::process::geteuid().as_raw() {
         return Err(IpcError::WrongServer { path: path.to_owned(), uid });
     }
-    let hello = Hello::new(geometry, rendezvous::random_id()?, monotonic_ns(), &config.name);
+    let sent_ns = monotonic_ns();
+    let hello = Hello::new(geometry, rendezvous::random_id()?, sent_ns, &config.name);
     rendezvous::send(socket.as_fd(), hello.as_bytes(), None)
         .map_err(|e| IpcError::io("send of the hello", e))?;
     let (welcome, memory) = receive_welcome(&socket, give_up, config.connect_timeout)?;
     let Some(memory) = memory else { return Err(refusal(&welcome)) };
     let granted = Geometry::unpack(welcome.geometry);
     let segment = Segment::attach(memory.as_fd(), granted, welcome.identity())?;
-    Session::new(segment, socket, memory, welcome.clock_offset_ns)
+    let took_ns = monotonic_ns() - sent_ns;
+    Session::new(segment, socket, memory, clock_offset(welcome.clock_offset_ns, took_ns))
+}
+
+/// The server's CLOCK_MONOTONIC minus ours, ns. The server measured it when it read the hello, which may
+/// have lain there: the truth lies between that and `took_ns` less. Where 0 is possible it is 0: only a
+/// time namespace makes the clocks differ.
+fn clock_offset(measured_ns: u64, took_ns: u64) -> u64 {
+    let (most, least) = (measured_ns as i64, (measured_ns as i64).saturating_sub_unsigned(took_ns));
+    if (least..=most).contains(&0) { 0 } else { least.midpoint(most) as u64 }
 }
 
 fn connect_socket(path: &Path, give_up: Instant) -> Result<OwnedFd> {
@@ -194,5 +208,18 @@ fn refusal(welcome: &Welcome) -> IpcError {
         code::DRAINING => IpcError::Draining { retry_ms },
         code::BAD_HELLO => IpcError::Handshake("the server did not understand our hello"),
         _ => IpcError::Handshake("the server refused with an unknown code"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn s11_a_slow_handshake_is_no_clock_offset() {
+        assert_eq!(clock_offset(30_000_000, 31_000_000), 0);
+        assert_eq!(clock_offset(0, 5), 0);
+        assert_eq!(clock_offset(1_000_000, 100), 999_950);
+        assert_eq!(clock_offset(-1_000_000i64 as u64, 100), -1_000_050i64 as u64);
     }
 }

@@ -128,7 +128,7 @@ impl IpcClient {
     /// [`IpcError::Disconnected`] or [`IpcError::ConnectionLost`] when the session is over and every answer
     /// has been taken.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
-        let deadline = timeout.map(|t| Instant::now() + t);
+        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         self.session.borrow_mut().wait(self.policy, deadline)
     }
 
@@ -275,7 +275,7 @@ impl<'c> Connection<'c> {
         read: impl FnOnce(&Reply<'c>) -> R,
     ) -> Result<R> {
         let client = self.client;
-        let deadline = options.timeout.map(|t| Instant::now() + t);
+        let deadline = options.timeout.and_then(|t| Instant::now().checked_add(t));
         let id = match self.submit(message_type, request, options) {
             Err(IpcError::WouldBlock) => client.retry(|session| {
                 session.submit(self.target(), message_type, request.len(), options, |w| w.write(request))

@@ -101,6 +101,8 @@ pub(super) struct Session {
     pub(super) unrung: Option<Published>,
     /// Polls that found nothing since something was published.
     quiet_polls: u32,
+    /// Position behind the last CLOSE in the bulk ring.
+    bulk_closes_end: u64,
     /// Connections to close as soon as a slot is free.
     closing: Vec<(u32, bool)>,
     pub(super) end: Option<End>,
@@ -122,6 +124,7 @@ impl Session {
             in_flight: 0,
             unrung: None,
             quiet_polls: 0,
+            bulk_closes_end: 0,
             closing: Vec::new(),
             end: None,
             clock_offset_ns,
@@ -198,8 +201,9 @@ impl Session {
     fn add_options(&mut self, entry: &mut Submission, grant: Grant, options: &CallOptions) -> Result<()> {
         if let Some(deadline) = options.deadline {
             let now = monotonic_ns().wrapping_add(self.clock_offset_ns);
+            let left = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
             // 0 would mean no deadline.
-            entry.deadline = now.saturating_add(deadline.as_nanos() as u64).max(1);
+            entry.deadline = now.saturating_add(left).max(1);
         }
         if options.idempotent {
             entry.flags |= flag::IDEMPOTENT;
@@ -262,12 +266,27 @@ impl Session {
             generation: grant.generation,
             ..Submission::default()
         };
-        // A bulk connection's CLOSE follows its calls in the same ring; OPEN comes before any of them.
-        let ring_is_bulk = bulk && kind == kind::CLOSE;
+        // A bulk connection's CLOSE follows its calls in the same ring. An OPEN follows such a CLOSE that has
+        // not been taken, so that it finds the room which that makes.
+        let ring_is_bulk = match kind {
+            kind::CLOSE => bulk,
+            _ => self.bulk_close_is_queued()?,
+        };
         let id = self.send(grant, entry, 0, ring_is_bulk)?;
+        if kind == kind::CLOSE && bulk {
+            self.bulk_closes_end = self.lane.submissions[BULK].next();
+        }
         // It has no answer slot: 0 there is not one.
         self.calls[id.slot as usize].response_slot = id.slot;
         Ok(id.slot)
+    }
+
+    fn bulk_close_is_queued(&mut self) -> Result<bool> {
+        let ring = &mut self.lane.submissions[BULK];
+        if self.bulk_closes_end > ring.passed() {
+            ring.refresh().map_err(IpcError::ServerFault)?;
+        }
+        Ok(self.bulk_closes_end > ring.passed())
     }
 
     /// Closes a connection now or, if all slots are in use, with a later flush.

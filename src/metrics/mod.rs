@@ -29,6 +29,8 @@ pub struct Metrics {
     pub wakeups: u64,
     /// Wakes sent to clients.
     pub wakes_rung: u64,
+    /// Most clients woken by one enter.
+    pub wakes_in_one_enter_max: u64,
     /// Sweeps over all lanes.
     pub sweeps: u64,
     /// Lanes in which a sweep found work that no bell had told of (S6); 0 unless a client withholds bells.
@@ -83,6 +85,7 @@ impl Metrics {
             ("connections_refused", self.connections_refused),
             ("wakeups", self.wakeups),
             ("wakes_rung", self.wakes_rung),
+            ("wakes_in_one_enter_max", self.wakes_in_one_enter_max),
             ("sweeps", self.sweeps),
             ("sweeps_healed", self.sweeps_healed),
             ("enters", self.enters),

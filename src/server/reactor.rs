@@ -161,6 +161,8 @@ impl<S> Reactor<S> {
                 self.end(id, DisconnectReason::ProtocolViolation)?;
             }
             if taken > 0 {
+                // For whoever asks for the counters: a copy that is as old as one round.
+                self.core.metrics.enters = self.driver.counters().enters;
                 idle_rounds = 0;
                 unfenced += taken;
                 if unfenced >= ENTRIES_PER_FENCE || self.somebody_seems_asleep() {
@@ -201,6 +203,7 @@ impl<S> Reactor<S> {
     fn ring_clients(&mut self) -> Result<()> {
         // Pairs with the fence in `ClientBell::mark`.
         fence_before_bell();
+        let mut rung = 0;
         for i in 0..self.core.touched().len() {
             let index = self.core.touched()[i];
             let Some(session) = self.core.seated(index) else { continue };
@@ -217,8 +220,11 @@ impl<S> Reactor<S> {
             {
                 ring_socket(peer.socket.as_fd());
             }
-            self.core.metrics.wakes_rung += 1;
+            rung += 1;
         }
+        let metrics = &mut self.core.metrics;
+        metrics.wakes_rung += rung;
+        metrics.wakes_in_one_enter_max = metrics.wakes_in_one_enter_max.max(rung);
         self.core.untouch();
         if self.driver.pending() {
             self.driver.enter(Wait::No)?;
@@ -593,8 +599,6 @@ impl<S> Reactor<S> {
             self.end(id, DisconnectReason::Draining)?;
         }
         self.driver.enter(Wait::No)?;
-        let counters = self.driver.counters();
-        self.core.metrics.enters = counters.enters;
         tracing::info!(path = %self.listener.path().display(), "stopped");
         Ok(std::mem::take(&mut self.core.metrics))
     }

@@ -100,9 +100,6 @@ impl Session {
     /// Interactive entries are looked for between any two bulk ones.
     #[inline]
     pub fn turn<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<u32, PeerFault> {
-        if self.lane.common.hints.any() {
-            self.take_hints()?;
-        }
         self.starved = false;
         let mut taken = 0;
         while taken < bench.entries_per_turn {
@@ -225,6 +222,10 @@ impl Session {
         bench: &mut Bench<'_, S>,
     ) -> Result<(), PeerFault> {
         check_shape(call)?;
+        // Looked at for every call: one may have been cancelled while another of its batch ran.
+        if self.lane.common.hints.any() {
+            self.take_hints()?;
+        }
         let Some(connection) = bench.connections.get(id, call.connection) else {
             return Err(PeerFault::Connection { connection: call.connection });
         };
