@@ -49,6 +49,7 @@ const BATCH: usize = 8;
 
 /// Private copies of consecutive entries of one ring. Made once and used for every turn.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(crate) struct Batch {
     entries: [[u64; 8]; BATCH],
 }
