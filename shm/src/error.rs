@@ -160,3 +160,18 @@ impl SegmentError {
             source.kind(), io::ErrorKind::OutOfMemory | io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal:   F33, F34: shortage of memory is told from other refusals.
+    /// Method: every error that the calls of `segment.rs` document, as the kernel numbers it.
+    #[test]
+    fn f34_shortage_is_recognised_by_the_kernels_answer() {
+        use rustix::io::Errno;
+        let shortage = |e: Errno| SegmentError::os("fallocate", 1, e).is_out_of_memory();
+        assert!([Errno::NOMEM, Errno::NOSPC, Errno::DQUOT].into_iter().all(shortage));
+        assert!(![Errno::PERM, Errno::INVAL, Errno::MFILE, Errno::FBIG].into_iter().any(shortage));
+    }
+}

@@ -1,0 +1,483 @@
+//! Every interleaving, and every value that a weak memory model lets a load return, of the small cases.
+//!
+//! Run by `ci/loom.sh`; `ci/mutants.sh` weakens each ordering in turn and expects a model here to fail.
+//! Published words of ring entries are race-checked cells (`sync.rs`), so an access that the sequence or
+//! the position does not order fails by itself. A lost wake is a deadlock, which loom reports.
+//! Threads are the model's own; the sleeping place is a model of FUTEX_WAIT: the word is compared under the
+//! lock that FUTEX_WAKE takes.
+//!
+//! Bounds: a model without a bound on preemptions is complete. Where the server sleeps more than once the
+//! bound is 3: beyond it loom 0.7.3 reports executions that no memory model allows. It orders the stores of
+//! one word only as far as it has to and does not know that an exchange comes *directly* after the store
+//! whose value it took; so a client may "see" the 0 that it put there itself instead of the server's later
+//! mark, across both fences. The models with a single wake have no such pair and are complete.
+#![cfg(loom)]
+
+use doorbell_shm::bell::{
+    ASLEEP, ASLEEP_WANTS_SPACE, ClientBell, Published, ServerBell, WAITER_FUTEX, WAITER_SOCKET,
+    fence_before_bell,
+};
+use doorbell_shm::ring::{Consumer, Entry, Producer};
+use doorbell_shm::slots::Hints;
+use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use loom::sync::{Arc, Condvar, Mutex};
+use loom::thread;
+
+/// Words of an entry: the sequence and one that it publishes.
+const W: usize = 2;
+type Entries = std::sync::Arc<[Entry<W>]>;
+type Tx = Producer<Entries, Arc<AtomicU32>, W>;
+type Rx = Consumer<Entries, Arc<AtomicU32>, W>;
+
+/// Both ends of a ring of `n` entries.
+fn ring(n: usize) -> (Tx, Rx) {
+    let entries: Entries = (0..n).map(|_| Entry::new()).collect();
+    let position = Arc::new(AtomicU32::new(0));
+    (Producer::new(entries.clone(), position.clone()), Consumer::new(entries, position))
+}
+
+fn model(preemptions: Option<usize>, f: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = preemptions;
+    builder.check(f);
+}
+
+/// FUTEX_WAIT and FUTEX_WAKE on one word.
+struct Futex {
+    word: Arc<AtomicU32>,
+    queue: Mutex<()>,
+    woken: Condvar,
+}
+
+impl Futex {
+    fn new() -> Arc<Self> {
+        Arc::new(Self { word: Arc::new(AtomicU32::new(0)), queue: Mutex::new(()), woken: Condvar::new() })
+    }
+
+    /// Sleeps if the word still holds `expected`.
+    fn wait(&self, expected: u32) {
+        let queue = self.queue.lock().unwrap();
+        if self.word.load(Relaxed) == expected {
+            drop(self.woken.wait(queue).unwrap());
+        }
+    }
+
+    fn wake(&self) {
+        let _queue = self.queue.lock().unwrap();
+        self.woken.notify_all();
+    }
+}
+
+/// Pops until something comes, yielding in between.
+fn pop_spinning(rx: &mut Rx) -> u64 {
+    loop {
+        if let Some(words) = rx.pop().unwrap() {
+            return words[1];
+        }
+        thread::yield_now();
+    }
+}
+
+/// Goal:   an entry is whole when its sequence is seen, and is not written again before its copy is
+///         complete (trap 2), over the wrap of the ring.
+/// Method: three messages through two entries. Reading or writing an entry too early is a race.
+#[test]
+fn ring_of_two_wraps_without_a_race() {
+    model(None, || {
+        let (mut tx, mut rx) = ring(2);
+        let producer = thread::spawn(move || {
+            for id in 1..=3 {
+                while !tx.push([0, id]).unwrap() {
+                    thread::yield_now();
+                }
+            }
+        });
+        for id in 1..=3 {
+            // A peek is as good as a pop: whole, and of the entry that comes next.
+            assert!(rx.peek().is_none_or(|words| words[1] == id));
+            assert_eq!(pop_spinning(&mut rx), id);
+            rx.publish();
+        }
+        producer.join().unwrap();
+        assert_eq!(rx.pop(), Ok(None));
+    });
+}
+
+/// Goal:   the same with a ring that is re-used for every message.
+/// Method: three messages through one entry.
+#[test]
+fn ring_of_one_wraps_without_a_race() {
+    model(None, || {
+        let (mut tx, mut rx) = ring(1);
+        let producer = thread::spawn(move || {
+            for id in 1..=3 {
+                while !tx.push([0, id]).unwrap() {
+                    thread::yield_now();
+                }
+            }
+        });
+        for id in 1..=3 {
+            assert_eq!(pop_spinning(&mut rx), id);
+            rx.publish();
+        }
+        producer.join().unwrap();
+    });
+}
+
+/// Goal:   a client that has seen a completion sees the position of its submission too: what was executed
+///         is never called "not executed" (FAULTS §5).
+/// Method: the server pops, publishes, then completes; the client looks at the position after it has taken
+///         the completion.
+#[test]
+fn f50_a_completion_is_never_seen_before_its_published_position() {
+    model(None, || {
+        let (mut submit, mut submitted) = ring(2);
+        let (mut complete, mut completed) = ring(2);
+        assert!(submit.push([0, 7]).unwrap());
+        let server = thread::spawn(move || {
+            let words = submitted.pop().unwrap().expect("submitted before the thread started");
+            submitted.publish();
+            assert!(complete.push([0, words[1]]).unwrap());
+        });
+        if let Some(words) = completed.pop().unwrap() {
+            assert_eq!(words[1], 7);
+            submit.refresh().unwrap();
+            assert_eq!(submit.outstanding(), 0);
+        }
+        server.join().unwrap();
+    });
+}
+
+/// Goal:   a server that goes to sleep misses no submission (trap 8, F25 without the sweep).
+/// Method: the client publishes two entries, each with a flush of its own; the server sleeps whenever it
+///         finds nothing. A lost wake leaves it asleep for ever.
+#[test]
+fn trap08_a_sleeping_server_is_woken_for_every_submission() {
+    model(Some(3), || {
+        let (mut tx, mut rx) = ring(2);
+        let futex = Futex::new();
+        let theirs = futex.clone();
+        let client = thread::spawn(move || {
+            let bell = ServerBell(theirs.word.clone());
+            for id in 1..=2 {
+                assert!(tx.push([0, id]).unwrap());
+                fence_before_bell();
+                if bell.take(Published::Submissions) {
+                    theirs.wake();
+                }
+            }
+        });
+        let bell = ServerBell(futex.word.clone());
+        let mut next = 1;
+        while next <= 2 {
+            if let Some(words) = rx.pop().unwrap() {
+                assert_eq!(words[1], next);
+                next += 1;
+                continue;
+            }
+            bell.mark(ASLEEP);
+            if !rx.is_ready() {
+                futex.wait(ASLEEP);
+            }
+            bell.clear();
+        }
+        client.join().unwrap();
+    });
+}
+
+/// Goal:   as above, complete: every interleaving of one sleep and one wake.
+/// Method: one entry, no bound.
+#[test]
+fn trap08_a_sleeping_server_is_woken_once_in_every_interleaving() {
+    model(None, || {
+        let (mut tx, mut rx) = ring(1);
+        let futex = Futex::new();
+        let theirs = futex.clone();
+        let client = thread::spawn(move || {
+            assert!(tx.push([0, 1]).unwrap());
+            fence_before_bell();
+            if ServerBell(theirs.word.clone()).take(Published::Submissions) {
+                theirs.wake();
+            }
+        });
+        let bell = ServerBell(futex.word.clone());
+        while rx.pop().unwrap().is_none() {
+            bell.mark(ASLEEP);
+            if !rx.is_ready() {
+                futex.wait(ASLEEP);
+            }
+            bell.clear();
+        }
+        client.join().unwrap();
+    });
+}
+
+/// Goal:   two client threads that share a flush rule wake the server for both submissions, whoever of
+///         them takes the mark.
+/// Method: two rings, a thread each, one bell; the server waits for both.
+#[test]
+fn trap08_two_clients_of_one_bell_lose_no_wake() {
+    model(Some(2), || {
+        let futex = Futex::new();
+        let (mut rings, clients): (Vec<_>, Vec<_>) = (0..2u64)
+            .map(|id| {
+                let (mut tx, rx) = ring(1);
+                let theirs = futex.clone();
+                let client = thread::spawn(move || {
+                    assert!(tx.push([0, id]).unwrap());
+                    fence_before_bell();
+                    if ServerBell(theirs.word.clone()).take(Published::Submissions) {
+                        theirs.wake();
+                    }
+                });
+                (rx, client)
+            })
+            .unzip();
+        let bell = ServerBell(futex.word.clone());
+        let mut seen = 0;
+        while seen < 2 {
+            let before = seen;
+            for rx in &mut rings {
+                seen += usize::from(rx.pop().unwrap().is_some());
+            }
+            if seen > before {
+                continue;
+            }
+            bell.mark(ASLEEP);
+            if !rings.iter().any(Consumer::is_ready) {
+                futex.wait(ASLEEP);
+            }
+            bell.clear();
+        }
+        for client in clients {
+            client.join().unwrap();
+        }
+    });
+}
+
+/// Goal:   a server that waits for completion space (bell value 2) is woken when the client has consumed.
+/// Method: the completion ring is full; the client takes one entry, publishes its position, looks at the
+///         bell. The server must get its entry in.
+#[test]
+fn trap08_a_server_that_wants_space_is_woken_by_consuming() {
+    model(None, || {
+        let (mut tx, mut rx) = ring(1);
+        assert!(tx.push([0, 1]).unwrap());
+        let futex = Futex::new();
+        let theirs = futex.clone();
+        let client = thread::spawn(move || {
+            assert_eq!(rx.pop().unwrap().expect("pushed before the thread started")[1], 1);
+            rx.publish();
+            fence_before_bell();
+            if ServerBell(theirs.word.clone()).take(Published::Consumed) {
+                theirs.wake();
+            }
+            rx
+        });
+        let bell = ServerBell(futex.word.clone());
+        while !tx.push([0, 2]).unwrap() {
+            bell.mark(ASLEEP_WANTS_SPACE);
+            tx.refresh().unwrap();
+            if tx.outstanding() == tx.capacity() {
+                futex.wait(ASLEEP_WANTS_SPACE);
+            }
+            bell.clear();
+        }
+        let mut rx = client.join().unwrap();
+        assert_eq!(rx.pop().unwrap().expect("pushed")[1], 2);
+    });
+}
+
+/// Goal:   a client that goes to sleep misses no completion.
+/// Method: the server completes twice, a round each; the client sleeps whenever it finds nothing.
+#[test]
+fn trap08_a_sleeping_client_is_woken_for_every_completion() {
+    model(Some(5), || {
+        let (mut tx, mut rx) = ring(2);
+        let futex = Futex::new();
+        let theirs = futex.clone();
+        let server = thread::spawn(move || {
+            let bell = ClientBell(theirs.word.clone());
+            for id in 1..=2 {
+                assert!(tx.push([0, id]).unwrap());
+                fence_before_bell();
+                if bell.take() & WAITER_FUTEX != 0 {
+                    theirs.wake();
+                }
+            }
+        });
+        let bell = ClientBell(futex.word.clone());
+        let mut next = 1;
+        while next <= 2 {
+            if let Some(words) = rx.pop().unwrap() {
+                assert_eq!(words[1], next);
+                next += 1;
+                continue;
+            }
+            let value = bell.mark(WAITER_FUTEX);
+            if !rx.is_ready() {
+                futex.wait(value);
+            }
+            bell.clear(WAITER_FUTEX);
+        }
+        server.join().unwrap();
+    });
+}
+
+/// Goal:   waiters of both kinds on one client bell are woken, each in its way.
+/// Method: one thread sleeps on the word, one on a socket (a place of its own that remembers a message);
+///         the server publishes once and serves the bits that it took.
+#[test]
+fn trap08_both_kinds_of_client_waiters_are_woken() {
+    model(Some(4), || {
+        let done = Arc::new(AtomicU32::new(0));
+        let futex = Futex::new();
+        let socket = Futex::new();
+        let sleeper = {
+            let (done, futex) = (done.clone(), futex.clone());
+            thread::spawn(move || {
+                let bell = ClientBell(futex.word.clone());
+                while done.load(Relaxed) == 0 {
+                    let value = bell.mark(WAITER_FUTEX);
+                    if done.load(Relaxed) == 0 {
+                        futex.wait(value);
+                    }
+                    bell.clear(WAITER_FUTEX);
+                }
+            })
+        };
+        let poller = {
+            let (done, futex, socket) = (done.clone(), futex.clone(), socket.clone());
+            thread::spawn(move || {
+                ClientBell(futex.word.clone()).mark(WAITER_SOCKET);
+                if done.load(Relaxed) == 0 {
+                    socket.wait(0);
+                }
+            })
+        };
+        done.store(1, Relaxed);
+        fence_before_bell();
+        let waiters = ClientBell(futex.word.clone()).take();
+        if waiters & WAITER_FUTEX != 0 {
+            futex.wake();
+        }
+        if waiters & WAITER_SOCKET != 0 {
+            socket.word.store(1, Relaxed);
+            socket.wake();
+        }
+        sleeper.join().unwrap();
+        poller.join().unwrap();
+    });
+}
+
+/// Hints for `slots` slots, and their slot words.
+fn hints(slots: u32) -> (Hints<std::sync::Arc<[AtomicU64]>>, std::sync::Arc<[AtomicU64]>) {
+    let words = 1 + slots.div_ceil(64);
+    let new = |n: u32| (0..n).map(|_| AtomicU64::new(0)).collect::<std::sync::Arc<[_]>>();
+    (Hints::new(new(words), slots), new(slots))
+}
+
+/// Goal:   a hint is never lost, and the slot word is there when its hint is taken (trap 19).
+/// Method: the client writes and hints at two slots of one bitmap word (the second may ride on the summary
+///         of the first); the server takes twice meanwhile, and once after the client has ended.
+#[test]
+fn trap19_a_hint_is_never_lost_and_never_early() {
+    model(None, || {
+        let (set, words) = hints(2);
+        let set = std::sync::Arc::new(set);
+        let client = {
+            let (set, words) = (set.clone(), words.clone());
+            thread::spawn(move || {
+                for slot in 0..2u32 {
+                    words[slot as usize].store(1, Relaxed);
+                    set.set(slot);
+                }
+            })
+        };
+        let mut found = [0; 2];
+        let mut take = || {
+            set.take(|slot| {
+                assert_eq!(words[slot as usize].load(Relaxed), 1, "hinted before it was written");
+                found[slot as usize] += 1;
+            })
+            .unwrap();
+        };
+        take();
+        take();
+        client.join().unwrap();
+        take();
+        assert_eq!(found, [1, 1]);
+    });
+}
+
+/// Goal:   a hint wakes a sleeping server, and is found by a server that looks before it sleeps.
+/// Method: one hint, one bell; the server sleeps until it has taken it.
+#[test]
+fn trap08_a_hint_wakes_a_sleeping_server() {
+    model(None, || {
+        let (set, words) = hints(1);
+        let set = std::sync::Arc::new(set);
+        let futex = Futex::new();
+        let client = {
+            let (set, words, futex) = (set.clone(), words.clone(), futex.clone());
+            thread::spawn(move || {
+                words[0].store(1, Relaxed);
+                set.set(0);
+                fence_before_bell();
+                if ServerBell(futex.word.clone()).take(Published::Submissions) {
+                    futex.wake();
+                }
+            })
+        };
+        let bell = ServerBell(futex.word.clone());
+        let mut found = 0;
+        while found == 0 {
+            bell.mark(ASLEEP);
+            if !set.any() {
+                futex.wait(ASLEEP);
+            }
+            bell.clear();
+            set.take(|slot| found += words[slot as usize].load(Relaxed)).unwrap();
+        }
+        assert_eq!(found, 1);
+        client.join().unwrap();
+    });
+}
+
+/// Goal:   S5: whatever the client consumes when, a terminal completion always finds its reserved space,
+///         and frames use no more than the rest.
+/// Method: a ring of two, one call admitted; the server sends a frame when more than the reserved entry is
+///         free, tries again, then completes. The client takes and publishes in between.
+#[test]
+fn f22_a_reserved_completion_never_finds_the_ring_full() {
+    model(None, || {
+        let (mut tx, mut rx) = ring(2);
+        let server = thread::spawn(move || {
+            let reserved = 1;
+            let mut sent = 0;
+            for _ in 0..2 {
+                tx.refresh().unwrap();
+                if tx.capacity() - tx.outstanding() > reserved {
+                    sent += 1;
+                    assert!(tx.push([0, sent]).unwrap());
+                }
+            }
+            assert!(tx.push([0, sent + 1]).unwrap(), "the terminal's space was reserved");
+            sent + 1
+        });
+        let mut next = 1;
+        for _ in 0..2 {
+            if let Some(words) = rx.pop().unwrap() {
+                assert_eq!(words[1], next);
+                rx.publish();
+                next += 1;
+            }
+        }
+        let sent = server.join().unwrap();
+        while let Some(words) = rx.pop().unwrap() {
+            assert_eq!(words[1], next);
+            next += 1;
+        }
+        assert_eq!(next, sent + 1);
+    });
+}
