@@ -113,7 +113,8 @@ impl IpcClient {
     ///
     /// # Errors
     ///
-    /// [`IpcError::ServerFault`] if the server broke the protocol.
+    /// [`IpcError::ServerFault`] if the server broke the protocol; [`IpcError::Disconnected`] or
+    /// [`IpcError::NotExecuted`] when the session is over and every answer has been taken.
     #[inline(always)]
     pub fn poll(&self) -> Result<Option<Reply<'_>>> {
         let mut session = self.session.borrow_mut();
@@ -167,7 +168,7 @@ impl IpcClient {
                     if session.only_untaken_answers() {
                         return Err(IpcError::WouldBlock);
                     }
-                    session.wait(self.policy, None)?;
+                    session.wait_for_completion(self.policy, None)?;
                     session.stash()?;
                 }
                 other => return other,

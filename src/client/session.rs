@@ -18,9 +18,13 @@ use doorbell_shm::segment::Segment;
 use doorbell_shm::slots::{ClientWord, Grant};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 /// Empty polls after which the server's bell is looked at behind a fence.
 const QUIET_POLLS: u32 = 8;
+
+/// Empty polls between two looks at the clock, for those who never wait.
+const POLLS_PER_LOOK: u32 = 256;
 
 /// Where a call goes.
 #[derive(Debug, Clone, Copy)]
@@ -101,6 +105,9 @@ pub(super) struct Session {
     pub(super) unrung: Option<Published>,
     /// Polls that found nothing since something was published.
     quiet_polls: u32,
+    /// Polls that found nothing, and when one of them last looked at the socket.
+    empty_polls: u32,
+    pub(super) looked_at: Option<Instant>,
     /// Position behind the last CLOSE in the bulk ring.
     bulk_closes_end: u64,
     /// Connections to close as soon as a slot is free.
@@ -124,6 +131,8 @@ impl Session {
             in_flight: 0,
             unrung: None,
             quiet_polls: 0,
+            empty_polls: 0,
+            looked_at: None,
             bulk_closes_end: 0,
             closing: Vec::new(),
             end: None,
@@ -377,6 +386,10 @@ impl Session {
         }
         if let Some(published) = self.unrung {
             self.idle(published)?;
+        }
+        self.empty_polls = self.empty_polls.wrapping_add(1);
+        if self.empty_polls.is_multiple_of(POLLS_PER_LOOK) {
+            self.look_after_server()?;
         }
         Ok(None)
     }

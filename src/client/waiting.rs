@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 const SPINS_PER_LOOK: u32 = 1 << 10;
 /// Looks between two looks at the socket (a system call).
 const LOOKS_PER_SOCKET: u32 = 1 << 8;
+/// Time between two looks at the socket by somebody who only polls.
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 /// Longest sleep without a look at the socket: a server that is killed wakes nobody (F51).
 const SLEEP_SLICE: Duration = Duration::from_millis(20);
 
@@ -35,7 +37,7 @@ impl Session {
     #[inline]
     pub fn wait_for_completion(&mut self, policy: WaitPolicy, deadline: Option<Instant>) -> Result<bool> {
         if self.end.is_some() {
-            return if self.has_kept() { Ok(true) } else { Err(self.ended()) };
+            return self.what_is_left();
         }
         match policy {
             WaitPolicy::Spin => self.spin(deadline),
@@ -64,7 +66,7 @@ impl Session {
             looks = looks.wrapping_add(1);
             let closed = self.segment.state().0 == state::CLOSED;
             if (closed || looks.is_multiple_of(LOOKS_PER_SOCKET)) && self.is_over()? {
-                return Ok(self.has_kept() || self.is_ready());
+                return self.what_is_left();
             }
             if deadline.is_some_and(|d| Instant::now() >= d) {
                 return Ok(false);
@@ -99,9 +101,30 @@ impl Session {
                 return Ok(true);
             }
             if woken != futex::Woken::Interrupted && self.is_over()? {
-                return Ok(self.has_kept() || self.is_ready());
+                return self.what_is_left();
             }
         }
+    }
+
+    /// For those who poll and never wait: looks at the socket every 10 ms, so that they, too, learn of the
+    /// server's end (F51). Once all answers have been taken, an error tells.
+    #[cold]
+    pub fn look_after_server(&mut self) -> Result<()> {
+        if self.end.is_none() {
+            let now = Instant::now();
+            let looked_at = *self.looked_at.get_or_insert(now);
+            if now.duration_since(looked_at) < LOOK_INTERVAL {
+                return Ok(());
+            }
+            self.looked_at = Some(now);
+            self.is_over()?;
+        }
+        if self.end.is_some() { self.what_is_left().map(|_| ()) } else { Ok(()) }
+    }
+
+    /// Of a session that is over: whether there are answers to take, else why there will be none.
+    fn what_is_left(&self) -> Result<bool> {
+        if self.has_kept() || self.is_ready() { Ok(true) } else { Err(self.ended()) }
     }
 
     /// Looks at the socket; when the session is over, notes how, and classifies what is in flight.

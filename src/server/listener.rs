@@ -141,12 +141,22 @@ fn refuse_what_is_not_stale(place: &Place) -> Result<()> {
     match rustix::net::connect(&probe, &place.address(&place.name)?) {
         // Nobody listens: stale.
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(()),
+        // The kernel still takes a dead server's ring apart: its listener answers for some milliseconds.
+        Ok(()) if listener_is_dead(&probe) => Ok(()),
         // Somebody listens: for packets, with a full backlog, or for another type of socket.
         Ok(()) | Err(Errno::AGAIN | Errno::PROTOTYPE) => {
             Err(IpcError::AlreadyRunning { path: place.path.clone() })
         }
         Err(e) => Err(IpcError::io("connect to the socket that lies at the path", e)),
     }
+}
+
+/// Whether the process that listens at the other end of a connected probe has ended.
+fn listener_is_dead(probe: &OwnedFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let Ok(process) = doorbell_uring::peer_process(probe.as_fd()) else { return true };
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&now)), Ok(1))
 }
 
 /// Binds under a temporary name and renames: the path is either absent, stale or a listening socket.

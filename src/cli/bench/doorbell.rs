@@ -172,6 +172,7 @@ pub struct Connector {
     config: ClientConfig,
     clients: Vec<IpcClient>,
     connections: Vec<(u32, ConnectionId)>,
+    shares_core: bool,
 }
 
 impl Connector {
@@ -192,7 +193,8 @@ impl Connector {
         // A session of the client's is a socket and a segment.
         doorbell::config::raise_file_limit(2 * job.sessions.len() as u64).map_err(peer("raising limits"))?;
         let path = PathBuf::from(&job.endpoint);
-        Ok(Self { path, config, clients: Vec::new(), connections: Vec::new() })
+        let shares_core = job.shares_core;
+        Ok(Self { path, config, clients: Vec::new(), connections: Vec::new(), shares_core })
     }
 }
 
@@ -211,8 +213,9 @@ impl worker::Connector for Connector {
 
     fn finish(self) -> Result<DoorbellTarget, BenchError> {
         let dirty = Vec::with_capacity(self.clients.len());
-        let Self { clients, connections, config, .. } = self;
-        Ok(DoorbellTarget { clients, connections, dirty, cursor: 0, policy: config.policy })
+        let Self { clients, connections, config, shares_core, .. } = self;
+        let policy = config.policy;
+        Ok(DoorbellTarget { clients, connections, dirty, cursor: 0, policy, shares_core })
     }
 }
 
@@ -226,6 +229,7 @@ pub struct DoorbellTarget {
     /// Session whose answers are taken next.
     cursor: usize,
     policy: WaitPolicy,
+    shares_core: bool,
 }
 
 impl Target for DoorbellTarget {
@@ -278,7 +282,8 @@ impl Target for DoorbellTarget {
     #[inline(always)]
     fn wait(&mut self, at_most_ns: u64) -> Result<(), IpcError> {
         if self.policy == WaitPolicy::Spin {
-            std::hint::spin_loop();
+            // Spinning on the server's own core would only keep it from answering.
+            if self.shares_core { std::thread::yield_now() } else { std::hint::spin_loop() }
             return Ok(());
         }
         self.clients[0].wait(Some(Duration::from_nanos(at_most_ns)))?;

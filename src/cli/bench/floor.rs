@@ -116,7 +116,7 @@ pub fn floor_server(fd: OwnedFd, job: &FloorJob) -> Result<(), BenchError> {
 }
 
 fn serve(rings: &Rings, yields: bool) {
-    let (mut stage, mut reply) = (vec![0; FLOOR_SIZE_MAX], vec![0; FLOOR_SIZE_MAX]);
+    let (mut stage, mut reply) = (work::Buffer::new(FLOOR_SIZE_MAX), work::Buffer::new(FLOOR_SIZE_MAX));
     let (mut position, mut idle) = (0u32, 0u32);
     loop {
         let request = entry(&rings.requests, position);

@@ -47,7 +47,6 @@ impl Server {
     }
 
     /// A server with counters of its own; `process` is `None` if somebody else started it.
-    #[allow(dead_code)] // Until `doorbell.rs` starts real servers.
     pub fn with_counters(
         process: Option<Process>,
         pid: Option<u32>,

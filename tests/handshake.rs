@@ -1,0 +1,66 @@
+//! The handshake's bytes against `shm/LAYOUT.md`.
+
+use doorbell::protocol::handshake::{DisconnectReason, Goodbye, Hello, Welcome, code};
+use doorbell_shm::layout::Geometry;
+use std::mem::offset_of;
+use zerocopy::IntoBytes;
+
+const LAYOUT: &str = include_str!("../shm/LAYOUT.md");
+
+/// The hex bytes of the golden vector called `name`.
+fn golden(name: &str) -> Vec<u8> {
+    let begin =
+        LAYOUT.find(&format!("```golden {name}\n")).unwrap_or_else(|| panic!("no golden vector {name}"));
+    let lines = LAYOUT[begin..].lines().skip(2).take_while(|line| *line != "```");
+    lines.flat_map(str::split_whitespace).map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect()
+}
+
+/// The (offset, field) pairs of the table that follows `title`.
+fn table(title: &str) -> Vec<(usize, String)> {
+    let begin = LAYOUT.find(title).unwrap_or_else(|| panic!("no table {title}"));
+    let rows = LAYOUT[begin..].lines().skip_while(|line| !line.starts_with("| ---")).skip(1);
+    let cells = |row: &str| row.split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
+    rows.take_while(|row| row.starts_with('|'))
+        .map(cells)
+        .map(|cells| (cells[1].parse().unwrap(), cells[3].clone()))
+        .collect()
+}
+
+macro_rules! offsets {
+    ($type:ty: $($field:ident),+) => { vec![$((offset_of!($type, $field), stringify!($field).to_owned())),+] };
+}
+
+/// Goal:   the drawing and the structs cannot drift apart (trap 20).
+/// Method: offsets of every field against the tables; bytes of a hello and a goodbye against golden vectors.
+#[test]
+fn trap20_the_handshake_is_as_drawn() {
+    let hello = offsets!(Hello: magic, version_min, version_max, lanes, features, geometry, client_id, now_ns,
+        reserved, name);
+    assert_eq!(table("Hello, client to server"), hello);
+    let welcome = offsets!(Welcome: magic, code, version, doorbell_kind, features, geometry, lanes, retry_ms,
+        epoch, session, clock_offset_ns, max_message_size, version_min, version_max, limit, reserved);
+    assert_eq!(table("Welcome, server to client"), welcome);
+    assert_eq!(Hello::new(Geometry::default(), [1, 2], 3, "test").as_bytes(), golden("hello"));
+    assert_eq!(Hello::read(&golden("hello")).unwrap().display_name(), Some("test"));
+    assert_eq!(Goodbye::new(DisconnectReason::Draining).as_bytes(), golden("goodbye"));
+    assert_eq!(Goodbye::read(&golden("goodbye")), Some(DisconnectReason::Draining));
+}
+
+#[test]
+fn codes_are_as_drawn() {
+    let drawn = "0 Ok, 1 VersionMismatch, 2 NotPermitted, 3 TooMany, 4 NoMemory, 5 Draining, 6 BadHello";
+    assert!(LAYOUT.contains(drawn));
+    let codes = [
+        code::OK,
+        code::VERSION_MISMATCH,
+        code::NOT_PERMITTED,
+        code::TOO_MANY,
+        code::NO_MEMORY,
+        code::DRAINING,
+        code::BAD_HELLO,
+    ];
+    assert_eq!(codes, [0, 1, 2, 3, 4, 5, 6]);
+    for reason in DisconnectReason::ALL {
+        assert!(LAYOUT.contains(&format!("{} {reason:?}", reason as u32)), "{reason:?}");
+    }
+}

@@ -1,0 +1,157 @@
+//! Rules that hold for the source as such: what must not be in it, and that every row has its test.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every Rust file below `folder`, build directories left out.
+fn sources(folder: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![root().join(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("target") {
+                folders.push(path);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    found
+}
+
+/// The code of a file: without comments, and without its tests.
+fn code(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap();
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    code.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
+}
+
+fn assert_absent(folders: &[&str], words: &[&str], why: &str) {
+    for path in folders.iter().flat_map(|folder| sources(folder)) {
+        let code = code(&path);
+        for word in words {
+            assert!(!code.contains(word), "{} contains `{word}`: {why}", path.display());
+        }
+    }
+}
+
+/// Goal:   R1.3: one thread, no lock, no shared mutable state between reactors on the message path.
+/// Method: what would bring one in is not in the sources of the server and of what it shares.
+#[test]
+fn r1_3_no_lock_is_on_the_message_path() {
+    let words = ["Mutex", "RwLock", "Condvar", "static mut", "OnceLock", "mpsc", "spawn("];
+    assert_absent(
+        &["src/server", "shm/src", "src/client"],
+        &words,
+        "the message path has no locks or threads",
+    );
+}
+
+/// Goal:   S11: no decision depends on a clock that can jump.
+#[test]
+fn s11_only_the_monotonic_clock_is_read() {
+    assert_absent(&["src", "shm/src", "uring/src"], &["SystemTime", "ClockId::Realtime"], "S11");
+}
+
+/// Goal:   trap 6: nothing with a name is left behind in /dev/shm.
+#[test]
+fn trap06_no_named_shared_memory() {
+    assert_absent(&["src", "shm/src", "uring/src", "stress/src"], &["shm_open", "/dev/shm"], "trap 6");
+}
+
+/// Goal:   trap 25: no result is thrown away.
+#[test]
+fn trap25_no_result_is_thrown_away() {
+    let folders = ["src", "shm/src", "uring/src", "stress/src"];
+    for path in folders.iter().flat_map(|folder| sources(folder)) {
+        for line in code(&path).lines().filter(|line| line.contains("let _ = ")) {
+            // A value that is no result may be named to be ignored: an address, a borrow that keeps alive.
+            assert!(!line.contains('('), "{}: {line}", path.display());
+        }
+    }
+}
+
+/// Goal:   R4.5: the brief's names that exist so far keep their names.
+#[test]
+fn r4_5_public_names_are_kept() {
+    #[allow(unused_imports)]
+    use doorbell::{BufferPool, ConnectionPool, IpcClient, IpcError, IpcServer, MessageType, Metrics};
+}
+
+/// Goal:   R3.1: the error enum names what the brief wants, and every message says what to do or what was so.
+#[test]
+fn r3_1_the_error_enum_has_the_named_variants() {
+    use doorbell::{IpcError, MessageType};
+    let errors = [
+        IpcError::Io { call: "connect", source: std::io::Error::from_raw_os_error(13) },
+        IpcError::MessageTooLarge(16384),
+        IpcError::UnknownMessageType(MessageType(77)),
+        IpcError::HandlerPanic,
+        IpcError::Timeout,
+    ];
+    let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    for (text, part) in texts.iter().zip(["connect", "16384", "77", "log", "cancelled"]) {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+/// Goal:   R4.8: the page of deviations has every one that the row names.
+#[test]
+fn r4_8_the_deviations_are_documented() {
+    let page = std::fs::read_to_string(root().join("docs/deviations.md")).unwrap();
+    for part in [
+        "socket to meet",
+        "also a bell",
+        "`f64`",
+        "MessageTooLarge",
+        "`static` table",
+        "TypeScript",
+        "test names",
+    ] {
+        assert!(page.contains(part), "docs/deviations.md says nothing of: {part}");
+    }
+}
+
+/// Names of all test functions.
+fn tests() -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for path in ["src", "tests", "shm", "uring", "stress"].iter().flat_map(|folder| sources(folder)) {
+        let text = std::fs::read_to_string(path).unwrap();
+        let mut is_test = false;
+        for line in text.lines().map(str::trim) {
+            if line == "#[test]" {
+                is_test = true;
+            } else if let (true, Some(rest)) = (is_test, line.strip_prefix("fn ")) {
+                names.insert(rest.split('(').next().unwrap_or_default().to_owned());
+                is_test = false;
+            }
+        }
+    }
+    names
+}
+
+/// Goal:   every row in docs/ids.md has a test, and every test named there exists.
+#[test]
+fn every_row_has_a_test_that_exists() {
+    let page = std::fs::read_to_string(root().join("docs/ids.md")).unwrap();
+    let tests = tests();
+    let mut rows = 0;
+    for row in page.lines().filter(|line| line.starts_with("| ") && line.matches('|').count() == 4) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        if cells[1] == "id" || cells[1].starts_with("---") {
+            continue;
+        }
+        rows += 1;
+        let named: Vec<&str> = cells[3].split('`').skip(1).step_by(2).collect();
+        assert!(!named.is_empty(), "row {} has no test", cells[1]);
+        for name in named {
+            assert!(tests.contains(name), "row {}: there is no test `{name}`", cells[1]);
+        }
+    }
+    assert!(rows > 60, "only {rows} rows found");
+}
