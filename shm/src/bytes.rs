@@ -62,9 +62,7 @@ impl SharedBytes {
         // - In bounds: just checked against the length that `Mapping::raw` checked.
         // - Not overlapping: `target` is a private `&mut`, the mapping is reachable through copies only.
         // - Foreign writes during the copy leave `target` with unspecified but initialised bytes.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.base.as_ptr().add(offset), target.as_mut_ptr(), target.len())
-        }
+        unsafe { copy(self.base.as_ptr().add(offset), target.as_mut_ptr(), target.len()) }
     }
 
     /// Copies `source` to byte `offset`.
@@ -76,9 +74,7 @@ impl SharedBytes {
     pub fn write(&self, offset: usize, source: &[u8]) {
         self.check(offset, source.len());
         // SAFETY: as in `read`; nothing ever holds a reference into the range.
-        unsafe {
-            std::ptr::copy_nonoverlapping(source.as_ptr(), self.base.as_ptr().add(offset), source.len())
-        }
+        unsafe { copy(source.as_ptr(), self.base.as_ptr().add(offset), source.len()) }
     }
 
     /// Asks for the cache lines of a range that will be read and then written, at most [`PREFETCH_MAX`]
@@ -103,6 +99,33 @@ impl SharedBytes {
             self.len
         );
     }
+}
+
+/// Copies `len` bytes: half a cache line to a whole one, which most small messages are, without a call.
+///
+/// # Safety
+///
+/// As for [`std::ptr::copy_nonoverlapping`].
+#[inline(always)]
+unsafe fn copy(from: *const u8, to: *mut u8, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if (LINE / 2..=LINE).contains(&len) {
+        use std::arch::x86_64::{_mm_loadu_si128, _mm_storeu_si128};
+        // The second half overlaps the first where the range is shorter than a line.
+        let places = [0, 16, len - 32, len - 16];
+        // SAFETY:
+        // - The caller's promise for the whole range; each of the four 16-byte places lies inside it.
+        // - Unaligned loads and stores; all loads come before the stores, so overlapping places agree.
+        unsafe {
+            let loaded = places.map(|place| _mm_loadu_si128(from.add(place).cast()));
+            for (place, value) in places.into_iter().zip(loaded) {
+                _mm_storeu_si128(to.add(place).cast(), value);
+            }
+        }
+        return;
+    }
+    // SAFETY: the caller's promise, passed on.
+    unsafe { std::ptr::copy_nonoverlapping(from, to, len) }
 }
 
 /// Asks for the cache line of `address`, to be owned. Changes nothing but the time of later accesses.

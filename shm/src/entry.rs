@@ -162,6 +162,36 @@ impl Submission {
         ]
     }
 
+    /// Unpacks a private copy of an entry if it is a plain call: one frame, no metadata, no deadline, answer
+    /// in the request's own slot. Everything that [`Submission::unpack`] and a check of a call's shape would
+    /// refuse is not plain.
+    #[inline(always)]
+    pub fn plain(words: &[u64; SUBMISSION_WORDS]) -> Option<Self> {
+        const HEAD: u64 = kind::CALL as u64 | (flag::END as u64) << 8;
+        const CODEC_AND_HANDOFF: u64 = 0xff << 24 | (flag::HANDOFF as u64) << 8;
+        let (slot, len) = (words[2] as u32, words[3] as u32);
+        let head_is_plain = (words[0] >> 32) & !CODEC_AND_HANDOFF == HEAD;
+        // No metadata and one answer slot; that slot is the request's, and this is frame 0.
+        let window_is_plain = words[3] >> 32 == 1 << 16 && words[4] == u64::from(slot);
+        let rest_is_plain = (words[5] == u64::from(len) || words[5] == 0) && words[6] | words[7] == 0;
+        (head_is_plain && window_is_plain && rest_is_plain).then_some(Self {
+            kind: kind::CALL,
+            flags: flag::END,
+            codec: (words[0] >> 56) as u8,
+            message_type: words[1] as u32,
+            connection: (words[1] >> 32) as u32,
+            slot,
+            generation: (words[2] >> 32) as u32,
+            len,
+            meta_len: 0,
+            response_count: 1,
+            response_slot: slot,
+            frame: 0,
+            body_len: words[5],
+            deadline: 0,
+        })
+    }
+
     /// Unpacks a private copy of an entry.
     ///
     /// # Errors

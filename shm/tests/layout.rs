@@ -712,3 +712,42 @@ fn two_views_of_a_segment_are_the_same_memory() {
     assert_eq!(segment.state(), (7, 9));
     assert_eq!((segment.len(), segment.is_empty()), (2 * PAGE, false));
 }
+
+/// Goal:   an entry taken for a plain call says exactly what unpacking it says.
+/// Method: entries one change away from a plain one: either not plain, or unpacked alike but for the hint
+///         that the caller sleeps, which a plain call does not need.
+#[test]
+fn what_is_plain_is_what_unpacking_says() {
+    use doorbell_shm::entry::{Submission, flag, kind};
+    let plain = Submission {
+        kind: kind::CALL,
+        flags: flag::END,
+        codec: 1,
+        message_type: 300,
+        connection: 0x0010_0007,
+        slot: 9,
+        generation: 77,
+        len: 500,
+        response_count: 1,
+        response_slot: 9,
+        body_len: 500,
+        ..Submission::default()
+    };
+    assert_eq!(Submission::plain(&plain.pack()), Some(plain));
+    let mut taken = 0;
+    for word in 0..8 {
+        for bit in 0..64 {
+            let mut words = plain.pack();
+            words[word] ^= 1 << bit;
+            if let Some(call) = Submission::plain(&words) {
+                let unpacked = Submission::unpack(words).unwrap();
+                let flags = unpacked.flags & !flag::HANDOFF;
+                assert_eq!(call, Submission { flags, ..unpacked }, "word {word} bit {bit}");
+                taken += 1;
+            }
+        }
+    }
+    // Lap, HANDOFF, codec, type, connection, generation; slot and length are each told in two places.
+    assert_eq!(taken, 32 + 1 + 8 + 64 + 32);
+    assert_eq!(Submission::plain(&[0; 8]), None);
+}

@@ -9,21 +9,26 @@ const NONE: u32 = u32::MAX;
 /// One conversation inside a session.
 #[derive(Debug, Clone, Copy)]
 pub struct Connection {
-    /// Session that opened it, while it is open.
-    session: u32,
-    /// Number it answers to while open; when free, the next free index.
-    number_or_next: u32,
-    /// How often this record has been used, for the generation in its number.
-    uses: u32,
+    /// Session in the upper half, number in the lower while it is open; [`FREE`] and the next free index
+    /// while it is not. One comparison tells whether a session has a number open.
+    key: u64,
+    /// Bytes of requests.
+    pub bytes: u64,
     /// Calls started on it.
     pub requests: u32,
-    /// Bytes of requests and answers.
-    pub bytes: u64,
+    /// How often this record has been used, for the generation in its number.
+    uses: u32,
     /// One of [`doorbell_shm::entry::codec`].
     pub codec: u8,
-    open: bool,
     /// Whether its calls come on the bulk rings.
     pub bulk: bool,
+}
+
+/// The upper half of the key of a record that is not open. No session has this number.
+const FREE: u64 = 0xffff_ffff << 32;
+
+fn key(session: u32, number: u32) -> u64 {
+    u64::from(session) << 32 | u64::from(number)
 }
 
 /// Records of all connections of a server, whichever session they belong to.
@@ -38,13 +43,11 @@ impl ConnectionPool {
     /// `limit` records of 32 bytes each: the only allocation the pool ever makes.
     pub fn new(limit: u32) -> Self {
         let blank = |index| Connection {
-            session: 0,
-            number_or_next: if index + 1 == limit { NONE } else { index + 1 },
-            uses: 0,
-            requests: 0,
+            key: FREE | u64::from(if index + 1 == limit { NONE } else { index + 1 }),
             bytes: 0,
+            requests: 0,
+            uses: 0,
             codec: 0,
-            open: false,
             bulk: false,
         };
         Self { records: (0..limit).map(blank).collect(), first_free: 0, open: 0 }
@@ -64,19 +67,10 @@ impl ConnectionPool {
     pub fn open(&mut self, session: u32, codec: u8, bulk: bool) -> Option<u32> {
         let index = self.first_free;
         let record = self.records.get_mut(index as usize)?;
-        self.first_free = record.number_or_next;
+        self.first_free = record.key as u32;
         let uses = record.uses.wrapping_add(1);
         let number = index | uses << INDEX_BITS;
-        *record = Connection {
-            session,
-            number_or_next: number,
-            uses,
-            requests: 0,
-            bytes: 0,
-            codec,
-            open: true,
-            bulk,
-        };
+        *record = Connection { key: key(session, number), bytes: 0, requests: 0, uses, codec, bulk };
         self.open += 1;
         Some(number)
     }
@@ -85,15 +79,14 @@ impl ConnectionPool {
     #[inline(always)]
     pub fn get(&mut self, session: u32, number: u32) -> Option<&mut Connection> {
         let record = self.records.get_mut((number & INDEX_MASK) as usize)?;
-        (record.open && record.number_or_next == number && record.session == session).then_some(record)
+        (record.key == key(session, number)).then_some(record)
     }
 
     /// Closes a connection; `false` if `session` does not have it open.
     pub fn close(&mut self, session: u32, number: u32) -> bool {
         let next = self.first_free;
         let Some(record) = self.get(session, number) else { return false };
-        record.open = false;
-        record.number_or_next = next;
+        record.key = FREE | u64::from(next);
         self.first_free = number & INDEX_MASK;
         self.open -= 1;
         true
@@ -103,8 +96,8 @@ impl ConnectionPool {
     pub fn close_all(&mut self, session: u32) -> u32 {
         let mut closed = 0;
         for index in 0..self.records.len() {
-            let record = self.records[index];
-            if record.open && record.session == session && self.close(session, record.number_or_next) {
+            let key = self.records[index].key;
+            if (key >> 32) as u32 == session && self.close(session, key as u32) {
                 closed += 1;
             }
         }

@@ -489,11 +489,11 @@ mod tests {
         use zerocopy::IntoBytes;
         let config = ServerConfig { max_sessions: 1, max_slot_pages: 8, ..ServerConfig::default() };
         let mut core = core(ServerConfig { max_half_open: 1, ..config });
-        let refusal = |core: &Core<AtomicU64>, geometry| {
-            match core.judge(Hello::new(geometry, [0; 2], 0, "x").as_bytes(), 0) {
-                Verdict::Refuse(welcome) => welcome.code,
-                Verdict::Grant(..) => code::OK,
-            }
+        let refusal = |core: &Core<AtomicU64>, geometry| match core
+            .judge(Hello::new(geometry, [0; 2], 0, "x").as_bytes(), 0)
+        {
+            Verdict::Refuse(welcome) => welcome.code,
+            Verdict::Grant(..) => code::OK,
         };
         assert_eq!(refusal(&core, Geometry::default()), code::OK);
         assert_eq!(refusal(&core, Geometry { medium: 9, ..Geometry::default() }), code::NO_MEMORY);

@@ -283,7 +283,11 @@ impl Target for DoorbellTarget {
     fn wait(&mut self, at_most_ns: u64) -> Result<(), IpcError> {
         if self.policy == WaitPolicy::Spin {
             // Spinning on the server's own core would only keep it from answering.
-            if self.shares_core { std::thread::yield_now() } else { std::hint::spin_loop() }
+            if self.shares_core {
+                std::thread::yield_now()
+            } else {
+                std::hint::spin_loop()
+            }
             return Ok(());
         }
         self.clients[0].wait(Some(Duration::from_nanos(at_most_ns)))?;
