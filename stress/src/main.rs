@@ -1,3 +1,28 @@
-//! The stress levels.
+//! The stress levels: real processes, every byte of every answer verified, a verdict.
+//!
+//! ```sh
+//! cargo run --release -p doorbell-stress -- connections --short
+//! ```
+//!
+//! This process starts a server and its clients, which are this very executable once more, watches the
+//! server's memory and judges what the clients report. Exit status: 0 all passed, 1 something failed,
+//! 2 the question was wrong.
 
-fn main() {}
+mod cli;
+mod client;
+mod clock;
+mod content;
+mod error;
+mod floor;
+mod level1;
+mod load;
+mod machine;
+mod memory;
+mod processes;
+mod report;
+mod scratch;
+mod server;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

@@ -1,0 +1,222 @@
+//! The command line. Results go to stdout, everything else to stderr; exit status 0 means that everything
+//! passed, 1 that something failed or could not be run, 2 that the question was wrong.
+
+use crate::error::StressError;
+use crate::level1::{self, Plan};
+use crate::machine::{Cores, Machine};
+use crate::processes::{self, ChildOptions};
+use crate::report::Report;
+use crate::scratch;
+use clap::{Args, Parser, Subcommand};
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+/// Length of a window with `--short` and `--full`, seconds.
+const SHORT: f64 = 5.0;
+const FULL: f64 = 300.0;
+/// The shortest window and the longest, a day.
+const SECONDS_MIN: f64 = 0.05;
+const SECONDS_MAX: f64 = 86_400.0;
+/// Random seeds have so many bits: whole numbers that every JSON reader keeps.
+const SEED_BITS: u32 = 48;
+
+/// The stress levels of doorbell: real processes, every byte of every answer verified, a verdict.
+#[derive(Debug, Parser)]
+#[command(
+    name = "doorbell-stress",
+    version,
+    about,
+    arg_required_else_help = true,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
+struct Cli {
+    #[command(flatten)]
+    suite: SuiteOptions,
+    #[command(subcommand)]
+    child: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// A process of a level.
+    #[command(name = processes::SUBCOMMAND, hide = true)]
+    Child(ChildOptions),
+}
+
+#[derive(Debug, Clone, PartialEq, Args)]
+struct SuiteOptions {
+    /// The level: connections (or 1), or all that exist.
+    #[arg(required = true, value_parser = parse_level)]
+    level: Option<Level>,
+    /// The short duration: a window of 5 s in each row.
+    #[arg(long, required_unless_present = "full", conflicts_with = "full")]
+    short: bool,
+    /// The full duration: a window of 300 s in each row.
+    #[arg(long)]
+    full: bool,
+    /// Print one JSON object instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Seed of every content that is sent; random and printed unless given.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Another length of the window, seconds; may be a fraction.
+    #[arg(long, value_parser = parse_seconds)]
+    seconds: Option<f64>,
+    /// Fewer connections, to try a level out; rates are then not judged.
+    #[arg(long, hide = true, default_value_t = level1::CONNECTIONS, value_parser = parse_connections)]
+    connections: usize,
+}
+
+/// What can be named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Level {
+    All,
+    Connections,
+}
+
+/// Levels that do not exist yet: naming one is refused, never ignored.
+const TO_COME: [(&str, &str); 4] = [("2", "memory"), ("3", "latency"), ("4", "leaks"), ("5", "chaos")];
+
+fn parse_level(text: &str) -> Result<Level, String> {
+    if let Some((number, name)) = TO_COME.iter().find(|(number, name)| [*number, *name].contains(&text)) {
+        return Err(format!(
+            "level {number} ({name}) is not there yet: this version has level 1 (connections)"
+        ));
+    }
+    match text {
+        "all" => Ok(Level::All),
+        "connections" | "1" => Ok(Level::Connections),
+        _ => Err("no level is called that: name `connections` (or `1`), or `all`".to_owned()),
+    }
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (SECONDS_MIN..=SECONDS_MAX).contains(&seconds) {
+        Ok(seconds)
+    } else {
+        Err(format!("allowed are {SECONDS_MIN} to {SECONDS_MAX}"))
+    }
+}
+
+fn parse_connections(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n) if (1..=level1::CONNECTIONS).contains(&n) => Ok(n),
+        _ => Err(format!("allowed are 1 to {}", level1::CONNECTIONS)),
+    }
+}
+
+/// Does what the arguments ask for.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    if let Some(Command::Child(options)) = cli.child {
+        return processes::run(&options).map_or_else(|error| failed(&error), |()| ExitCode::SUCCESS);
+    }
+    match run_suite(&cli.suite) {
+        Ok(report) => {
+            if cli.suite.json {
+                println!("{}", report.to_json());
+            } else {
+                print!("{report}");
+            }
+            if report.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => failed(&error),
+    }
+}
+
+fn failed(error: &StressError) -> ExitCode {
+    eprintln!("doorbell-stress: {error}");
+    ExitCode::FAILURE
+}
+
+fn run_suite(options: &SuiteOptions) -> Result<Report, StressError> {
+    scratch::remove_on_signals()?;
+    // The segments of every session are held open to be watched.
+    doorbell::config::raise_file_limit(options.connections as u64)
+        .map_err(StressError::ipc("raising limits"))?;
+    let cores = Cores::plan()?;
+    let seed = options.seed.map_or_else(random_seed, Ok)?;
+    progress(&format!("seed {seed}"));
+    let seconds = options.seconds.unwrap_or(if options.full { FULL } else { SHORT });
+    let plan = Plan { seconds, seed, connections: options.connections };
+    let rows = match options.level {
+        Some(Level::All | Level::Connections) => level1::run(&plan, &cores, progress)?,
+        None => Vec::new(),
+    };
+    Ok(Report::new(Machine::describe(&cores), seed, rows))
+}
+
+fn random_seed() -> Result<u64, StressError> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|e| StressError::os("getrandom", e))?;
+    Ok(u64::from_le_bytes(bytes) >> (u64::BITS - SEED_BITS))
+}
+
+fn progress(doing: &str) {
+    if std::io::stderr().is_terminal() {
+        eprintln!("stress: {doing}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    fn parse(line: &str) -> Result<SuiteOptions, clap::Error> {
+        Cli::try_parse_from(["doorbell-stress"].into_iter().chain(line.split_whitespace())).map(|c| c.suite)
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_level_goes_by_name_or_number_or_with_all() {
+        for (name, level) in
+            [("connections", Level::Connections), ("1", Level::Connections), ("all", Level::All)]
+        {
+            assert_eq!(parse(&format!("{name} --short")).unwrap().level, Some(level));
+        }
+        let options = parse("1 --full --json --seed 7 --seconds 0.2").unwrap();
+        assert!(options.full && options.json && options.connections == 1000);
+        assert_eq!((options.seed, options.seconds), (Some(7), Some(0.2)));
+    }
+
+    /// Goal:   every wrong question is refused as one (exit status 2), those about later levels by name.
+    #[test]
+    fn wrong_questions_are_refused() {
+        for (number, name) in TO_COME {
+            for level in [number, name] {
+                let error = parse(&format!("{level} --short")).unwrap_err();
+                assert_eq!(error.exit_code(), 2);
+                assert!(error.to_string().contains(&format!("level {number} ({name}) is not there yet")));
+            }
+        }
+        for line in [
+            "connections",
+            "--short",
+            "nonsense --short",
+            "1 --short --full",
+            "1 --short --seconds 0",
+            "1 --short --seconds NaN",
+            "1 --short --connections 1001",
+            "1 --short --seed -1",
+            "child",
+        ] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+        assert_eq!(parse("--help").unwrap_err().kind(), ErrorKind::DisplayHelp);
+    }
+
+    #[test]
+    fn a_random_seed_is_a_whole_number_for_every_json_reader() {
+        assert!(random_seed().unwrap() < 1 << SEED_BITS);
+    }
+}

@@ -1,0 +1,78 @@
+//! The server process, and its handler: the echo under a mask of `content.rs`.
+
+use crate::content;
+use crate::error::StressError;
+use crate::processes::{self, Process, Role};
+use doorbell::{
+    Context, HandlerError, HandlerTable, IpcServer, MessageType, Reply, ServerConfig, WaitPolicy,
+};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+/// The echo under a mask.
+pub const MASKED_ECHO: MessageType = MessageType::USER;
+/// Bytes worked on at once, in memory of the handler's own.
+const BLOCK: usize = 512;
+/// How long a server may take to start.
+const START: Duration = Duration::from_secs(30);
+
+static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on(MASKED_ECHO, masked_echo);
+
+fn masked_echo(_: &Context<'_, ()>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
+    let (blocks, []) = request.as_chunks::<BLOCK>() else {
+        return Err(HandlerError::Decode(format!("{} bytes are not whole blocks", request.len())));
+    };
+    for block in blocks {
+        let mut masked = [0; BLOCK];
+        content::answer(block, &mut masked);
+        reply.write(&masked)?;
+    }
+    Ok(())
+}
+
+/// What a server process is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ServerJob {
+    /// Where to listen.
+    pub path: PathBuf,
+    /// The core to run on.
+    pub core: usize,
+    /// Its limit: the level's connections and none more.
+    pub connections: u32,
+    /// The same for sessions.
+    pub sessions: u32,
+}
+
+/// Starts a server process; it listens when this returns.
+///
+/// # Errors
+///
+/// [`StressError`] if it does not start.
+pub fn start(job: &ServerJob) -> Result<Process, StressError> {
+    let mut process = processes::spawn(Role::Server, job, Stdio::null())?;
+    let () = process.receive(START)?;
+    Ok(process)
+}
+
+/// The server process itself.
+///
+/// # Errors
+///
+/// Whatever keeps it from serving.
+pub fn serve(job: &ServerJob) -> Result<(), StressError> {
+    let config = ServerConfig {
+        policy: WaitPolicy::Spin,
+        core: Some(job.core),
+        max_connections: job.connections,
+        max_sessions: job.sessions,
+        max_half_open: job.sessions.min(ServerConfig::default().max_half_open),
+        ..ServerConfig::default()
+    };
+    let server = IpcServer::new(&TABLE, ()).config(config);
+    let bound = server.bind(&job.path).map_err(StressError::ipc("binding"))?;
+    processes::say(&())?;
+    bound.serve().map_err(StressError::ipc("serving"))?;
+    Ok(())
+}

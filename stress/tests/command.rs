@@ -1,0 +1,48 @@
+//! The command as its users run it, on a small scale. Nothing here looks at a time or a rate.
+
+use serde_json::Value;
+use std::process::{Command, Output};
+
+fn stress(line: &str) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_doorbell-stress")).args(line.split_whitespace()).output().unwrap()
+}
+
+/// Goal:   both rows of level 1 run with real processes, nothing is wrong or lost, everybody is alive, and
+///         the exit status says so.
+/// Method: 50 connections for 0.2 s, the JSON object read back.
+#[test]
+fn level_1_passes_on_a_small_scale() {
+    let output = stress("connections --short --seconds 0.2 --connections 50 --seed 11 --json");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if errors.contains("server and clients need one each") {
+        return;
+    }
+    assert_eq!(output.status.code(), Some(0), "{text}{errors}");
+    let report: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&report["passed"], &report["seed"]), (&Value::Bool(true), &11.into()), "{text}");
+    let rows = report["rows"].as_array().unwrap();
+    let spread =
+        |row: &Value| ["connections", "sessions", "client_processes"].map(|key| row[key].as_u64().unwrap());
+    assert_eq!(rows.iter().map(spread).collect::<Vec<_>>(), [[50, 1, 1], [50, 50, 10]]);
+    for row in rows {
+        let counted = ["alive", "wrong", "errors", "lost"].map(|key| row[key].as_u64().unwrap());
+        assert_eq!(counted, [50, 0, 0, 0], "{row}");
+        assert!(row["messages_in_all"].as_u64().unwrap() >= 100, "{row}");
+        assert_eq!(row["messages_counted_by_server"], row["messages_in_all"], "{row}");
+        assert!(row["memory"]["footprint_bytes"].as_u64() >= row["memory"]["rss_bytes"].as_u64(), "{row}");
+        assert!(row["memory"]["samples"].as_u64().unwrap() > 0, "{row}");
+        assert!(row["notes"].as_array().unwrap().is_empty(), "{row}");
+    }
+}
+
+/// Goal:   a level that is to come is refused by name, not ignored and not run.
+#[test]
+fn a_level_to_come_is_a_wrong_question() {
+    for level in ["memory", "5"] {
+        let output = stress(&format!("{level} --short"));
+        assert_eq!(output.status.code(), Some(2));
+        assert!(output.stdout.is_empty());
+        assert!(String::from_utf8_lossy(&output.stderr).contains("is not there yet"));
+    }
+}
