@@ -64,3 +64,34 @@ fn codes_are_as_drawn() {
         assert!(LAYOUT.contains(&format!("{} {reason:?}", reason as u32)), "{reason:?}");
     }
 }
+
+/// Goal:   F14: bytes of any kind are either a valid record or refused; nothing is read as what it is not.
+/// Method: every single-bit change of good records, and cut and lengthened ones.
+#[test]
+fn f14_records_are_checked_before_they_are_believed() {
+    let good = Hello::new(Geometry::default(), [1, 2], 3, "test");
+    for bit in 0..8 * size_of::<Hello>() {
+        let mut bytes = good.as_bytes().to_vec();
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        match Hello::read(&bytes) {
+            // Whatever is accepted is what was sent, to the bit, and has the shape that everything relies on.
+            Ok(hello) => {
+                assert_eq!(hello.as_bytes(), bytes);
+                assert!(
+                    hello.lanes > 0 && hello.reserved == 0 && hello.display_name().is_some(),
+                    "bit {bit}"
+                );
+            }
+            Err(code) => assert!([code::BAD_HELLO, code::VERSION_MISMATCH].contains(&code), "bit {bit}"),
+        }
+        let geometry = Geometry::unpack(u64::from_le_bytes(bytes[24..32].try_into().unwrap()));
+        if let Ok(geometry) = geometry.checked() {
+            assert!(geometry.base_pages() >= 1 && geometry.slot_pages() <= 1024, "bit {bit}: {geometry:?}");
+        }
+    }
+    for len in (0..200).filter(|len| *len != size_of::<Hello>()) {
+        let bytes: Vec<u8> = good.as_bytes().iter().copied().cycle().take(len).collect();
+        assert_eq!(Hello::read(&bytes), Err(code::BAD_HELLO), "{len} bytes");
+        assert_eq!(Goodbye::read(&bytes), None);
+    }
+}

@@ -77,6 +77,34 @@ impl SharedBytes {
         unsafe { copy(source.as_ptr(), self.base.as_ptr().add(offset), source.len()) }
     }
 
+    /// As [`SharedBytes::read`], by the C library's copy whatever the length: what a floor is measured with.
+    ///
+    /// # Panics
+    ///
+    /// If `offset + target.len()` leaves the range.
+    #[inline(always)]
+    pub fn read_by_memcpy(&self, offset: usize, target: &mut [u8]) {
+        self.check(offset, target.len());
+        // SAFETY: as in `read`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.base.as_ptr().add(offset), target.as_mut_ptr(), target.len())
+        }
+    }
+
+    /// As [`SharedBytes::write`], by the C library's copy whatever the length.
+    ///
+    /// # Panics
+    ///
+    /// If `offset + source.len()` leaves the range.
+    #[inline(always)]
+    pub fn write_by_memcpy(&self, offset: usize, source: &[u8]) {
+        self.check(offset, source.len());
+        // SAFETY: as in `read`; nothing ever holds a reference into the range.
+        unsafe {
+            std::ptr::copy_nonoverlapping(source.as_ptr(), self.base.as_ptr().add(offset), source.len())
+        }
+    }
+
     /// Asks for the cache lines of a range that will be read and then written, at most [`PREFETCH_MAX`]
     /// bytes of it; a range that leaves this one is ignored. Owning a line at once saves the second
     /// transfer that writing it after reading would cost.

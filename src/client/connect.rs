@@ -104,9 +104,12 @@ pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     }
     let sent_ns = monotonic_ns();
     let hello = Hello::new(geometry, rendezvous::random_id()?, sent_ns, &config.name);
-    rendezvous::send(socket.as_fd(), hello.as_bytes(), None)
-        .map_err(|e| IpcError::io("send of the hello", e))?;
-    let (welcome, memory) = receive_welcome(&socket, give_up, config.connect_timeout)?;
+    match rendezvous::send(socket.as_fd(), hello.as_bytes(), None) {
+        // Refused before it was heard: the answer says why.
+        Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => {}
+        Err(e) => return Err(IpcError::io("send of the hello", e)),
+    }
+    let (welcome, memory) = receive_welcome(path, &socket, give_up, config.connect_timeout)?;
     let Some(memory) = memory else { return Err(refusal(&welcome)) };
     let granted = Geometry::unpack(welcome.geometry);
     let segment = Segment::attach(memory.as_fd(), granted, welcome.identity())?;
@@ -149,11 +152,13 @@ fn connect_socket(path: &Path, give_up: Instant) -> Result<OwnedFd> {
 }
 
 fn receive_welcome(
+    path: &Path,
     socket: &OwnedFd,
     give_up: Instant,
     timeout: Duration,
 ) -> Result<(Welcome, Option<OwnedFd>)> {
     let mut bytes = [0u8; size_of::<Welcome>() + 1];
+    let mut reset = false;
     let mut packet = loop {
         match rendezvous::receive(socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
             Ok(packet) => break packet,
@@ -168,9 +173,15 @@ fn receive_welcome(
                     Err(e) => return Err(IpcError::io("poll of the session socket", e)),
                 }
             }
+            // Told once; behind it lies what was sent before, or the end.
+            Err(Errno::CONNRESET) if !reset => reset = true,
             Err(e) => return Err(IpcError::io("receive of the welcome", e)),
         }
     };
+    if packet.len == 0 && reset {
+        // A server that was killed with this socket in its queue (F50).
+        return Err(IpcError::NotRunning { path: path.to_owned() });
+    }
     if packet.len == 0 {
         return Err(IpcError::Handshake("the server closed the socket without an answer"));
     }

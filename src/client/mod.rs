@@ -126,8 +126,8 @@ impl IpcClient {
     ///
     /// # Errors
     ///
-    /// [`IpcError::Disconnected`] or [`IpcError::ConnectionLost`] when the session is over and every answer
-    /// has been taken.
+    /// [`IpcError::Disconnected`] or [`IpcError::NotExecuted`] when the session is over and every answer has
+    /// been taken.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
         let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         self.session.borrow_mut().wait(self.policy, deadline)

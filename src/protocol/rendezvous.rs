@@ -16,6 +16,9 @@ use std::path::{Path, PathBuf};
 /// Bytes of a path that fit into a unix socket address, its terminating zero left out.
 pub(crate) const SOCKET_PATH_MAX: usize = 107;
 
+/// Bytes of a socket's file name: it is bound as `/proc/self/fd/N/NAME.new`, which has to fit, too.
+const NAME_MAX: usize = 80;
+
 /// Where `doorbell serve` listens unless told otherwise: `doorbell.sock` in `$XDG_RUNTIME_DIR`, else in
 /// `/run/user/UID` where that exists, else in `/tmp/doorbell-UID`.
 pub fn default_socket_path() -> PathBuf {
@@ -42,6 +45,9 @@ impl Place {
         check_length(path)?;
         let refuse = |problem| IpcError::SocketPath { path: path.to_owned(), problem };
         let Some(name) = path.file_name() else { return Err(refuse("it does not end in a file name")) };
+        if name.len() > NAME_MAX {
+            return Err(refuse("its file name is longer than 80 bytes: choose a shorter one"));
+        }
         let parent = match path.parent() {
             Some(p) if !p.as_os_str().is_empty() => p,
             _ => Path::new("."),

@@ -32,8 +32,6 @@ pub(crate) enum Verdict {
 struct Seat {
     generation: u32,
     session: Option<Box<Session>>,
-    /// Turns in a row that found nothing; a lane is cooled when there are many.
-    idle_turns: u32,
     hot: bool,
     /// Is among [`Core::touched`].
     touched: bool,
@@ -210,9 +208,8 @@ impl<S> Core<S> {
             let seat = &mut self.seats[index as usize];
             let Some(session) = seat.session.as_deref_mut() else { continue };
             match session.turn(index, &mut bench) {
-                Ok(0) => seat.idle_turns = seat.idle_turns.saturating_add(1),
+                Ok(0) => {}
                 Ok(taken) => {
-                    seat.idle_turns = 0;
                     total += taken;
                     if !seat.touched {
                         seat.touched = true;
@@ -256,17 +253,14 @@ impl<S> Core<S> {
         let Some(seat) = self.seats.get_mut(id.index as usize) else { return };
         if seat.generation == id.generation && seat.session.is_some() && !seat.hot {
             seat.hot = true;
-            seat.idle_turns = 0;
             self.hot.push(id.index);
         }
     }
 
-    /// Hot lanes that found nothing for `turns` turns or more.
-    pub fn cold_candidates(&self, turns: u32) -> impl Iterator<Item = SessionId> + '_ {
-        self.hot.iter().filter_map(move |&index| {
-            let seat = &self.seats[index as usize];
-            (seat.idle_turns >= turns).then_some(SessionId { index, generation: seat.generation })
-        })
+    /// Lanes that are polled.
+    pub fn hot_lanes(&self) -> impl Iterator<Item = SessionId> + '_ {
+        let id = |&index: &u32| SessionId { index, generation: self.seats[index as usize].generation };
+        self.hot.iter().map(id)
     }
 
     /// Takes a lane from those polled: its bell is armed.
@@ -276,6 +270,11 @@ impl<S> Core<S> {
             seat.hot = false;
             self.hot.retain(|i| *i != id.index);
         }
+    }
+
+    /// Whether this lane is not polled: only its bell, or the sweep, brings it back.
+    pub fn is_cold(&self, id: SessionId) -> bool {
+        self.seats.get(id.index as usize).is_some_and(|seat| seat.generation == id.generation && !seat.hot)
     }
 
     /// Whether no lane is polled.

@@ -19,7 +19,7 @@ pub(crate) struct Listener {
     inode: u64,
     /// Held until the process ends, however it ends. The file stays: unlinking it would let two servers
     /// lock two different files of the same name.
-    _lock: OwnedFd,
+    lock: OwnedFd,
 }
 
 impl Listener {
@@ -33,7 +33,7 @@ impl Listener {
         refuse_what_is_not_stale(&place)?;
         let (socket, inode) = bind_beside_and_rename(&place)?;
         rustix::net::listen(&socket, BACKLOG).map_err(|e| IpcError::io("listen", e))?;
-        Ok(Self { socket, place, inode, _lock: lock })
+        Ok(Self { socket, place, inode, lock })
     }
 
     pub fn socket(&self) -> BorrowedFd<'_> {
@@ -65,6 +65,11 @@ impl Drop for Listener {
                 rustix::fs::unlinkat(&self.place.directory, &self.place.name, AtFlags::empty())
         {
             tracing::warn!(path = %self.place.path.display(), %error, "could not remove the socket");
+        }
+        // Said aloud: a child that another thread is just forking holds a copy of the descriptor until it
+        // executes something else.
+        if let Err(error) = rustix::fs::flock(&self.lock, FlockOperation::Unlock) {
+            tracing::warn!(%error, "could not unlock the socket's lock file");
         }
     }
 }
@@ -154,7 +159,11 @@ fn refuse_what_is_not_stale(place: &Place) -> Result<()> {
 /// Whether the process that listens at the other end of a connected probe has ended.
 fn listener_is_dead(probe: &OwnedFd) -> bool {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let Ok(process) = doorbell_uring::peer_process(probe.as_fd()) else { return true };
+    let process = match doorbell_uring::peer_process(probe.as_fd()) {
+        Ok(process) => process,
+        // Reaped already. Any other refusal proves nothing, and a live server's path is not taken.
+        Err(error) => return matches!(error, rustix::io::Errno::SRCH | rustix::io::Errno::NODATA),
+    };
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     matches!(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&now)), Ok(1))
 }

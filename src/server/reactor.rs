@@ -22,13 +22,16 @@ use zerocopy::IntoBytes;
 const CLIENT_WAKES: u32 = 4;
 /// Clients accepted before the lanes have their turn again.
 const ACCEPTS_PER_EVENT: usize = 64;
-/// Rounds without work between two looks at the clock.
-const IDLE_ROUNDS_PER_TICK: u32 = 64;
+/// Rounds between two looks at the clock, busy or not: what is due by it does not wait for a pause (F27, S6).
+const ROUNDS_PER_TICK: u32 = 64;
 /// Entries taken before clients are looked at behind a fence, however busy the reactor is: about 2 µs.
 const ENTRIES_PER_FENCE: u32 = 64;
 /// Rounds without work after which clients are looked at behind a fence: by then what was published has
 /// left the store buffer, and the fence costs 10 ns instead of 100.
 const QUIET_ROUNDS: u32 = 4;
+/// Sweeps that a client has between taking the bell's mark and waking before it is healed: it may have been
+/// preempted between the two.
+const MARK_TAKEN_SWEEPS: u32 = 3;
 /// How long accepting pauses after the process ran out of descriptors (F32).
 const ACCEPT_PAUSE_NS: u64 = 10_000_000;
 
@@ -87,8 +90,8 @@ struct Peer {
     _process: OwnedFd,
     /// A FUTEX_WAIT on its bell has been pushed and has not completed. Never the word's value (P5).
     bell_armed: bool,
-    /// The last sweep found work although the bell still said asleep.
-    suspect: bool,
+    /// Sweeps in a row that found work although nobody had rung.
+    suspect: u32,
 }
 
 /// A socket that has been accepted and has not said hello.
@@ -114,6 +117,8 @@ pub(crate) struct Reactor<S: 'static> {
     epoch: u64,
     next_sweep_ns: u64,
     log: Throttle,
+    /// Lanes that are being put to sleep.
+    arming: Vec<SessionId>,
     stopping: bool,
 }
 
@@ -135,6 +140,7 @@ impl<S> Reactor<S> {
             epoch,
             next_sweep_ns: 0,
             log: Throttle::default(),
+            arming: Vec::new(),
             stopping: false,
         })
     }
@@ -146,7 +152,13 @@ impl<S> Reactor<S> {
         let spin = self.core.config().policy == WaitPolicy::Spin;
         let mut idle_rounds = 0u32;
         let mut unfenced = 0u32;
+        let mut rounds_since_tick = 0u32;
         while !self.stopping {
+            rounds_since_tick += 1;
+            if rounds_since_tick >= ROUNDS_PER_TICK {
+                rounds_since_tick = 0;
+                self.tick()?;
+            }
             // DEFER_TASKRUN: without this enter a bell rung by a sleeping lane's client is never seen.
             if self.driver.pending() {
                 self.driver.enter(Wait::No)?;
@@ -180,8 +192,6 @@ impl<S> Reactor<S> {
             if sleeps {
                 self.tick()?;
                 self.sleep()?;
-            } else if idle_rounds.is_multiple_of(IDLE_ROUNDS_PER_TICK) {
-                self.tick()?;
             } else {
                 std::hint::spin_loop();
             }
@@ -378,6 +388,14 @@ impl<S> Reactor<S> {
         self.core.metrics.sessions_refused += 1;
         let code = welcome.code;
         self.log.warn(|| tracing::warn!(code, "handshake refused"));
+        // A socket closed with something unread resets its peer, who would then not see the answer: nothing
+        // more is accepted, and what is there is taken.
+        if let Err(error) = rustix::net::shutdown(socket, rustix::net::Shutdown::Read) {
+            tracing::debug!(%error, "shutdown of a refused socket");
+        }
+        let mut unread = [0u8; 1];
+        while rendezvous::receive(socket.as_fd(), &mut unread, RecvFlags::DONTWAIT).is_ok_and(|p| p.len > 0) {
+        }
         // A client that is gone by now needs no answer.
         if let Err(error) = rendezvous::send(socket.as_fd(), welcome.as_bytes(), None) {
             tracing::debug!(%error, "refusal not delivered");
@@ -414,7 +432,7 @@ impl<S> Reactor<S> {
         self.driver.poll(half.socket.as_fd(), events, Source::Socket(id).token())?;
         self.driver.poll(half.process.as_fd(), PollFlags::IN, Source::Process(id).token())?;
         self.peers[index] =
-            Some(Peer { id, socket: half.socket, _process: half.process, bell_armed: false, suspect: false });
+            Some(Peer { id, socket: half.socket, _process: half.process, bell_armed: false, suspect: 0 });
         tracing::debug!(session = id.index, "session opened");
         Ok(())
     }
@@ -521,14 +539,17 @@ impl<S> Reactor<S> {
         for index in 0..self.peers.len() {
             let Some(peer) = &mut self.peers[index] else { continue };
             let id = peer.id;
+            let cold = self.core.is_cold(id);
             let Some(session) = self.core.session(id) else { continue };
-            let asleep = session.lane().common.server_bell.is_marked();
-            let found = if asleep { session.has_work() } else { Ok(false) };
+            // Our own record decides, not the word that the client can write (S2). A client that took the mark
+            // may be about to wake us: it gets longer than one that left it.
+            let patience = if session.lane().common.server_bell.is_marked() { 1 } else { MARK_TAKEN_SWEEPS };
+            let found = if cold { session.has_work() } else { Ok(false) };
             match found {
-                Ok(false) => peer.suspect = false,
-                Ok(true) if !peer.suspect => peer.suspect = true,
+                Ok(false) => peer.suspect = 0,
+                Ok(true) if peer.suspect < patience => peer.suspect += 1,
                 Ok(true) => {
-                    peer.suspect = false;
+                    peer.suspect = 0;
                     session.lane().common.server_bell.clear();
                     self.core.metrics.sweeps_healed += 1;
                     self.core.heat(id);
@@ -544,8 +565,11 @@ impl<S> Reactor<S> {
 
     /// Arms every lane that is polled, looks again, and sleeps if there is nothing.
     fn sleep(&mut self) -> Result<()> {
-        let hot: Vec<SessionId> = self.core.cold_candidates(0).collect();
-        for id in hot {
+        // Kept between calls: a call that is answered from sleep allocates nothing either (R1.7).
+        let mut hot = std::mem::take(&mut self.arming);
+        hot.clear();
+        hot.extend(self.core.hot_lanes());
+        for id in hot.iter().copied() {
             let Some(session) = self.core.session(id) else { continue };
             let state = session.asleep_state();
             // Mark, fence, look again (P5): pairs with publish, fence, look at the bell in the client.
@@ -568,6 +592,7 @@ impl<S> Reactor<S> {
                 }
             }
         }
+        self.arming = hot;
         if !self.core.all_cold() {
             return Ok(());
         }

@@ -101,10 +101,15 @@ impl Session {
     /// Interactive entries are looked for between any two bulk ones.
     #[inline]
     pub fn turn<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<u32, PeerFault> {
+        // Taken here too: a hint that no call follows must not keep the lane awake.
+        if self.lane.common.hints.any() {
+            self.take_hints()?;
+        }
         self.starved = false;
         let mut taken = 0;
         while taken < bench.entries_per_turn {
-            let (ring, filled) = match self.fill(INTERACTIVE, BATCH, bench.batch) {
+            let most = BATCH.min((bench.entries_per_turn - taken) as usize);
+            let (ring, filled) = match self.fill(INTERACTIVE, most, bench.batch) {
                 Filled { len: 0, fault: None, .. } => (BULK, self.fill(BULK, 1, bench.batch)),
                 filled => (INTERACTIVE, filled),
             };

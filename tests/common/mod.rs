@@ -2,9 +2,12 @@
 
 #![allow(dead_code)]
 
+pub mod process;
+pub mod raw;
+
 use doorbell::{
-    Context, HandlerError, HandlerTable, IpcServer, MessageType, Metrics, Reply, ServerConfig,
-    ShutdownHandle, WaitPolicy,
+    ClientConfig, Connection, Context, HandlerError, HandlerTable, IpcClient, IpcServer, MessageType,
+    Metrics, Reply, ServerConfig, ShutdownHandle, WaitPolicy,
 };
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -80,6 +83,13 @@ static TABLE: HandlerTable<Shared> = HandlerTable::with_builtins()
     .on(COUNT, count)
     .on(GATE, gate)
     .on(READ_TWICE, read_twice);
+
+/// Serves the test handlers at `path` on the calling thread, until killed; `watch` gets a thread of its own.
+pub fn serve_here(path: &Path, watch: impl FnOnce(Shared) + Send + 'static) {
+    let state: Shared = Box::leak(Box::default());
+    std::thread::spawn(move || watch(state));
+    IpcServer::new(&TABLE, state).bind(path).unwrap().serve().unwrap();
+}
 
 /// A directory of the test's own, removed with it.
 pub struct TestDir(pub PathBuf);
@@ -158,6 +168,50 @@ impl Drop for TestServer {
                 thread.join().unwrap();
             }
         }
+    }
+}
+
+/// A client of the default configuration that waits by `policy`.
+pub fn client(path: &Path, policy: WaitPolicy) -> IpcClient {
+    IpcClient::connect_with(path, &ClientConfig { policy, ..ClientConfig::default() }).unwrap()
+}
+
+/// A counter of the server, as its `Stats` handler tells it.
+pub fn stat(connection: &Connection<'_>, name: &str) -> u64 {
+    let options = doorbell::CallOptions { reply_capacity: 1024, ..doorbell::CallOptions::default() };
+    let json = connection.call_with(MessageType::STATS, b"", &options, |answer| answer.to_vec()).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    json[name].as_u64().unwrap_or_else(|| panic!("no counter {name} in {json}"))
+}
+
+/// A client that was there before the attack and must not notice it.
+pub struct Bystander {
+    pub client: IpcClient,
+    calls: AtomicU64,
+}
+
+impl Bystander {
+    /// Connects and calls: an answered call means that the server has settled this session, too.
+    pub fn new(path: &Path) -> Self {
+        let bystander = Self { client: client(path, WaitPolicy::Block), calls: AtomicU64::new(0) };
+        bystander.check("nothing yet");
+        bystander
+    }
+
+    /// A few echoes, long and short, checked byte for byte.
+    pub fn check(&self, after: &str) {
+        let connection = self.client.open().unwrap_or_else(|e| panic!("after {after}: {e}"));
+        for len in [0usize, 100, 5000, 16384] {
+            let seed = self.calls.fetch_add(1, Ordering::Relaxed) as usize;
+            let request: Vec<u8> = (0..len).map(|i| (i * 7 + seed) as u8).collect();
+            let answer = connection.call(MessageType::ECHO, &request);
+            assert!(answer.is_ok_and(|a| a == request), "the bystander failed after: {after}");
+        }
+    }
+
+    /// A counter of the server.
+    pub fn stat(&self, name: &str) -> u64 {
+        stat(&self.client.open().unwrap(), name)
     }
 }
 

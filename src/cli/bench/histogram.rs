@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn percentiles_are_exact_below_two_microseconds_and_close_above() {
+    fn trap26_percentiles_are_exact_below_two_microseconds_and_close_above() {
         let mut all = Latencies::new();
         (1..=1000).for_each(|ns| all.record(ns));
         assert_eq!(

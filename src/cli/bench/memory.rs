@@ -201,7 +201,7 @@ Rss:                  16 kB
 ";
 
     #[test]
-    fn only_segments_count_as_resident_shared_memory() {
+    fn trap24_only_segments_count_as_resident_shared_memory() {
         assert_eq!(resident_segments(SMAPS), 20 * 1024);
         assert_eq!(resident_segments(""), 0);
     }
@@ -223,7 +223,7 @@ Rss:                  16 kB
     /// Goal:   pages that exist but are not mapped by the server are counted, once.
     /// Method: this process holds a memfd of that name twice, with 16 KiB allocated and nothing mapped.
     #[test]
-    fn pages_that_nobody_mapped_are_part_of_the_footprint() {
+    fn trap24_pages_that_nobody_mapped_are_part_of_the_footprint() {
         let fd = rustix::fs::memfd_create("doorbell-session", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fd, 1 << 20).unwrap();
         rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, 16 << 10).unwrap();

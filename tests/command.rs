@@ -1,0 +1,432 @@
+//! The `doorbell` command: serve, call, bench, as a user meets them.
+
+mod common;
+
+use common::process::{Process, ServerProcess, doorbell, run, stderr};
+use common::{TestDir, eventually};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+
+/// One AIRequest a line, as the TypeScript side writes them.
+const VECTORS: &str = include_str!("data/airequest_vectors.jsonl");
+
+fn call(server: &ServerProcess, arguments: &[&str]) -> Output {
+    let mut all = vec!["call", "--socket", server.path().to_str().unwrap()];
+    all.extend(arguments);
+    run(&all)
+}
+
+/// The same with `input` on standard input.
+fn call_with_input(server: &ServerProcess, arguments: &[&str], input: &[u8]) -> Output {
+    let mut command = doorbell();
+    command.args(["call", "--socket", server.path().to_str().unwrap()]).args(arguments);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+fn file(directory: &TestDir, name: &str, content: &[u8]) -> PathBuf {
+    let path = directory.join(name);
+    std::fs::write(&path, content).unwrap();
+    path
+}
+
+/// Fails with this status, prints nothing on stdout, and says all of `words`.
+fn fails(output: &Output, status: i32, words: &[&str]) {
+    let said = stderr(output);
+    assert_eq!(output.status.code(), Some(status), "{said}");
+    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
+    for word in words {
+        assert!(said.contains(word), "`{word}` in: {said}");
+    }
+    assert!(!said.contains("panicked"), "{said}");
+}
+
+/// Goal:   a real request comes back as it went, byte for byte: nothing is parsed and written anew on the
+///         way (R2.3; key order, big integers, duplicate keys, lone surrogates).
+/// Method: every line of the vectors as a file, and as standard input.
+#[test]
+fn r2_3_trap16_every_vector_comes_back_byte_for_byte() {
+    let server = ServerProcess::start(&[]);
+    let directory = TestDir::new();
+    assert!(VECTORS.lines().count() >= 20);
+    for (i, line) in VECTORS.lines().enumerate() {
+        let path = file(&directory, &format!("{i}.json"), line.as_bytes());
+        let output = call(&server, &["--type", "echo", "--json", path.to_str().unwrap()]);
+        assert!(output.status.success(), "line {i}: {}", stderr(&output));
+        assert_eq!(output.stdout, format!("{line}\n").as_bytes(), "line {i}");
+        assert!(output.stderr.is_empty(), "line {i}: {}", stderr(&output));
+        let output = call_with_input(&server, &["--json", "-"], format!("\n {line}\n\n").as_bytes());
+        assert_eq!(output.stdout, format!("{line}\n").as_bytes(), "line {i} by standard input");
+    }
+}
+
+/// Goal:   the other built-in types answer.
+/// Method: ping, by name and by number, prints an empty line; stats prints JSON whose counters agree with
+///         what was called.
+#[test]
+fn r1_4_ping_and_stats_answer_on_the_command_line() {
+    let server = ServerProcess::start(&[]);
+    for message_type in ["ping", "1"] {
+        let output = call(&server, &["--type", message_type]);
+        assert!(output.status.success() && output.stdout == b"\n", "{}", stderr(&output));
+    }
+    let output = call(&server, &["--type", "stats"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let stats: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(stats["calls_ok"], 2);
+    assert_eq!(stats["sessions_opened"], 3);
+    assert_eq!(stats["connections_open"], 1);
+    assert_eq!(stats["sweeps_healed"], 0);
+    assert!(stats.as_object().unwrap().values().all(serde_json::Value::is_u64));
+}
+
+/// Goal:   what the server answers with an error is an error of the command, with the reason.
+/// Method: a type without a handler, by name and by number; the server goes on.
+#[test]
+fn r1_4_an_unknown_type_is_an_error_that_names_it() {
+    let server = ServerProcess::start(&[]);
+    for (message_type, named) in
+        [("999", "type 999"), ("chat", "type 17 (chat)"), ("4294967295", "4294967295")]
+    {
+        let output = call(&server, &["--type", message_type]);
+        fails(&output, 1, &["no handler for message", named]);
+    }
+    assert!(call(&server, &["--type", "ping"]).status.success());
+}
+
+/// Goal:   a wrong question is told from a wrong answer: exit status 2, with what would be right.
+/// Method: type names, policies, flags, numbers and commands that do not exist.
+#[test]
+fn r3_1_a_wrong_command_line_is_refused_with_status_2() {
+    for (arguments, words) in [
+        (&["call", "--type", "ecko"][..], &["`ecko` is no message type", "echo"][..]),
+        (&["call", "--type=-1"], &["`-1` is no message type"]),
+        (&["call", "--type", "4294967296"], &["is no message type"]),
+        (&["call", "--timeout-ms", "soon"], &["--timeout-ms"]),
+        (&["call", "--no-such-flag"], &["--no-such-flag"]),
+        (&["serve", "--policy", "sleepy"], &["`sleepy` is unknown", "spin or block"]),
+        (&["serve", "--policy", "handoff"], &["`handoff` is unknown"]),
+        (&["serve", "--max-connections", "many"], &["--max-connections"]),
+        (&["serve", "--no-such-flag"], &["--no-such-flag"]),
+        (&["bench", "--policy", "sleepy"], &["--policy", "handoff", "spin", "block"]),
+        (&["bench", "--no-such-flag"], &["--no-such-flag"]),
+        (&["no-such-command"], &["no-such-command"]),
+        (&[], &["serve", "call", "bench"]),
+    ] {
+        fails(&run(arguments), 2, words);
+    }
+}
+
+/// Goal:   a body that is not one JSON value is refused before anything is sent, saying where.
+/// Method: truncated, doubled, empty, not UTF-8, missing; no server is needed to be told so.
+#[test]
+fn r3_1_a_body_that_is_not_one_json_value_is_refused_by_name() {
+    let directory = TestDir::new();
+    let socket = directory.join("nobody-listens");
+    for (name, content) in [
+        ("truncated", &b"{\"messages\":["[..]),
+        ("doubled", b"{\"a\":1}\n{\"a\":2}"),
+        ("empty", b""),
+        ("blank", b" \n"),
+        ("not-utf8", b"\"\xff\xfe\""),
+        ("words", b"hello"),
+    ] {
+        let path = file(&directory, name, content);
+        let path = path.to_str().unwrap();
+        let output = run(&["call", "--socket", socket.to_str().unwrap(), "--json", path]);
+        fails(&output, 1, &[path, "does not hold one JSON value", "line "]);
+    }
+    let missing = directory.join("missing");
+    let missing = missing.to_str().unwrap();
+    fails(&run(&["call", "--json", missing]), 1, &["cannot open", missing, "No such file"]);
+    let directory = directory.0.to_str().unwrap();
+    fails(&run(&["call", "--json", directory]), 1, &["cannot read", directory]);
+    let server = ServerProcess::start(&[]);
+    let output = call_with_input(&server, &["--json", "-"], b"");
+    fails(&output, 1, &["standard input does not hold one JSON value"]);
+}
+
+/// Goal:   a body above the limit is refused with the limit; the longest one goes through (R1.5).
+/// Method: JSON strings of 16384 and 16385 bytes.
+#[test]
+fn r1_5_a_body_above_the_limit_is_refused_by_number() {
+    let server = ServerProcess::start(&[]);
+    let text = |len: usize| format!("\"{}\"", "x".repeat(len - 2));
+    let output = call_with_input(&server, &["--json", "-"], text(16384).as_bytes());
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(output.stdout, format!("{}\n", text(16384)).as_bytes());
+    let output = call_with_input(&server, &["--json", "-"], text(16385).as_bytes());
+    fails(&output, 1, &["longer than the limit of 16384 bytes"]);
+    let output = call_with_input(&server, &["--json", "-"], text(10 << 20).as_bytes());
+    fails(&output, 1, &["longer than the limit of 16384 bytes"]);
+}
+
+/// Goal:   each way in which a server cannot be had is told apart, with what to do.
+/// Method: nobody there, a second server, a path too long, a directory that is missing or anybody's.
+#[test]
+fn r3_1_f53_a_server_that_cannot_be_had_is_an_error_that_says_what_to_do() {
+    let directory = TestDir::new();
+    let missing = directory.join("missing/s");
+    let nobody = directory.join("nobody");
+    let nobody = nobody.to_str().unwrap();
+    fails(&run(&["call", "--socket", nobody]), 1, &["no server listens at", nobody, "doorbell serve"]);
+    let server = ServerProcess::start(&[]);
+    let path = server.path().to_str().unwrap();
+    fails(&run(&["serve", "--socket", path]), 1, &["already running at", path, "--socket"]);
+    let long = format!("{}/{}", directory.0.display(), "s".repeat(108));
+    for command in ["serve", "call"] {
+        fails(&run(&[command, "--socket", &long]), 1, &["a unix socket address holds 107", "shorter"]);
+    }
+    fails(
+        &run(&["serve", "--socket", missing.to_str().unwrap()]),
+        1,
+        &["directory does not exist", "create"],
+    );
+    assert!(call(&server, &["--type", "ping"]).status.success(), "the first server goes on");
+}
+
+/// Goal:   a limit out of its range is refused by name and range, before anything is bound.
+/// Method: zero and too many of each.
+#[test]
+fn r1_8_a_limit_out_of_range_is_refused_by_name() {
+    let directory = TestDir::new();
+    let socket = directory.join("s");
+    let socket = socket.to_str().unwrap();
+    for (option, value, words) in [
+        ("--max-connections", "0", &["max_connections is 0", "1 to 1048576"][..]),
+        ("--max-connections", "1048577", &["max_connections is 1048577"]),
+        ("--max-sessions", "0", &["max_sessions is 0"]),
+        ("--max-sessions", "1048577", &["max_sessions is 1048577"]),
+        ("--core", "100000", &["core 100000"]),
+    ] {
+        fails(&run(&["serve", "--socket", socket, option, value]), 1, words);
+        assert!(!Path::new(socket).exists(), "{option} {value}");
+    }
+}
+
+/// Goal:   the limits given to `serve` are the ones in force.
+/// Method: one connection, one session: the second of either is refused by the command's own words.
+#[test]
+fn r1_8_f29_the_limits_given_to_serve_hold() {
+    let server = ServerProcess::start(&["--max-connections", "1", "--max-sessions", "2"]);
+    let first = doorbell::IpcClient::connect(server.path()).unwrap();
+    let held = first.open().unwrap();
+    fails(&call(&server, &["--type", "ping"]), 1, &["limit of 1 connections is reached"]);
+    let mut second = None;
+    // The command's session ends a moment after the command.
+    eventually("a second session", || {
+        second = doorbell::IpcClient::connect(server.path()).ok();
+        second.is_some()
+    });
+    fails(&call(&server, &["--type", "ping"]), 1, &["limit of 2 sessions is reached"]);
+    drop((held, second));
+}
+
+/// Goal:   an answer that cannot be written is an error and no panic (F41: SIGPIPE kills nobody).
+/// Method: standard output is a full device, and a pipe that nobody reads.
+#[test]
+fn f41_an_answer_that_cannot_be_written_is_an_error() {
+    let server = ServerProcess::start(&[]);
+    let socket = server.path().to_str().unwrap();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = doorbell();
+    command.args(["call", "--type", "stats", "--socket", socket]);
+    let output = command.stdout(full).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+    fails(&output, 1, &["doorbell:", "No space left"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = doorbell();
+    command.args(["call", "--type", "stats", "--socket", socket]);
+    let output = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+    fails(&output, 1, &["doorbell:", "Broken pipe"]);
+}
+
+/// Goal:   a server that hangs does not hang the command.
+/// Method: a stopped server; the command gives up by its own time-out, saying so.
+#[test]
+fn r3_1_a_server_that_does_not_answer_is_given_up() {
+    let server = ServerProcess::start(&[]);
+    server.process.stop();
+    let output = call(&server, &["--type", "ping", "--timeout-ms", "100"]);
+    fails(&output, 1, &["did not answer the handshake within 100ms"]);
+    server.process.signal(rustix::process::Signal::CONT);
+    eventually("it answers again", || call(&server, &["--type", "ping"]).status.success());
+}
+
+/// Goal:   every option is in the help, with its default.
+/// Method: the help of each command.
+#[test]
+fn r3_1_help_mentions_every_option_and_its_default() {
+    for (command, options) in [
+        (
+            "serve",
+            &[
+                "--socket <PATH>",
+                "--policy <POLICY>",
+                "[default: block]",
+                "--max-connections <N>",
+                "[default: 1000]",
+                "--max-sessions <N>",
+                "--core <CPU>",
+                "--verbose",
+                "$XDG_RUNTIME_DIR",
+            ][..],
+        ),
+        (
+            "call",
+            &["--type <TYPE>", "[default: echo]", "--json <FILE>", "--socket <PATH>", "--timeout-ms <MS>"],
+        ),
+        (
+            "bench",
+            &[
+                "--connections <N>",
+                "--sessions <M>",
+                "--processes <P>",
+                "--in-flight <K>",
+                "--size <BYTES>",
+                "[default: 64]",
+                "--think-us <T>",
+                "--rate <R>",
+                "--seconds <S>",
+                "--policy <POLICY>",
+                "handoff",
+                "--peer <PEER>",
+                "uds",
+                "floor",
+                "--placement <PLACEMENT>",
+                "unpinned",
+                "--reactors <R>",
+                "--idle",
+                "--connect-only",
+                "--socket <PATH>",
+                "--json",
+            ],
+        ),
+    ] {
+        let output = run(&[command, "--help"]);
+        assert!(output.status.success());
+        let help = String::from_utf8(output.stdout).unwrap();
+        for option in options {
+            assert!(help.contains(option), "`{option}` in the help of {command}:\n{help}");
+        }
+    }
+    let output = run(&["--version"]);
+    assert_eq!(output.stdout, format!("doorbell {}\n", env!("CARGO_PKG_VERSION")).as_bytes());
+}
+
+/// Goal:   options of `bench` that are not honoured yet are refused by name, never ignored.
+/// Method: each of them; nothing runs, so this is quick.
+#[test]
+fn bench_refuses_what_it_does_not_honour() {
+    for (arguments, name) in [
+        (&["--policy", "handoff"][..], "--policy handoff"),
+        (&["--reactors", "2"], "--reactors 2"),
+        (&["--idle"], "--idle"),
+        (&["--size", "16385"], "--size 16385"),
+        (&["--sessions", "2"], "--sessions"),
+        (&["--in-flight", "0"], "--in-flight"),
+        (&["--seconds", "0"], "--seconds"),
+    ] {
+        let output = run(&[&["bench"], arguments].concat());
+        fails(&output, 1, &[name]);
+    }
+}
+
+/// Goal:   `bench --json` prints one JSON object with the keys of the interface, in their order, and counts
+///         no errors.
+/// Method: a short run of each policy that is honoured; keys are read from the text, numbers from the value.
+#[test]
+fn bench_json_prints_one_object_with_the_keys_of_the_interface() {
+    const KEYS: &str = "peer, policy, placement, connections, sessions, processes, reactors, size, in_flight, \
+        think_us, rate, seconds, requests, errors, per_second, p50_ns, p90_ns, p99_ns, p999_ns, max_ns, \
+        in_flight_mean, server_cpu_percent, client_cpu_percent, machine_cores, server_cpu_ns_per_request, \
+        server_wakeups, server_sweeps, server_syscalls, server_rss_bytes, shared_bytes, footprint_bytes, \
+        footprint_idle_bytes, connect_last_ms, hiccup_max_ns, floor_p50_ns, floor_p99_ns, floor_per_second";
+    let expected: Vec<&str> = KEYS.split(", ").map(str::trim).collect();
+    for policy in ["spin", "block"] {
+        let output = run(&["bench", "--json", "--seconds", "0.2", "--size", "64", "--policy", policy]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let text = String::from_utf8(output.stdout).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&text).expect("one JSON value and nothing else");
+        let object = value.as_object().unwrap();
+        // No value of this object holds a quote or a colon, so keys are what stands before `":`.
+        let keys: Vec<&str> =
+            text.split("\":").filter_map(|part| part.rsplit_once('"')).map(|(_, key)| key).collect();
+        assert_eq!(keys, expected);
+        for (i, key) in expected.iter().enumerate() {
+            let value = &object[*key];
+            assert!(
+                if i < 3 { value.is_string() } else { value.is_number() || value.is_null() },
+                "{key}: {value}"
+            );
+        }
+        assert_eq!((&value["errors"], &value["policy"]), (&0.into(), &policy.into()));
+        assert!(value["requests"].as_u64().unwrap() > 0 && value["p50_ns"].as_u64().unwrap() > 0);
+        assert!(value["rate"].is_null());
+    }
+}
+
+/// Goal:   a bench run leaves no process, no socket and no file behind (trap 13), even when it is killed.
+/// Method: a bench in a private temporary and runtime directory, killed once its server serves; the
+///         processes that it started end by themselves.
+#[test]
+fn trap13_a_killed_bench_leaves_no_process_behind() {
+    let directory = TestDir::new();
+    let marker = directory.0.to_str().unwrap();
+    let mut command = doorbell();
+    command.args(["bench", "--seconds", "600"]).env("TMPDIR", marker).env("XDG_RUNTIME_DIR", marker);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut bench = Process(command.spawn().unwrap());
+    eventually("it has started others", || started_with(marker) >= 2);
+    bench.kill();
+    eventually("all of them have ended", || started_with(marker) == 0);
+}
+
+/// Processes whose environment holds `marker`.
+fn started_with(marker: &str) -> usize {
+    let ours = std::process::id().to_string();
+    let processes = std::fs::read_dir("/proc").unwrap().flatten();
+    let of = |entry: std::fs::DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        if name == ours || !name.bytes().all(|b| b.is_ascii_digit()) {
+            return None;
+        }
+        // A process that has ended has no environment any more.
+        let environment = std::fs::read(entry.path().join("environ")).ok()?;
+        environment.windows(marker.len()).any(|w| w == marker.as_bytes()).then_some(())
+    };
+    processes.filter_map(of).count()
+}
+
+/// Goal:   trap 22, 23: what is measured crosses processes, and the floor beside it is measured, not typed in.
+/// Method: while a bench runs, it has children of both roles; its report has a floor of its own, which differs
+///         from another run's in at least one figure.
+#[test]
+fn trap22_trap23_bench_measures_between_processes_and_measures_its_floor() {
+    let arguments = ["bench", "--json", "--seconds", "0.5", "--size", "64"];
+    let mut bench = doorbell().args(arguments).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut roles = std::collections::BTreeSet::new();
+    eventually("a server and a client process have been seen", || {
+        let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", bench.id())).unwrap();
+        for child in children.split_whitespace() {
+            let line = std::fs::read_to_string(format!("/proc/{child}/cmdline")).unwrap_or_default();
+            roles.extend(
+                line.split('\0')
+                    .filter(|word| ["doorbell-server", "client"].contains(word))
+                    .map(str::to_owned),
+            );
+        }
+        roles.len() == 2 || bench.try_wait().unwrap().is_some()
+    });
+    assert_eq!(roles.len(), 2, "{roles:?}");
+    let output = bench.wait_with_output().unwrap();
+    let other = run(&arguments);
+    let floor = |stdout: &[u8]| {
+        let report: serde_json::Value = serde_json::from_slice(stdout).unwrap();
+        ["floor_p50_ns", "floor_p99_ns", "floor_per_second"].map(|key| report[key].as_f64().expect(key))
+    };
+    assert_ne!(floor(&output.stdout), floor(&other.stdout));
+}
