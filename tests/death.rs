@@ -632,9 +632,10 @@ fn trap11_many_idle_sessions_cost_one_thread_and_no_wake_up() {
     assert_eq!(threads, 1);
     let (calls, wakeups, sweeps) = (watcher.stat("calls"), watcher.stat("wakeups"), watcher.stat("sweeps"));
     eventually("the sweep came by three times", || watcher.stat("sweeps") >= sweeps + 3);
-    // Only the watcher's own calls woke the server, each of them once at most.
+    // Only the watcher's own calls woke the server: each rings once, and a ring that comes late may wake a
+    // server that has answered and gone to sleep again.
     let (woken, called) = (watcher.stat("wakeups") - wakeups, watcher.stat("calls") + 1 - calls);
-    assert!(woken <= called, "{woken} wake-ups for {called} calls");
+    assert!(woken <= 2 * called, "{woken} wake-ups for {called} calls");
     assert_eq!(watcher.stat("sweeps_healed"), 0);
     drop(connections);
 }
