@@ -116,8 +116,9 @@ pub fn floor_server(fd: OwnedFd, job: &FloorJob) -> Result<(), BenchError> {
 }
 
 fn serve(rings: &Rings, yields: bool) {
-    // As the allocator places them: the reference does not align its buffers either.
-    let (mut stage, mut reply) = (vec![0; FLOOR_SIZE_MAX], vec![0; FLOOR_SIZE_MAX]);
+    // Where the reference finds its own.
+    let mut stage = work::Buffer::as_allocated(FLOOR_SIZE_MAX);
+    let mut reply = work::Buffer::at(0, FLOOR_SIZE_MAX);
     let (mut position, mut idle) = (0u32, 0u32);
     loop {
         let request = entry(&rings.requests, position);

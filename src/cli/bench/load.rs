@@ -200,7 +200,7 @@ struct Generator<'a, T> {
     time_all: bool,
     flush_every: u64,
     /// Holds a payload until it is sent, and an answer until it is checked.
-    buffer: Vec<u8>,
+    buffer: work::Buffer,
     calls: Vec<Call>,
     /// The connection of each call.
     connections: Vec<u32>,
@@ -271,7 +271,7 @@ impl<'a, T: Target> Generator<'a, T> {
             pace,
             time_all: total == 1 || !matches!(pace, Pace::Closed),
             flush_every: FLUSH_EVERY.min(total.div_ceil(2) as u64),
-            buffer: vec![0; shape.size],
+            buffer: work::Buffer::as_allocated(shape.size),
             calls: vec![Call { nonce: 0, started: IDLE }; total],
             connections: (0..total).map(|tag| (tag % shape.connections) as u32).collect(),
             thinking,

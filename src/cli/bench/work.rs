@@ -4,8 +4,53 @@
 //! Words are little-endian; up to seven trailing bytes are treated as the low bytes of one more word.
 //! The loops are written so that the compiler turns them into vector instructions.
 
+use std::ops::{Deref, DerefMut};
+
 /// What the server XORs every word with.
 pub const XOR_CONSTANT: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// The size of a cache line, bytes.
+const LINE: usize = 64;
+
+/// Zeroed private memory at a fixed place relative to cache lines, so that no figure depends on where the
+/// allocator happened to put it: a copy of 64 bytes that straddles lines costs a tenth of a whole call.
+#[derive(Debug)]
+pub struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Buffer {
+    /// A buffer of `len` bytes that starts `offset` bytes behind the begin of a line.
+    pub fn at(offset: usize, len: usize) -> Self {
+        let bytes = vec![0; len + 2 * LINE];
+        let start = bytes.as_ptr().align_offset(LINE) + offset % LINE;
+        Self { bytes, start, len }
+    }
+
+    /// Where the reference (`bare_ring`) finds a small vector of its own: 48 bytes into a line. The load
+    /// generator uses it for every peer.
+    pub fn as_allocated(len: usize) -> Self {
+        Self::at(48, len)
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    #[inline(always)]
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.start..][..self.len]
+    }
+}
+
+impl DerefMut for Buffer {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..][..self.len]
+    }
+}
 
 /// The nonce of the `count`-th request: different for each, in all its bytes.
 #[inline(always)]
@@ -85,6 +130,15 @@ mod tests {
         let mut reply = [0; 11];
         answer(&[0; 11], &mut reply);
         assert_eq!(reply, [0x15, 0x7C, 0x4A, 0x7F, 0xB9, 0x79, 0x37, 0x9E, 0x15, 0x7C, 0x4A]);
+    }
+
+    #[test]
+    fn a_buffer_is_where_it_was_asked_for_and_has_its_length() {
+        for (offset, len) in [(0, 1), (48, 64), (0, 1000), (48, 16384)] {
+            let mut buffer = Buffer::at(offset, len);
+            buffer.fill(7);
+            assert_eq!((buffer.len(), buffer.as_ptr() as usize % LINE), (len, offset));
+        }
     }
 
     #[test]
