@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Longest range that [`SharedBytes::prefetch`] asks for, bytes: the processor's own prefetcher goes on.
-pub const PREFETCH_MAX: usize = 1024;
+pub const PREFETCH_MAX: usize = 256;
 
 /// A range of shared memory that can be copied from and to, but not referenced.
 #[derive(Debug, Clone)]
