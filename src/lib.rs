@@ -6,6 +6,11 @@
 //! - Server: [`IpcServer`] with a [`HandlerTable`].
 //! - Client: [`IpcClient`].
 
+/// The examples of README.md, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeExamples;
+
 mod client;
 pub mod config;
 mod error;
@@ -17,6 +22,7 @@ pub use client::{
     CallId, CallOptions, ClientConfig, Connection, ConnectionId, IpcClient, Reply as Answer, SlotWriter,
 };
 pub use config::{ServerConfig, WaitPolicy};
+pub use doorbell_shm::entry::Status;
 pub use error::{IpcError, Result};
 pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};

@@ -937,3 +937,31 @@ fn trap7_a_client_moves_between_threads() {
         client = moved.join().unwrap();
     }
 }
+
+/// Goal:   an answer taken into the caller's memory is the answer, cut to that memory and told in full length;
+///         its slot is free at once.
+/// Method: answers of several lengths into a short and a long buffer; more of them than there are slots.
+#[test]
+fn r1_7_an_answer_is_taken_into_memory_of_the_callers() {
+    for policy in BOTH {
+        let server = TestServer::start(policy);
+        let config = ClientConfig { policy, ..ClientConfig::smallest() };
+        let client = IpcClient::connect_with(server.path(), &config).unwrap();
+        let connection = client.open().unwrap();
+        for round in 0..40u64 {
+            let body = vec![round as u8; 25 * round as usize];
+            connection.submit(MessageType::ECHO, &body, &tagged(round)).unwrap();
+            assert!(client.wait(None).unwrap());
+            let mut target = [0xee; 500];
+            let taken = client.poll_into(&mut target).unwrap().unwrap();
+            assert_eq!((taken.tag, taken.len, taken.status), (round, body.len(), Some(doorbell::Status::Ok)));
+            let copied = body.len().min(500);
+            assert!(target[..copied] == body[..copied] && target[copied..].iter().all(|b| *b == 0xee));
+            assert_eq!(client.poll_into(&mut target).unwrap(), None);
+        }
+        connection.submit(MessageType(999), b"", &tagged(7)).unwrap();
+        assert!(client.wait(None).unwrap());
+        let taken = client.poll_into(&mut []).unwrap().unwrap();
+        assert_eq!((taken.tag, taken.status), (7, Some(doorbell::Status::UnknownType)));
+    }
+}

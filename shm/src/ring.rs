@@ -160,8 +160,8 @@ where
             }
         }
         let entry = &self.entries[self.next as usize & ((1 << self.order) - 1)];
-        for (word, value) in entry.words.iter().zip(words).skip(1) {
-            word.set(value);
+        for (word, value) in entry.words[1..].iter().zip(&words[1..]) {
+            word.set(*value);
         }
         entry.words[0].publish(words[0] & !LAP_MASK | u64::from(lap(self.next, self.order)));
         self.next += 1;
@@ -229,7 +229,7 @@ where
         let sequence = entry.words[0].sequence();
         (sequence as u32 == lap(self.next, self.order)).then(|| {
             let mut words = [sequence; W];
-            for (word, value) in entry.words.iter().zip(&mut words).skip(1) {
+            for (word, value) in entry.words[1..].iter().zip(&mut words[1..]) {
                 *value = word.get();
             }
             words
@@ -256,7 +256,7 @@ where
         }
         // Copied out once: from here on the peer can change the entry but not `words`.
         let mut words = [sequence; W];
-        for (word, value) in entry.words.iter().zip(&mut words).skip(1) {
+        for (word, value) in entry.words[1..].iter().zip(&mut words[1..]) {
             *value = word.get();
         }
         self.next += 1;

@@ -281,13 +281,22 @@ impl SlotAllocator {
     /// The generation passes when the grant is [used](SlotAllocator::advance), not here.
     #[inline(always)]
     pub fn take(&mut self, len: usize) -> Option<Grant> {
-        let slot = self.free.get_mut(Self::class(len)..)?.iter_mut().find_map(Vec::pop)?;
+        let class = Self::class(len);
+        let slot = match self.free[class].pop() {
+            Some(slot) => slot,
+            None => self.take_larger(class)?,
+        };
         let capacity = self.capacities[slot as usize];
         if (capacity as usize) < len {
             self.put_back(slot);
             return None;
         }
         Some(Grant { slot, generation: self.generations[slot as usize].wrapping_add(1), capacity })
+    }
+
+    #[cold]
+    fn take_larger(&mut self, class: usize) -> Option<u32> {
+        self.free[class + 1..].iter_mut().find_map(Vec::pop)
     }
 
     /// The grant goes out with a call: its generation has passed.

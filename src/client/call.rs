@@ -63,6 +63,29 @@ impl SlotWriter<'_> {
     }
 }
 
+/// What [`IpcClient::poll_into`] says of an answer that it has copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taken {
+    /// The tag that the call was submitted with.
+    pub tag: u64,
+    /// Bytes of the answer, even if fewer were copied.
+    pub len: usize,
+    /// How the call ended; `None` if the session ended first, or with a status that is not known.
+    pub status: Option<Status>,
+}
+
+impl Taken {
+    #[inline(always)]
+    pub(super) fn of(answered: &Answered) -> Self {
+        let (status, len) = match answered.outcome {
+            Outcome::Reply { status, len, .. } if status == Status::Ok as u8 => (Some(Status::Ok), len),
+            Outcome::Reply { status, len, .. } => (Status::from_code(status), len),
+            Outcome::Lost { .. } => (None, 0),
+        };
+        Self { tag: answered.tag, len: len as usize, status }
+    }
+}
+
 /// The answer of a call, still in its slot. Dropping it gives the slot back.
 #[derive(Debug)]
 pub struct Reply<'c> {

@@ -5,13 +5,14 @@ mod connect;
 mod session;
 mod waiting;
 
-pub use call::{CallId, CallOptions, Reply, SlotWriter};
+pub use call::{CallId, CallOptions, Reply, SlotWriter, Taken};
 pub use connect::ClientConfig;
 
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use doorbell_shm::entry::{Status, codec, flag, kind};
+use doorbell_shm::layout::LaneLayout;
 use session::{Answered, Outcome, Session};
 use std::cell::RefCell;
 use std::path::Path;
@@ -119,6 +120,23 @@ impl IpcClient {
     pub fn poll(&self) -> Result<Option<Reply<'_>>> {
         let mut session = self.session.borrow_mut();
         Ok(session.next()?.map(|answered| Reply { client: self, answered }))
+    }
+
+    /// Takes the next answer, if one has come, into `target`, as many of its bytes as fit, and gives its slot
+    /// back. As [`IpcClient::poll`] in one step, for those who look at every answer in memory of their own.
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::poll`].
+    #[inline(always)]
+    pub fn poll_into(&self, target: &mut [u8]) -> Result<Option<Taken>> {
+        let mut session = self.session.borrow_mut();
+        let Some(answered) = session.next()? else { return Ok(None) };
+        let taken = Taken::of(&answered);
+        let len = taken.len.min(target.len());
+        session.payload().read(LaneLayout::slot_offset(answered.response_slot), &mut target[..len]);
+        session.release(answered.slot);
+        Ok(Some(taken))
     }
 
     /// Flushes, then waits until [`IpcClient::poll`] has something, or until `timeout` is over; says

@@ -24,8 +24,9 @@ const CLIENT_WAKES: u32 = 4;
 const ACCEPTS_PER_EVENT: usize = 64;
 /// Rounds between two looks at the clock, busy or not: what is due by it does not wait for a pause (F27, S6).
 const ROUNDS_PER_TICK: u32 = 64;
-/// Entries taken before clients are looked at behind a fence, however busy the reactor is: about 2 µs.
-const ENTRIES_PER_FENCE: u32 = 64;
+/// Entries taken before clients are looked at behind a fence, however busy the reactor is. They are looked at
+/// without one after every round.
+const ENTRIES_PER_FENCE: u32 = 256;
 /// Rounds without work after which clients are looked at behind a fence: by then what was published has
 /// left the store buffer, and the fence costs 10 ns instead of 100.
 const QUIET_ROUNDS: u32 = 4;

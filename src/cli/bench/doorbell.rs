@@ -10,7 +10,7 @@ use super::work;
 use super::worker::{self, ClientJob};
 use doorbell::{
     CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient, IpcError,
-    IpcServer, MessageType, Reply, ServerConfig, WaitPolicy,
+    IpcServer, MessageType, Reply, ServerConfig, Status, WaitPolicy,
 };
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -267,9 +267,9 @@ impl Target for DoorbellTarget {
     #[inline(always)]
     fn try_receive(&mut self, answer: &mut [u8]) -> Result<Option<Received>, IpcError> {
         for _ in 0..self.clients.len() {
-            if let Some(reply) = self.clients[self.cursor].poll()? {
-                reply.copy_to(answer);
-                return Ok(Some(Received { tag: reply.tag() as u32, len: reply.len(), ok: reply.is_ok() }));
+            if let Some(taken) = self.clients[self.cursor].poll_into(answer)? {
+                let ok = taken.status == Some(Status::Ok);
+                return Ok(Some(Received { tag: taken.tag as u32, len: taken.len, ok }));
             }
             self.cursor += 1;
             if self.cursor == self.clients.len() {
