@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures the transport's goals: each several times, interleaved, medians of ratios to the floor of the same run.
 
-Usage: benches/goals.py [--runs N] [--seconds S] [--raw FILE]   (build with `cargo build --release` first)
+Usage: benches/goals.py [--runs N] [--seconds S] [--raw FILE] [--only TEXT]   (build with `cargo build --release` first)
 Prints a Markdown table; raw reports of `doorbell bench --json`, one a line, go to FILE.
 """
 import argparse
@@ -51,11 +51,13 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--raw", type=pathlib.Path)
+    parser.add_argument("--only", default="", help="goals whose name holds this text")
     options = parser.parse_args()
-    reports = {name: [] for name, _, _ in GOALS}
+    goals_asked = [goal for goal in GOALS if options.only in goal[0]]
+    reports = {name: [] for name, _, _ in goals_asked}
     raw = options.raw.open("w") if options.raw else None
     for run in range(options.runs):
-        for name, arguments, _ in GOALS:
+        for name, arguments, _ in goals_asked:
             print(f"run {run + 1} of {options.runs}: {name}", file=sys.stderr)
             report = bench(arguments, options.seconds)
             reports[name].append(report)
@@ -64,7 +66,7 @@ def main():
     print("| what | measured | doorbell | floor | median of ratios (all runs) | goal | |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     missed = 0
-    for name, _, goals in GOALS:
+    for name, _, goals in goals_asked:
         runs = reports[name]
         median = lambda key: statistics.median(r[key] for r in runs)
         for label, ratio, goal, at_most in goals:

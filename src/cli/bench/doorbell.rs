@@ -20,7 +20,7 @@ use std::time::Duration;
 /// The bench handler's message type: answers every 64-bit word XOR the constant.
 const WORK: MessageType = MessageType::USER;
 /// Bytes worked on at once, in memory of the handler's own.
-const BLOCK: usize = 64;
+const BLOCK: usize = 1024;
 /// The same for what is left over.
 const LINE: usize = 64;
 /// Sessions and connections beside those of the load: whoever asks for the counters.
