@@ -215,7 +215,7 @@ impl IpcClient {
     }
 }
 
-/// A numbered, ordered conversation inside a session. Cheap: a number here, 40 bytes at the server.
+/// A numbered, ordered conversation inside a session. Cheap: a number here, 32 bytes at the server.
 /// Dropping it closes it.
 #[derive(Debug)]
 pub struct Connection<'c> {

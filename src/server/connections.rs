@@ -24,6 +24,8 @@ pub struct Connection {
     pub bulk: bool,
 }
 
+const _: () = assert!(size_of::<Connection>() == 32);
+
 /// The upper half of the key of a record that is not open. No session has this number.
 const FREE: u64 = 0xffff_ffff << 32;
 
