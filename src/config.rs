@@ -11,11 +11,15 @@ pub const MESSAGE_MAX: usize = SLOT_LARGE;
 /// How a side waits when there is nothing to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WaitPolicy {
+    /// A caller hands its core to the reactor of that core and gets it back with the answer: no CPU while
+    /// idle, no wake-up across cores in a cold call. While a reactor polls on another core, callers spin
+    /// briefly instead.
+    #[default]
+    Handoff,
     /// Poll without pause: the lowest latency, at the price of a whole core. Bells are still answered.
     Spin,
     /// Sleep as soon as there is nothing to do: no CPU while idle, a wake-up (2 µs on the caller's core, 5
     /// to 70 µs across cores) in every cold call.
-    #[default]
     Block,
 }
 
@@ -24,9 +28,12 @@ impl FromStr for WaitPolicy {
 
     fn from_str(text: &str) -> Result<Self> {
         match text {
+            "handoff" => Ok(Self::Handoff),
             "spin" => Ok(Self::Spin),
             "block" => Ok(Self::Block),
-            other => Err(IpcError::Config(format!("policy `{other}` is unknown: choose spin or block"))),
+            other => {
+                Err(IpcError::Config(format!("policy `{other}` is unknown: choose handoff, spin or block")))
+            }
         }
     }
 }
@@ -52,8 +59,12 @@ pub struct ServerConfig {
     pub sweep_interval: Duration,
     /// How the reactor waits.
     pub policy: WaitPolicy,
-    /// Core that the reactor is pinned to; `None` leaves it to the scheduler.
-    pub core: Option<usize>,
+    /// Reactors, each a thread with a ring of its own; 0 means one for every core that may be used.
+    pub reactors: u32,
+    /// Cores for the reactors, in turn; empty means every core that the starting thread may use.
+    pub cores: Vec<usize>,
+    /// Whether each reactor is pinned to its core. Callers hand over their core to pinned ones only.
+    pub pinned: bool,
 }
 
 impl Default for ServerConfig {
@@ -67,8 +78,10 @@ impl Default for ServerConfig {
             max_slot_pages: 1024,
             entries_per_turn: 32,
             sweep_interval: Duration::from_millis(50),
-            policy: WaitPolicy::Block,
-            core: None,
+            policy: WaitPolicy::default(),
+            reactors: 0,
+            cores: Vec::new(),
+            pinned: true,
         }
     }
 }
@@ -152,6 +165,7 @@ mod tests {
         let config = ServerConfig { max_connections: 0, ..ServerConfig::default() };
         let error = config.check().unwrap_err().to_string();
         assert!(error.contains("max_connections is 0") && error.contains("1048576"), "{error}");
-        assert!("handoff".parse::<WaitPolicy>().unwrap_err().to_string().contains("spin or block"));
+        assert!("poll".parse::<WaitPolicy>().unwrap_err().to_string().contains("spin or block"));
+        assert_eq!("handoff".parse::<WaitPolicy>().unwrap(), WaitPolicy::default());
     }
 }

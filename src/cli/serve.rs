@@ -15,8 +15,9 @@ pub struct ServeOptions {
     /// Socket path [default: doorbell.sock in $XDG_RUNTIME_DIR, /run/user/UID or /tmp/doorbell-UID]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// How the server waits: `block` sleeps when idle, `spin` burns a core for the lowest latency.
-    #[arg(long, value_name = "POLICY", default_value = "block")]
+    /// How the server waits: `handoff` sleeps and lets callers hand over their core, `block` sleeps, `spin` burns
+    /// a core for the lowest latency.
+    #[arg(long, value_name = "POLICY", default_value = "handoff")]
     policy: WaitPolicy,
     /// Connections over all sessions.
     #[arg(long, value_name = "N", default_value_t = ServerConfig::default().max_connections)]
@@ -24,9 +25,15 @@ pub struct ServeOptions {
     /// Sessions, that is, connected client processes.
     #[arg(long, value_name = "N", default_value_t = ServerConfig::default().max_sessions)]
     max_sessions: u32,
-    /// Pin the reactor to this core.
-    #[arg(long, value_name = "CPU")]
-    core: Option<usize>,
+    /// Reactors, each a thread; 0 means one for every core that may be used.
+    #[arg(long, value_name = "N", default_value_t = ServerConfig::default().reactors)]
+    reactors: u32,
+    /// Cores for the reactors, separated by commas [default: all that may be used].
+    #[arg(long, value_name = "CPUS", value_delimiter = ',')]
+    cores: Vec<usize>,
+    /// Leave the reactors to the scheduler: callers then cannot hand over their core.
+    #[arg(long)]
+    unpinned: bool,
     /// Log what happens to single sessions, too.
     #[arg(long, short)]
     verbose: bool,
@@ -41,7 +48,9 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         max_connections: options.max_connections,
         max_sessions: options.max_sessions,
         max_half_open: ServerConfig::default().max_half_open.min(options.max_sessions),
-        core: options.core,
+        reactors: options.reactors,
+        cores: options.cores.clone(),
+        pinned: !options.unpinned,
         ..ServerConfig::default()
     };
     let path = options.socket.clone().unwrap_or_else(default_socket_path);

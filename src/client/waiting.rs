@@ -41,7 +41,7 @@ impl Session {
         }
         match policy {
             WaitPolicy::Spin => self.spin(deadline),
-            WaitPolicy::Block => self.block(deadline),
+            WaitPolicy::Handoff | WaitPolicy::Block => self.block(deadline),
         }
     }
 

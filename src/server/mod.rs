@@ -98,7 +98,7 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     /// [`IpcError::Driver`] if the kernel fails a running ring. A client can cause neither.
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config } = self.server;
-        if let Some(core) = config.core {
+        if let (true, Some(core)) = (config.pinned, config.cores.first().copied()) {
             pin_to(core)?;
         }
         let driver = reactor::driver(false)?;

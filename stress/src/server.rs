@@ -64,7 +64,8 @@ pub fn start(job: &ServerJob) -> Result<Process, StressError> {
 pub fn serve(job: &ServerJob) -> Result<(), StressError> {
     let config = ServerConfig {
         policy: WaitPolicy::Spin,
-        core: Some(job.core),
+        reactors: 1,
+        cores: vec![job.core],
         max_connections: job.connections,
         max_sessions: job.sessions,
         max_half_open: job.sessions.min(ServerConfig::default().max_half_open),

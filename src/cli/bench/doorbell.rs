@@ -153,7 +153,9 @@ fn stats(path: &Path) -> Result<serde_json::Value, BenchError> {
 pub fn serve(job: &DoorbellJob) -> Result<(), BenchError> {
     let config = ServerConfig {
         policy: wait_policy(job.policy)?,
-        core: job.cpu,
+        reactors: 1,
+        cores: job.cpu.into_iter().collect(),
+        pinned: job.cpu.is_some(),
         max_connections: job.connections,
         max_sessions: job.sessions,
         max_half_open: job.sessions.min(128),
