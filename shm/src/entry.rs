@@ -20,7 +20,7 @@ pub mod kind {
     pub const OPEN: u8 = 3;
     /// Submission: closes a connection.
     pub const CLOSE: u8 = 4;
-    /// Submission: the first entry of a connection on another lane (reserved until lanes multiply).
+    /// Submission: the first entry of a connection on a further lane. It has neither slot nor completion.
     pub const ATTACH: u8 = 5;
     /// Completion: the last entry of a call.
     pub const REPLY: u8 = 6;
@@ -40,7 +40,7 @@ pub mod flag {
     pub const IDEMPOTENT: u16 = 1 << 3;
     /// The slot begins with `meta_len` bytes of TLV metadata.
     pub const META: u16 = 1 << 4;
-    /// Submission OPEN: the connection uses the bulk rings.
+    /// Submission OPEN and ATTACH: the connection uses the bulk rings.
     pub const BULK: u16 = 1 << 5;
     /// Every flag a submission may carry.
     pub const SUBMISSION: u16 = MORE | END | HANDOFF | IDEMPOTENT | META | BULK;

@@ -211,6 +211,17 @@ impl LaneLayout {
         Self::at(HEADER_LEN, geometry)
     }
 
+    /// Lane number `lane` of a segment of this geometry; 0 is the home lane. Further lanes are all alike and
+    /// follow each other.
+    pub fn nth(geometry: &Geometry, lane: u32) -> Self {
+        if lane == 0 { Self::home(geometry) } else { Self::at(Self::start(geometry, lane), geometry) }
+    }
+
+    /// Where the head of lane `lane`, at least 1, begins: a page boundary.
+    fn start(geometry: &Geometry, lane: u32) -> usize {
+        Self::home(geometry).end + (lane as usize - 1) * Self::at(0, geometry).end
+    }
+
     /// A lane whose head begins at byte `start`.
     pub fn at(start: usize, geometry: &Geometry) -> Self {
         let mut next = start;
@@ -258,7 +269,14 @@ impl LaneLayout {
     }
 }
 
-/// Bytes of a segment with one lane.
-pub fn segment_len(geometry: &Geometry) -> usize {
-    LaneLayout::home(geometry).end
+/// Bytes of a segment with room for `lanes` lanes, the home lane included. All but the granted ones are holes.
+pub fn segment_len(geometry: &Geometry, lanes: u32) -> usize {
+    LaneLayout::nth(geometry, lanes.saturating_sub(1)).end
+}
+
+/// Most lanes that a segment of this geometry can have: [`LANES_MAX`], or as many as the directory's page
+/// numbers reach.
+pub fn lanes_max(geometry: &Geometry) -> u32 {
+    let reach = |lane: &u32| LaneLayout::start(geometry, *lane) / PAGE <= usize::from(u16::MAX);
+    1 + (1..LANES_MAX).take_while(reach).count() as u32
 }

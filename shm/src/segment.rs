@@ -33,21 +33,26 @@ pub struct Identity {
 pub struct Segment {
     map: Arc<Mapping>,
     geometry: Geometry,
+    /// Lanes there is room for.
+    lanes: u32,
     words: Shared<[AtomicU64]>,
 }
 
 impl Segment {
-    /// Makes, seals, fills in and maps a segment for one client. The descriptor goes to that client and
-    /// can be closed then.
+    /// Makes, seals, fills in and maps a segment for one client, with room for `lanes` lanes of which the
+    /// home lane exists. The descriptor goes to that client and can be closed then.
     ///
     /// # Errors
     ///
-    /// [`SegmentError::Geometry`] for a geometry outside the limits; [`SegmentError::Os`] naming the call
-    /// that the kernel refused. Whatever had been made is gone again (F33).
-    pub fn create(geometry: Geometry, identity: Identity) -> Result<(Self, OwnedFd), SegmentError> {
-        let geometry = geometry.checked()?;
+    /// [`SegmentError::Geometry`] for a geometry or a number of lanes outside the limits; [`SegmentError::Os`]
+    /// naming the call that the kernel refused. Whatever had been made is gone again (F33).
+    pub fn create(
+        geometry: Geometry,
+        lanes: u32,
+        identity: Identity,
+    ) -> Result<(Self, OwnedFd), SegmentError> {
+        let (geometry, len) = checked(geometry, lanes)?;
         let layout = LaneLayout::home(&geometry);
-        let len = layout.end;
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
         let fd = rustix::fs::memfd_create("doorbell-session", flags)
             .map_err(|e| SegmentError::os("memfd_create", len, e))?;
@@ -60,7 +65,7 @@ impl Segment {
         rustix::fs::fcntl_add_seals(&fd, SEALS)
             .map_err(|e| SegmentError::os("fcntl(F_ADD_SEALS)", len, e))?;
         let map = Mapping::of_file(map_shared(fd.as_fd(), len)?);
-        let segment = Self::on(map, geometry)?;
+        let segment = Self::on(map, geometry, lanes)?;
         segment.write_header(identity);
         Ok((segment, fd))
     }
@@ -69,10 +74,10 @@ impl Segment {
     ///
     /// # Errors
     ///
-    /// [`SegmentError::Geometry`] for a geometry outside the limits.
-    pub fn on_heap(geometry: Geometry, identity: Identity) -> Result<Self, SegmentError> {
-        let geometry = geometry.checked()?;
-        let segment = Self::on(Mapping::on_heap(layout::segment_len(&geometry)), geometry)?;
+    /// [`SegmentError::Geometry`] for a geometry or a number of lanes outside the limits.
+    pub fn on_heap(geometry: Geometry, lanes: u32, identity: Identity) -> Result<Self, SegmentError> {
+        let (geometry, len) = checked(geometry, lanes)?;
+        let segment = Self::on(Mapping::on_heap(len), geometry, lanes)?;
         segment.write_header(identity);
         Ok(segment)
     }
@@ -84,9 +89,13 @@ impl Segment {
     ///
     /// [`SegmentError::Unsealed`], [`SegmentError::Os`], [`SegmentError::Geometry`] or
     /// [`SegmentError::Header`].
-    pub fn attach(fd: BorrowedFd<'_>, geometry: Geometry, identity: Identity) -> Result<Self, SegmentError> {
-        let geometry = geometry.checked()?;
-        let len = layout::segment_len(&geometry);
+    pub fn attach(
+        fd: BorrowedFd<'_>,
+        geometry: Geometry,
+        lanes: u32,
+        identity: Identity,
+    ) -> Result<Self, SegmentError> {
+        let (geometry, len) = checked(geometry, lanes)?;
         let seals =
             rustix::fs::fcntl_get_seals(fd).map_err(|e| SegmentError::os("fcntl(F_GET_SEALS)", len, e))?;
         if !seals.contains(SEALS) {
@@ -101,14 +110,62 @@ impl Segment {
         // A forked child would be a second writer of the same rings (F9).
         map.advise(memmap2::Advice::DontFork)
             .map_err(|e| SegmentError::os("madvise(MADV_DONTFORK)", len, e))?;
-        let segment = Self::on(Mapping::of_file(map), geometry)?;
+        let segment = Self::on(Mapping::of_file(map), geometry, lanes)?;
         segment.check_header(identity)?;
         Ok(segment)
     }
 
-    fn on(map: Arc<Mapping>, geometry: Geometry) -> Result<Self, SegmentError> {
+    fn on(map: Arc<Mapping>, geometry: Geometry, lanes: u32) -> Result<Self, SegmentError> {
         let words = map.slice(0, HEADER_LEN / 8)?;
-        Ok(Self { map, geometry, words })
+        Ok(Self { map, geometry, lanes, words })
+    }
+
+    /// Server: makes the pages of lane `lane` (at least 1) exist and enters it in the directory. The server's
+    /// end must be open before the client is told.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Geometry`] for a lane that there is no room for; [`SegmentError::Os`] if the kernel has
+    /// no memory.
+    pub fn grant_lane(&self, lane: u32) -> Result<LaneLayout, SegmentError> {
+        let (value, max) = (u64::from(lane), u64::from(self.lanes.saturating_sub(1)));
+        if lane == 0 || value > max {
+            return Err(SegmentError::Geometry { what: "number of a further lane", value, min: 1, max });
+        }
+        let layout = LaneLayout::nth(&self.geometry, lane);
+        let start = LaneLayout::nth(&self.geometry, lane - 1).end;
+        self.map.populate(start, layout.lease_words - start)?;
+        self.map.populate(layout.slots, self.geometry.base_pages() as usize * PAGE)?;
+        let (word, shift) = directory_place(lane);
+        // Written by the home reactor only. Release pairs with the Acquire in `lane`.
+        let entries = self.words[word].load(Relaxed) | ((start / PAGE) as u64) << shift;
+        self.words[word].store(entries, Release);
+        Ok(layout)
+    }
+
+    /// Client: where lane `lane` (at least 1) lies, if the directory has it.
+    ///
+    /// # Errors
+    ///
+    /// [`PeerFault::Header`] if the directory says anything but what the layout says.
+    pub fn lane(&self, lane: u32) -> Result<Option<LaneLayout>, PeerFault> {
+        if lane == 0 || lane >= self.lanes {
+            return Ok(None);
+        }
+        let (word, shift) = directory_place(lane);
+        // Acquire pairs with the Release in `grant_lane`.
+        let theirs = self.words[word].load(Acquire) >> shift & 0xffff;
+        let expected = (LaneLayout::nth(&self.geometry, lane - 1).end / PAGE) as u64;
+        match theirs {
+            0 => Ok(None),
+            page if page == expected => Ok(Some(LaneLayout::nth(&self.geometry, lane))),
+            _ => Err(PeerFault::Header { field: "directory", theirs, expected }),
+        }
+    }
+
+    /// Lanes that there is room for, the home lane included.
+    pub fn lanes(&self) -> u32 {
+        self.lanes
     }
 
     /// The header fields that never change, as (name, offset, value).
@@ -173,6 +230,21 @@ impl Segment {
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.map
     }
+}
+
+/// Word of the header, and shift in it, of a lane's directory entry.
+fn directory_place(lane: u32) -> (usize, u32) {
+    (header::DIRECTORY / 8 + lane as usize / 4, 16 * (lane % 4))
+}
+
+/// The geometry with its limits checked, and the bytes that so many lanes of it take.
+fn checked(geometry: Geometry, lanes: u32) -> Result<(Geometry, usize), SegmentError> {
+    let geometry = geometry.checked()?;
+    let (value, max) = (u64::from(lanes), u64::from(layout::lanes_max(&geometry)));
+    if !(1..=max).contains(&value) {
+        return Err(SegmentError::Geometry { what: "number of lanes", value, min: 1, max });
+    }
+    Ok((geometry, layout::segment_len(&geometry, lanes)))
 }
 
 /// Bytes that a new segment of this geometry takes from the memory budget: header, home lane, base slots.

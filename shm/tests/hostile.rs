@@ -29,7 +29,7 @@ struct Lane {
 
 impl Lane {
     fn new() -> Self {
-        let segment = Segment::on_heap(Geometry::default(), IDENTITY).unwrap();
+        let segment = Segment::on_heap(Geometry::default(), 1, IDENTITY).unwrap();
         let (map, geometry) = (segment.mapping(), segment.geometry());
         let layout = LaneLayout::home(geometry);
         Self {

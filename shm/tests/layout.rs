@@ -237,7 +237,7 @@ fn trap20_golden_slot_words_are_what_the_code_writes_and_reads() {
 fn trap20_the_golden_header_is_what_the_code_writes() {
     let g = &Golden::named("header")[0];
     let identity = Identity { epoch: g.get("epoch"), session: [g.get("session0"), g.get("session1")] };
-    let segment = Segment::on_heap(Geometry::default(), identity).unwrap();
+    let segment = Segment::on_heap(Geometry::default(), 1, identity).unwrap();
     let bytes = SharedBytes::new(segment.mapping(), 0, layout::HEADER_LEN).unwrap();
     let mut found = [0; layout::HEADER_LEN];
     bytes.read(0, &mut found);
@@ -539,7 +539,7 @@ fn trap20_the_default_lane_lies_where_the_document_draws_it() {
         .map(|(name, range, w)| (name.to_owned(), range.start, writer(name, w).to_owned()))
         .collect();
     assert_eq!(doc, code);
-    assert_eq!(layout::segment_len(&geometry), lane.end);
+    assert_eq!(layout::segment_len(&geometry, 1), lane.end);
 }
 
 /// Goal:   the drawing of the segment shows the same offsets as the table below it.
@@ -706,7 +706,7 @@ fn admission_reserves_a_terminal_completion_for_every_call() {
 /// Method: a header word is changed through a second view and seen through the first.
 #[test]
 fn two_views_of_a_segment_are_the_same_memory() {
-    let segment = Segment::on_heap(Geometry::SMALLEST, Identity { epoch: 1, session: [2, 3] }).unwrap();
+    let segment = Segment::on_heap(Geometry::SMALLEST, 1, Identity { epoch: 1, session: [2, 3] }).unwrap();
     let words = segment.mapping().slice::<std::sync::atomic::AtomicU64>(0, layout::HEADER_LEN / 8).unwrap();
     words[header::STATE / 8].store(7 | 9 << 32, Ordering::Release);
     assert_eq!(segment.state(), (7, 9));

@@ -1,6 +1,7 @@
 //! Real segments: memfds, seals, grants, and what attaching refuses. Nothing here runs under Miri or loom.
 #![cfg(not(any(loom, miri)))]
 
+use doorbell_shm::lane::{ClientLane, ServerLane};
 use doorbell_shm::layout::{self, Geometry, HEADER_LEN, LaneLayout, header, state};
 use doorbell_shm::map::PAGE;
 use doorbell_shm::ring::{Consumer, Entry};
@@ -17,13 +18,13 @@ const IDENTITY: Identity = Identity { epoch: 11, session: [22, 33] };
 const REQUIRED: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 fn default_segment() -> (Segment, OwnedFd) {
-    Segment::create(Geometry::default(), IDENTITY).unwrap()
+    Segment::create(Geometry::default(), 1, IDENTITY).unwrap()
 }
 
 /// A memfd of `len` bytes with a correct header of the default geometry and these seals.
 fn forged(len: usize, seals: SealFlags) -> OwnedFd {
     let fd = rustix::fs::memfd_create("forged", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    let good = Segment::on_heap(Geometry::default(), IDENTITY).unwrap();
+    let good = Segment::on_heap(Geometry::default(), 1, IDENTITY).unwrap();
     let words = good.mapping().slice::<AtomicU64>(0, HEADER_LEN / 8).unwrap();
     let bytes: Vec<u8> = words.iter().flat_map(|w| w.load(Relaxed).to_le_bytes()).collect();
     assert_eq!(rustix::io::pwrite(&fd, &bytes, 0), Ok(HEADER_LEN));
@@ -33,7 +34,7 @@ fn forged(len: usize, seals: SealFlags) -> OwnedFd {
 }
 
 fn attach_default(fd: &OwnedFd) -> Result<Segment, SegmentError> {
-    Segment::attach(fd.as_fd(), Geometry::default(), IDENTITY)
+    Segment::attach(fd.as_fd(), Geometry::default(), 1, IDENTITY)
 }
 
 /// Goal:   both sides see one memory.
@@ -139,13 +140,13 @@ fn f48_attach_refuses_a_header_that_contradicts_the_handshake() {
     let (_server, fd) = default_segment();
     let fd = fd.as_fd();
     let other = Identity { epoch: 12, ..IDENTITY };
-    assert_eq!(named(Segment::attach(fd, Geometry::default(), other)), "epoch");
+    assert_eq!(named(Segment::attach(fd, Geometry::default(), 1, other)), "epoch");
     let other = Identity { session: [22, 34], ..IDENTITY };
-    assert_eq!(named(Segment::attach(fd, Geometry::default(), other)), "session.1");
-    assert_eq!(named(Segment::attach(fd, Geometry::SMALLEST, IDENTITY)), "size");
+    assert_eq!(named(Segment::attach(fd, Geometry::default(), 1, other)), "session.1");
+    assert_eq!(named(Segment::attach(fd, Geometry::SMALLEST, 1, IDENTITY)), "size");
     let same_size = Geometry { large: 0, medium: 5, ..Geometry::default() };
-    assert_eq!(layout::segment_len(&same_size), 7 * PAGE);
-    assert_eq!(named(Segment::attach(fd, same_size, IDENTITY)), "geometry");
+    assert_eq!(layout::segment_len(&same_size, 1), 7 * PAGE);
+    assert_eq!(named(Segment::attach(fd, same_size, 1, IDENTITY)), "geometry");
 }
 
 /// Goal:   F20: something that is no memfd is refused with the kernel's answer.
@@ -167,10 +168,10 @@ fn f20_attach_refuses_what_is_no_memfd() {
 fn a_geometry_outside_the_limits_makes_no_segment() {
     let bad = Geometry { ring_order: 11, ..Geometry::default() };
     let is_geometry = |e: SegmentError| matches!(e, SegmentError::Geometry { what: "ring order", .. });
-    assert!(is_geometry(Segment::create(bad, IDENTITY).unwrap_err()));
-    assert!(is_geometry(Segment::on_heap(bad, IDENTITY).unwrap_err()));
+    assert!(is_geometry(Segment::create(bad, 1, IDENTITY).unwrap_err()));
+    assert!(is_geometry(Segment::on_heap(bad, 1, IDENTITY).unwrap_err()));
     let (_server, fd) = default_segment();
-    assert!(is_geometry(Segment::attach(fd.as_fd(), bad, IDENTITY).unwrap_err()));
+    assert!(is_geometry(Segment::attach(fd.as_fd(), bad, 1, IDENTITY).unwrap_err()));
 }
 
 /// Goal:   trap 6: no name in /dev/shm that could leak, be reused or be reset; the descriptor does not
@@ -215,7 +216,7 @@ fn f34_exactly_the_granted_pages_are_backed() {
     let leases = Geometry { lease_pages: 64, ..Geometry::default() };
     let large = Geometry { ring_order: 10, large: 4, medium: 10, small: 100, lease_pages: 7 };
     for geometry in [Geometry::SMALLEST, Geometry::default(), leases, large] {
-        let (server, fd) = Segment::create(geometry, IDENTITY).unwrap();
+        let (server, fd) = Segment::create(geometry, 1, IDENTITY).unwrap();
         let stat = rustix::fs::fstat(&fd).unwrap();
         assert_eq!(stat.st_blocks as usize * 512, segment::granted_bytes(&geometry), "{geometry:?}");
         assert_eq!(stat.st_size as usize, server.len());
@@ -257,4 +258,49 @@ fn scratch_memory_is_shared() {
     one.object::<AtomicU64>(PAGE).unwrap().store(9, Relaxed);
     assert_eq!(two.object::<AtomicU64>(PAGE).unwrap().load(Relaxed), 9);
     assert_eq!((one.len(), one.is_empty()), (2 * PAGE, false));
+}
+
+/// Goal:   P6, F34: a further lane exists only once granted, costs exactly its pages, and both ends then meet on it.
+/// Method: a segment with room for three lanes; the kernel counts blocks, an entry crosses the granted lane.
+#[test]
+fn p6_f34_a_further_lane_is_a_hole_until_it_is_granted() {
+    let geometry = Geometry::SMALLEST;
+    let (server, fd) = Segment::create(geometry, 3, IDENTITY).unwrap();
+    let client = Segment::attach(fd.as_fd(), geometry, 3, IDENTITY).unwrap();
+    let blocks = || rustix::fs::fstat(&fd).unwrap().st_blocks as usize * 512;
+    assert_eq!(blocks(), segment::granted_bytes(&geometry));
+    assert_eq!(client.lane(1), Ok(None));
+
+    let layout = server.grant_lane(1).unwrap();
+    let head = layout.lease_words - layout::segment_len(&geometry, 1);
+    assert_eq!(blocks() - segment::granted_bytes(&geometry), head + PAGE, "its head and its base slots");
+    assert_eq!(client.lane(1), Ok(Some(layout)));
+    assert_eq!((client.lane(2), client.lane(3), client.lane(0)), (Ok(None), Ok(None), Ok(None)));
+    let mut ours = ServerLane::open(server.mapping(), &geometry, &layout).unwrap();
+    let mut theirs = ClientLane::open(client.mapping(), &geometry, &layout).unwrap();
+    assert!(theirs.submissions[0].push([0, 1, 2, 3, 4, 5, 6, 7]).unwrap());
+    assert_eq!(ours.submissions[0].pop().unwrap().unwrap()[1..], [1, 2, 3, 4, 5, 6, 7]);
+}
+
+/// Goal:   a lane that there is no room for is refused, and so is a directory that says something else.
+/// Method: numbers at both ends; a forged entry.
+#[test]
+fn p6_a_lane_out_of_range_or_a_forged_directory_is_refused() {
+    let segment = Segment::on_heap(Geometry::SMALLEST, 2, IDENTITY).unwrap();
+    for lane in [0, 2, u32::MAX] {
+        assert!(matches!(segment.grant_lane(lane), Err(SegmentError::Geometry { .. })), "{lane}");
+    }
+    segment.grant_lane(1).unwrap();
+    let directory = segment.mapping().slice::<AtomicU64>(header::DIRECTORY, 1).unwrap();
+    directory[0].store(7 << 16, Relaxed);
+    assert!(matches!(segment.lane(1), Err(PeerFault::Header { field: "directory", theirs: 7, .. })));
+    for lanes in [0, layout::LANES_MAX + 1, u32::MAX] {
+        assert!(Segment::create(Geometry::SMALLEST, lanes, IDENTITY).is_err(), "{lanes}");
+    }
+    // The directory holds 16 bits of a page number: large lanes are fewer.
+    let large = Geometry { large: 256, medium: 0, small: 0, ..Geometry::default() };
+    let most = layout::lanes_max(&large);
+    assert!(most < layout::LANES_MAX && most > 1, "{most}");
+    assert!(LaneLayout::nth(&large, most - 2).end / PAGE <= 0xffff);
+    assert_eq!(layout::lanes_max(&Geometry::default()), layout::LANES_MAX);
 }

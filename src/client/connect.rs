@@ -112,7 +112,7 @@ pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     let (welcome, memory) = receive_welcome(path, &socket, give_up, config.connect_timeout)?;
     let Some(memory) = memory else { return Err(refusal(&welcome)) };
     let granted = Geometry::unpack(welcome.geometry);
-    let segment = Segment::attach(memory.as_fd(), granted, welcome.identity())?;
+    let segment = Segment::attach(memory.as_fd(), granted, 1, welcome.identity())?;
     let took_ns = monotonic_ns() - sent_ns;
     Session::new(segment, socket, memory, clock_offset(welcome.clock_offset_ns, took_ns))
 }

@@ -1,4 +1,5 @@
-//! The handshake: one fixed-size message each way over a SOCK_SEQPACKET unix socket, then silence.
+//! The handshake: one fixed-size message each way over a SOCK_SEQPACKET unix socket; later, wishes for further
+//! lanes and their answers.
 //!
 //! The client sends [`Hello`] right after connecting; the server answers [`Welcome`], with the segment's
 //! descriptor if the code is [`code::OK`]. The socket stays open for the session's life: it tells of
@@ -68,7 +69,9 @@ pub struct Hello {
     pub name: [u8; 32],
 }
 
-const _: () = assert!(size_of::<Hello>() == 96 && size_of::<Welcome>() == 96 && size_of::<Goodbye>() == 16);
+const _: () = assert!(size_of::<Hello>() == 96 && size_of::<Welcome>() == 96);
+const _: () =
+    assert!(size_of::<Goodbye>() == 16 && size_of::<LaneRequest>() == 16 && size_of::<LaneGrant>() == 16);
 
 impl Hello {
     /// A hello of this library for `geometry`.
@@ -158,8 +161,81 @@ pub struct Welcome {
     pub version_max: u16,
     /// The limit that was reached, with [`code::TOO_MANY`].
     pub limit: u32,
-    /// Reserved, zero.
-    pub reserved: u64,
+    /// Core that the reactor of the home lane is pinned to, or [`NO_CORE`].
+    pub home_core: u32,
+    /// Reactors of the server; each has at most one lane of a session.
+    pub reactors: u32,
+}
+
+/// Stands for a reactor that is not pinned to a core.
+pub const NO_CORE: u32 = u32::MAX;
+
+/// "LANE".
+const LANE_MAGIC: u32 = u32::from_le_bytes(*b"LANE");
+
+/// Which reactor a client wants a further lane with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LaneChoice {
+    /// The one that is pinned to this core: cold calls are handed over there.
+    On(u32),
+    /// One of any other core: warm calls spin without keeping it from running.
+    NotOn(u32),
+}
+
+/// The client's wish for a further lane, 16 bytes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct LaneRequest {
+    magic: u32,
+    core: u32,
+    choice: u32,
+    reserved: u32,
+}
+
+impl LaneRequest {
+    /// The message for `choice`.
+    pub fn new(choice: LaneChoice) -> Self {
+        let (core, choice) = match choice {
+            LaneChoice::On(core) => (core, 0),
+            LaneChoice::NotOn(core) => (core, 1),
+        };
+        Self { magic: LANE_MAGIC, core, choice, reserved: 0 }
+    }
+
+    /// The wish in a received message; `None` if it is not one.
+    pub fn read(bytes: &[u8]) -> Option<LaneChoice> {
+        let request = Self::read_from_bytes(bytes).ok()?;
+        match (request.magic, request.choice, request.reserved) {
+            (LANE_MAGIC, 0, 0) => Some(LaneChoice::On(request.core)),
+            (LANE_MAGIC, 1, 0) => Some(LaneChoice::NotOn(request.core)),
+            _ => None,
+        }
+    }
+}
+
+/// The server's answer to a [`LaneRequest`], 16 bytes.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct LaneGrant {
+    magic: u32,
+    /// Number of the lane; 0, the home lane, if there is none to be had.
+    pub lane: u32,
+    /// Core that its reactor is pinned to, or [`NO_CORE`].
+    pub core: u32,
+    reserved: u32,
+}
+
+impl LaneGrant {
+    /// The answer that names `lane`.
+    pub fn new(lane: u32, core: u32) -> Self {
+        Self { magic: LANE_MAGIC, lane, core, reserved: 0 }
+    }
+
+    /// The answer in a received message; `None` if it is not one.
+    pub fn read(bytes: &[u8]) -> Option<Self> {
+        let grant = Self::read_from_bytes(bytes).ok()?;
+        (grant.magic == LANE_MAGIC && grant.reserved == 0).then_some(grant)
+    }
 }
 
 impl Welcome {
@@ -181,7 +257,8 @@ impl Welcome {
             version_min: VERSION_MIN,
             version_max: VERSION_MAX,
             limit: 0,
-            reserved: 0,
+            home_core: 0,
+            reactors: 0,
         }
     }
 
@@ -316,6 +393,26 @@ mod tests {
         assert_eq!(h.display_name(), Some("ä".repeat(16).as_str()));
         let h = Hello::new(Geometry::default(), [0; 2], 0, &format!("x{}", "ä".repeat(40)));
         assert_eq!(h.display_name().map(str::len), Some(31));
+    }
+
+    /// Goal: a wish and its answer survive the wire; nothing else is taken for one.
+    #[test]
+    fn p6_lane_messages_are_read_as_they_were_written() {
+        for choice in [LaneChoice::On(3), LaneChoice::NotOn(0)] {
+            assert_eq!(LaneRequest::read(LaneRequest::new(choice).as_bytes()), Some(choice));
+        }
+        let grant = LaneGrant::new(2, NO_CORE);
+        assert_eq!(LaneGrant::read(grant.as_bytes()), Some(grant));
+        let good = LaneRequest::new(LaneChoice::On(3));
+        for bad in [
+            LaneRequest { magic: 1, ..good },
+            LaneRequest { choice: 2, ..good },
+            LaneRequest { reserved: 1, ..good },
+        ] {
+            assert_eq!(LaneRequest::read(bad.as_bytes()), None);
+        }
+        assert_eq!(LaneRequest::read(&good.as_bytes()[1..]), None);
+        assert_eq!(LaneGrant::read(Goodbye::new(DisconnectReason::Draining).as_bytes()), None);
     }
 
     #[test]

@@ -320,7 +320,7 @@ mod tests {
 
     impl Client {
         fn join(core: &mut Core<AtomicU64>) -> Self {
-            let segment = Segment::on_heap(GEOMETRY, Identity { epoch: 1, session: [2, 3] }).unwrap();
+            let segment = Segment::on_heap(GEOMETRY, 1, Identity { epoch: 1, session: [2, 3] }).unwrap();
             let lane = ClientLane::open(segment.mapping(), &GEOMETRY, &LaneLayout::home(&GEOMETRY)).unwrap();
             let id = core.open(segment).unwrap();
             let mut client = Self { lane, id, connections: [0; 2] };

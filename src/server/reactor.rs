@@ -412,7 +412,7 @@ impl<S> Reactor<S> {
     ) -> Result<()> {
         let identity = Identity { epoch: self.epoch, session: rendezvous::random_id()? };
         let welcome = Welcome { epoch: identity.epoch, session: identity.session, ..welcome };
-        let (segment, memory) = match Segment::create(geometry, identity) {
+        let (segment, memory) = match Segment::create(geometry, 1, identity) {
             Ok(made) => made,
             Err(error) => {
                 self.log.warn(|| tracing::warn!(%error, "no segment for a new session"));

@@ -150,7 +150,7 @@ impl Raw {
         assert_eq!(welcome.code, code::OK);
         let geometry = Geometry::unpack(welcome.geometry);
         assert_eq!(geometry, GEOMETRY);
-        let segment = Segment::attach(memory.as_fd(), geometry, welcome.identity()).unwrap();
+        let segment = Segment::attach(memory.as_fd(), geometry, 1, welcome.identity()).unwrap();
         let layout = LaneLayout::home(&geometry);
         let lane = ClientLane::open(segment.mapping(), &geometry, &layout).unwrap();
         let generations = vec![0; lane.slots.numbers() as usize];

@@ -319,7 +319,7 @@ fn segments() -> [Segment; 4] {
         Geometry { ring_order: 3, lease_pages: 3, ..Geometry::default() },
         Geometry { ring_order: 3, large: 0, medium: 1, small: 80, lease_pages: 1 },
     ]
-    .map(|g| Segment::on_heap(g, Identity { epoch: 1, session: [2, 3] }).expect("a good geometry"))
+    .map(|g| Segment::on_heap(g, 1, Identity { epoch: 1, session: [2, 3] }).expect("a good geometry"))
 }
 
 thread_local! {
