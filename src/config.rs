@@ -1,7 +1,7 @@
 //! Every limit of the server, in one place, with its unit (FAULTS S12).
 
 use crate::error::{IpcError, Result};
-use doorbell_shm::layout::SLOT_LARGE;
+use doorbell_shm::layout::{LANES_MAX, SLOT_LARGE};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -53,8 +53,22 @@ pub struct ServerConfig {
     pub max_ring_order: u8,
     /// Most slot pages a client may ask for.
     pub max_slot_pages: u32,
+    /// Lanes of one session, each with a reactor of its own; the client asks for them when it needs them.
+    pub max_lanes: u32,
+    /// Lanes of all sessions beside their home lanes.
+    pub max_further_lanes: u32,
     /// Entries taken from one lane before the next has its turn (S7).
     pub entries_per_turn: u32,
+    /// Bytes of requests and answers of one lane before the next has its turn (S7).
+    pub bytes_per_turn: u64,
+    /// Time of one lane before the next has its turn, as soon as turns are that long (S7). A handler that takes
+    /// longer is not interrupted.
+    pub turn_time: Duration,
+    /// Most of its core that a reactor spends on waiting for calls that are about to come, percent. It spends
+    /// nothing unless that saves more than a wake costs.
+    pub spin_percent: u32,
+    /// How long a client may go on ringing without cause before its session is ended (F24).
+    pub storm_patience: Duration,
     /// How often every lane is looked at whether its bell rang or not (S6).
     pub sweep_interval: Duration,
     /// How the reactor waits.
@@ -76,7 +90,13 @@ impl Default for ServerConfig {
             handshake_timeout: Duration::from_millis(100),
             max_ring_order: 10,
             max_slot_pages: 1024,
+            max_lanes: 4,
+            max_further_lanes: 256,
             entries_per_turn: 32,
+            bytes_per_turn: 64 << 10,
+            turn_time: Duration::from_micros(200),
+            spin_percent: 5,
+            storm_patience: Duration::from_secs(10),
             sweep_interval: Duration::from_millis(50),
             policy: WaitPolicy::default(),
             reactors: 0,
@@ -90,6 +110,8 @@ impl Default for ServerConfig {
 const FDS_BESIDE_SESSIONS: u64 = 64;
 /// Connection numbers have 20 bits of index.
 const CONNECTIONS_LIMIT: u32 = 1 << 20;
+/// Reactors of a server.
+const REACTORS_LIMIT: u32 = 1024;
 
 impl ServerConfig {
     /// Checks every value against its range.
@@ -110,7 +132,14 @@ impl ServerConfig {
         range("handshake_timeout (ms)", self.handshake_timeout.as_millis() as u64, 1, 60_000)?;
         range("max_ring_order", self.max_ring_order.into(), 3, 10)?;
         range("max_slot_pages", self.max_slot_pages.into(), 1, 1024)?;
+        range("max_lanes", self.max_lanes.into(), 1, LANES_MAX.into())?;
+        range("max_further_lanes", self.max_further_lanes.into(), 0, CONNECTIONS_LIMIT.into())?;
         range("entries_per_turn", self.entries_per_turn.into(), 1, 1024)?;
+        range("bytes_per_turn", self.bytes_per_turn, 1, 1 << 30)?;
+        range("turn_time (us)", self.turn_time.as_micros() as u64, 1, 1_000_000)?;
+        range("spin_percent", self.spin_percent.into(), 0, 100)?;
+        range("storm_patience (ms)", self.storm_patience.as_millis() as u64, 1, 3_600_000)?;
+        range("reactors", self.reactors.into(), 0, REACTORS_LIMIT.into())?;
         range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
     }
 

@@ -107,8 +107,9 @@ fn r3_1_a_wrong_command_line_is_refused_with_status_2() {
         (&["call", "--type", "4294967296"], &["is no message type"]),
         (&["call", "--timeout-ms", "soon"], &["--timeout-ms"]),
         (&["call", "--no-such-flag"], &["--no-such-flag"]),
-        (&["serve", "--policy", "sleepy"], &["`sleepy` is unknown", "spin or block"]),
-        (&["serve", "--policy", "handoff"], &["`handoff` is unknown"]),
+        (&["serve", "--policy", "sleepy"], &["`sleepy` is unknown", "handoff, spin or block"]),
+        (&["serve", "--reactors=-1"], &["--reactors"]),
+        (&["serve", "--cores", "0,x"], &["--cores", "`x`"]),
         (&["serve", "--max-connections", "many"], &["--max-connections"]),
         (&["serve", "--no-such-flag"], &["--no-such-flag"]),
         (&["bench", "--policy", "sleepy"], &["--policy", "handoff", "spin", "block"]),
@@ -200,7 +201,8 @@ fn r1_8_a_limit_out_of_range_is_refused_by_name() {
         ("--max-connections", "1048577", &["max_connections is 1048577"]),
         ("--max-sessions", "0", &["max_sessions is 0"]),
         ("--max-sessions", "1048577", &["max_sessions is 1048577"]),
-        ("--core", "100000", &["core 100000"]),
+        ("--cores", "0,100000", &["core 100000 may not be used", "taskset"]),
+        ("--reactors", "1025", &["reactors is 1025", "0 to 1024"]),
     ] {
         fails(&run(&["serve", "--socket", socket, option, value]), 1, words);
         assert!(!Path::new(socket).exists(), "{option} {value}");
@@ -266,11 +268,13 @@ fn r3_1_help_mentions_every_option_and_its_default() {
             &[
                 "--socket <PATH>",
                 "--policy <POLICY>",
-                "[default: block]",
+                "[default: handoff]",
                 "--max-connections <N>",
                 "[default: 1000]",
                 "--max-sessions <N>",
-                "--core <CPU>",
+                "--reactors <N>",
+                "--cores <CPUS>",
+                "--unpinned",
                 "--verbose",
                 "$XDG_RUNTIME_DIR",
             ][..],

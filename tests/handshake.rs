@@ -38,7 +38,7 @@ fn trap20_the_handshake_is_as_drawn() {
         reserved, name);
     assert_eq!(table("Hello, client to server"), hello);
     let welcome = offsets!(Welcome: magic, code, version, doorbell_kind, features, geometry, lanes, retry_ms,
-        epoch, session, clock_offset_ns, max_message_size, version_min, version_max, limit, reserved);
+        epoch, session, clock_offset_ns, max_message_size, version_min, version_max, limit, home_core, reactors);
     assert_eq!(table("Welcome, server to client"), welcome);
     assert_eq!(Hello::new(Geometry::default(), [1, 2], 3, "test").as_bytes(), golden("hello"));
     assert_eq!(Hello::read(&golden("hello")).unwrap().display_name(), Some("test"));

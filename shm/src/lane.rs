@@ -16,6 +16,31 @@ pub const INTERACTIVE: usize = 0;
 /// The bulk ring pair.
 pub const BULK: usize = 1;
 
+/// Which ring a lane's entries are taken from next: interactive ones first, between any two bulk ones too; but
+/// after [`Drain::RUN`] interactive entries in a row one bulk entry has its turn, if there is one (R2.8).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Drain {
+    /// Interactive entries taken since the last bulk one.
+    run: u32,
+}
+
+impl Drain {
+    /// Interactive entries in a row before a waiting bulk entry: bulk has at least one entry in 17.
+    pub const RUN: u32 = 16;
+
+    /// Interactive entries that may be taken before bulk is looked at; 0 if that has to happen now.
+    #[inline(always)]
+    pub fn interactive_now(&self) -> u32 {
+        Self::RUN - self.run
+    }
+
+    /// Notes that `count` entries of `ring` were taken, at most as many as [`Drain::interactive_now`] said.
+    #[inline(always)]
+    pub fn took(&mut self, ring: usize, count: u32) {
+        self.run = if ring == BULK { 0 } else { self.run + count };
+    }
+}
+
 type Submissions = Shared<[Entry<SUBMISSION_WORDS>]>;
 type Completions = Shared<[Entry<COMPLETION_WORDS>]>;
 type Position = Shared<AtomicU32>;

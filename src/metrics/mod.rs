@@ -1,11 +1,16 @@
-//! Counters of a server. One reactor writes its own; nothing here is shared or atomic.
+//! Counters of a server. Each reactor writes its own, unshared; from time to time it copies them to a board
+//! that the others can read.
 
 use crate::protocol::handshake::DisconnectReason;
 use doorbell_shm::entry::Status;
 use std::fmt::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
-/// What a server has counted since its start.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// What a server, or one reactor of it, has counted since its start.
+#[repr(C)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct Metrics {
     /// Calls answered, by status code.
     pub calls: [u64; 9],
@@ -37,9 +42,80 @@ pub struct Metrics {
     pub sweeps_healed: u64,
     /// System calls of the reactor that enter the ring.
     pub enters: u64,
+    /// Lanes that sessions have beside their home lanes.
+    pub further_lanes: u64,
+    /// Times that a lane whose client rings without cause was left alone for a while (F24).
+    pub storms_damped: u64,
+    /// Nanoseconds spent on waiting for calls that were about to come.
+    pub spun_ns: u64,
+}
+
+/// Counters of a [`Metrics`].
+const WORDS: usize = size_of::<Metrics>() / size_of::<u64>();
+
+/// The counters of one reactor as others may see them: as old as its last pause, or as 64 of its rounds.
+#[derive(Debug)]
+pub(crate) struct Board([AtomicU64; WORDS]);
+
+impl Board {
+    pub fn new() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+
+    /// Shows the counters of the reactor that owns this board. Every word is right by itself; two of them may be
+    /// of different moments.
+    pub fn show(&self, metrics: &Metrics) {
+        let words: &[u64; WORDS] = zerocopy::transmute_ref!(metrics);
+        for (shown, word) in self.0.iter().zip(words) {
+            shown.store(*word, Relaxed);
+        }
+    }
+}
+
+/// The boards of all reactors, seen from one of them.
+#[derive(Debug, Clone)]
+pub(crate) struct Totals {
+    pub own: usize,
+    pub boards: Arc<[Board]>,
+}
+
+impl Totals {
+    /// A server of so many reactors, seen from reactor `own`.
+    pub fn new(own: usize, reactors: usize) -> Self {
+        Self { own, boards: (0..reactors).map(|_| Board::new()).collect() }
+    }
+
+    /// `own` plus what the others show.
+    pub fn sum(&self, own: &Metrics) -> Metrics {
+        let mut sum = own.clone();
+        for (index, board) in self.boards.iter().enumerate() {
+            if index != self.own {
+                let mut other = Metrics::new_zeroed();
+                let words: &mut [u64; WORDS] = zerocopy::transmute_mut!(&mut other);
+                words.iter_mut().zip(&board.0).for_each(|(word, shown)| *word = shown.load(Relaxed));
+                sum.add(&other);
+            }
+        }
+        sum
+    }
 }
 
 impl Metrics {
+    /// Adds the counters of another reactor; of a maximum, the larger one counts.
+    pub(crate) fn add(&mut self, other: &Self) {
+        let most = self.wakes_in_one_enter_max.max(other.wakes_in_one_enter_max);
+        let theirs: &[u64; WORDS] = zerocopy::transmute_ref!(other);
+        let ours: &mut [u64; WORDS] = zerocopy::transmute_mut!(self);
+        ours.iter_mut().zip(theirs).for_each(|(ours, theirs)| *ours = ours.wrapping_add(*theirs));
+        self.wakes_in_one_enter_max = most;
+    }
+
+    /// Bytes of requests and answers.
+    #[inline(always)]
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes_in + self.bytes_out
+    }
+
     /// Counts a call answered with `status`.
     #[inline(always)]
     pub(crate) fn count_call(&mut self, status: Status) {
@@ -89,6 +165,9 @@ impl Metrics {
             ("sweeps", self.sweeps),
             ("sweeps_healed", self.sweeps_healed),
             ("enters", self.enters),
+            ("further_lanes", self.further_lanes),
+            ("storms_damped", self.storms_damped),
+            ("spun_ns", self.spun_ns),
         ];
         for (i, (name, value)) in fields.iter().enumerate() {
             let open = if i == 0 { '{' } else { ',' };
@@ -102,6 +181,18 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal:   the counters of all reactors add up, whichever is asked.
+    /// Method: three boards, two shown, one's own not counted twice.
+    #[test]
+    fn the_counters_of_all_reactors_add_up() {
+        let totals = Totals::new(1, 3);
+        let counted = |enters, most| Metrics { enters, wakes_in_one_enter_max: most, ..Metrics::default() };
+        totals.boards[0].show(&counted(5, 7));
+        totals.boards[1].show(&counted(90, 9));
+        totals.boards[2].show(&counted(30, 2));
+        assert_eq!(totals.sum(&counted(100, 3)), counted(135, 7));
+    }
 
     #[test]
     fn the_json_holds_what_was_counted() {

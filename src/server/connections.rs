@@ -1,4 +1,10 @@
 //! The pool of connection records: all made at start, numbered, reused, never allocated later (R1.8).
+//!
+//! The home reactor's pool decides. That of another reactor repeats what it has been told, under the same
+//! numbers, for the sessions that have a lane there; a connection can be used on such a lane once it has been
+//! attached (P6).
+
+use super::crew::{Inbox, Notice};
 
 /// A connection's number as the client names it: 20 bits of index, 12 bits of generation.
 const INDEX_BITS: u32 = 20;
@@ -29,6 +35,9 @@ const _: () = assert!(size_of::<Connection>() == 32);
 /// The upper half of the key of a record that is not open. No session has this number.
 const FREE: u64 = 0xffff_ffff << 32;
 
+/// Set in the key of a connection that is open at the home reactor and not attached here yet. Sessions have 20 bits.
+const DETACHED: u64 = 1 << 63;
+
 fn key(session: u32, number: u32) -> u64 {
     u64::from(session) << 32 | u64::from(number)
 }
@@ -39,6 +48,8 @@ pub struct ConnectionPool {
     records: Vec<Connection>,
     first_free: u32,
     open: u32,
+    /// Records that a further reactor makes as soon as it is told of a connection.
+    on_demand: u32,
 }
 
 impl ConnectionPool {
@@ -52,7 +63,12 @@ impl ConnectionPool {
             codec: 0,
             bulk: false,
         };
-        Self { records: (0..limit).map(blank).collect(), first_free: 0, open: 0 }
+        Self { records: (0..limit).map(blank).collect(), first_free: 0, open: 0, on_demand: 0 }
+    }
+
+    /// The pool of a further reactor: nothing until it is told of a connection.
+    pub(crate) fn on_demand(limit: u32) -> Self {
+        Self { on_demand: limit, ..Self::new(0) }
     }
 
     /// Most connections at once.
@@ -92,6 +108,62 @@ impl ConnectionPool {
         self.first_free = number & INDEX_MASK;
         self.open -= 1;
         true
+    }
+
+    /// Applies what the home reactor has told of connections.
+    pub(crate) fn follow(&mut self, inbox: &mut Inbox) {
+        while let Some((session, notice)) = inbox.next_notice() {
+            if self.on_demand > 0 {
+                *self = Self::new(self.on_demand);
+            }
+            match notice {
+                Notice::Opened { number, codec, bulk } => self.mirror(session, number, codec, bulk),
+                Notice::Closed { number } => self.forget(session, number),
+            }
+        }
+    }
+
+    /// Records of a further reactor are written where the home reactor's are: its numbers are unique.
+    fn mirror(&mut self, session: u32, number: u32, codec: u8, bulk: bool) {
+        if let Some(record) = self.records.get_mut((number & INDEX_MASK) as usize) {
+            let key = DETACHED | key(session, number);
+            *record = Connection { key, bytes: 0, requests: 0, uses: 0, codec, bulk };
+        }
+    }
+
+    fn forget(&mut self, session: u32, number: u32) {
+        if let Some(record) = self.records.get_mut((number & INDEX_MASK) as usize)
+            && record.key & !DETACHED == key(session, number)
+        {
+            record.key = FREE;
+        }
+    }
+
+    /// Forgets every connection of `session` at a further reactor.
+    pub fn forget_all(&mut self, session: u32) {
+        for record in &mut self.records {
+            if ((record.key & !DETACHED) >> 32) as u32 == session {
+                record.key = FREE;
+            }
+        }
+    }
+
+    /// Makes a mirrored connection usable; `false` if `session` does not have it open as this.
+    pub fn attach(&mut self, session: u32, number: u32, codec: u8, bulk: bool) -> bool {
+        let Some(record) = self.records.get_mut((number & INDEX_MASK) as usize) else { return false };
+        let known = record.key & !DETACHED == key(session, number);
+        let right = known && record.codec == codec && record.bulk == bulk;
+        if right {
+            record.key &= !DETACHED;
+        }
+        right
+    }
+
+    /// The open connections of `session`, as notices for another reactor.
+    pub(crate) fn opened_by(&self, session: u32) -> impl Iterator<Item = Notice> + '_ {
+        let mine = move |record: &&Connection| (record.key >> 32) as u32 == session;
+        let notice = |r: &Connection| Notice::Opened { number: r.key as u32, codec: r.codec, bulk: r.bulk };
+        self.records.iter().filter(mine).map(notice)
     }
 
     /// Closes every connection of `session` and returns how many there were.

@@ -1,16 +1,24 @@
-//! The sans-I/O heart of a reactor: sessions, connections, the hot set, dispatch. Time, hellos, segments
-//! and hang-ups are its inputs; completions to ring for and sessions to end its outputs.
+//! The sans-I/O heart of a reactor: lanes, connections, the hot set, dispatch. Time, hellos, segments, hang-ups
+//! and what other reactors tell are its inputs; completions to ring for and sessions to end its outputs.
 
 use super::connections::ConnectionPool;
-use super::session::{Batch, Bench, Session};
+use super::crew::{Inbox, Message, Notice};
+use super::lane::{Batch, Bench, SessionLane, TurnLimits};
 use super::staging::BufferPool;
 use super::table::Handler;
 use crate::config::{MESSAGE_MAX, ServerConfig};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Totals};
 use crate::protocol::handshake::{DisconnectReason, Hello, VERSION_MAX, Welcome, code};
-use doorbell_shm::layout::{Geometry, state};
-use doorbell_shm::segment::Segment;
-use doorbell_shm::{PeerFault, SegmentError};
+use doorbell_shm::PeerFault;
+use doorbell_shm::entry::flag;
+use doorbell_shm::layout::{Geometry, lanes_max, state};
+use std::sync::Arc;
+
+/// Busy rounds between two that are timed: a clock in every round would cost more than it tells.
+const ROUNDS_PER_TIMING: u32 = 8;
+/// Lanes whose bulk rings are served in one round, of 64 or fewer that are polled. All interactive rings are
+/// looked at between two rounds.
+const BULK_LANES_PER_ROUND: usize = 2;
 
 /// Names a session for as long as it lives: a number used again later has another generation (S10).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -31,21 +39,25 @@ pub(crate) enum Verdict {
 #[derive(Debug, Default)]
 struct Seat {
     generation: u32,
-    session: Option<Box<Session>>,
+    lane: Option<Box<SessionLane>>,
     hot: bool,
+    /// Has had an entry since it was last put among the hot ones.
+    worked: bool,
     /// Is among [`Core::touched`].
     touched: bool,
 }
 
 pub(crate) struct Core<S: 'static> {
     handlers: &'static [Option<Handler<S>>],
-    state: S,
+    state: Arc<S>,
     config: ServerConfig,
     seats: Vec<Seat>,
     free: Vec<u32>,
     live: u32,
     /// Seats whose lanes are polled.
     hot: Vec<u32>,
+    /// Where in `hot` bulk rings are looked at next.
+    next_bulk: usize,
     /// Seats that completed something since the last [`Core::untouch`]: their clients may have to be woken.
     touched: Vec<u32>,
     /// Sessions that broke the protocol in this round.
@@ -53,28 +65,91 @@ pub(crate) struct Core<S: 'static> {
     connections: ConnectionPool,
     staging: BufferPool,
     batch: Box<Batch>,
+    pub inbox: Inbox,
     pub metrics: Metrics,
+    totals: Totals,
     draining: bool,
+    /// Busy rounds until two are timed.
+    until_timing: u32,
+    /// When the first of the two ended; 0 if it has not, or if an idle round followed.
+    round_ended_ns: u64,
+    /// The last timed round was longer than a turn may be: from then on turns are timed.
+    long_rounds: bool,
+    /// A caller of the entries taken since the last [`Core::take_handed_over`] sleeps on this core.
+    handed_over: bool,
+}
+
+/// What the turns of one round came to.
+struct Served<'a> {
+    total: u32,
+    touched: &'a mut Vec<u32>,
+    faults: &'a mut Vec<(SessionId, PeerFault)>,
+}
+
+impl Served<'_> {
+    /// One turn of the lane seated at `index`.
+    #[inline(always)]
+    fn turn(
+        &mut self,
+        seats: &mut [Seat],
+        index: u32,
+        turn: impl FnOnce(&mut SessionLane) -> Result<u32, PeerFault>,
+    ) {
+        let seat = &mut seats[index as usize];
+        let Some(lane) = seat.lane.as_deref_mut() else { return };
+        match turn(lane) {
+            Ok(0) => {}
+            Ok(taken) => {
+                self.total += taken;
+                seat.worked = true;
+                if !seat.touched {
+                    seat.touched = true;
+                    self.touched.push(index);
+                }
+            }
+            Err(fault) => self.faults.push((SessionId { index, generation: seat.generation }, fault)),
+        }
+    }
 }
 
 impl<S> Core<S> {
-    /// Makes every table at its full size: nothing is allocated while serving but a session's own record.
-    pub fn new(handlers: &'static [Option<Handler<S>>], state: S, config: ServerConfig) -> Self {
-        let sessions = config.max_sessions;
+    /// Makes every table at its full size: nothing is allocated while serving but a session's own record. A
+    /// further reactor makes its tables when it is told of connections.
+    pub fn new(
+        handlers: &'static [Option<Handler<S>>],
+        state: Arc<S>,
+        config: ServerConfig,
+        totals: Totals,
+        inbox: Inbox,
+    ) -> Self {
+        let home = totals.own == 0;
+        let lanes =
+            if home { config.max_sessions } else { config.max_further_lanes.min(config.max_sessions) };
+        let connections = match home {
+            true => ConnectionPool::new(config.max_connections),
+            false => ConnectionPool::on_demand(config.max_connections),
+        };
         Self {
             handlers,
             state,
             seats: Vec::new(),
             free: Vec::new(),
             live: 0,
-            hot: Vec::with_capacity(sessions as usize),
-            touched: Vec::with_capacity(sessions as usize),
+            hot: Vec::with_capacity(lanes as usize),
+            next_bulk: 0,
+            touched: Vec::with_capacity(lanes as usize),
             faults: Vec::new(),
-            connections: ConnectionPool::new(config.max_connections),
+            connections,
             staging: BufferPool::new(),
             batch: Box::new(Batch::new()),
+            inbox,
             metrics: Metrics::default(),
+            totals,
             draining: false,
+            until_timing: ROUNDS_PER_TIMING,
+            round_ended_ns: 0,
+            long_rounds: false,
+            handed_over: false,
             config,
         }
     }
@@ -114,68 +189,95 @@ impl<S> Core<S> {
         let welcome = Welcome {
             version: VERSION_MAX.min(hello.version_max),
             geometry: geometry.pack(),
-            lanes: 1,
+            lanes: hello.lanes.min(self.config.max_lanes).min(self.config.reactors).min(lanes_max(&geometry)),
             clock_offset_ns: now_ns.wrapping_sub(hello.now_ns),
             max_message_size: MESSAGE_MAX as u64,
+            reactors: self.config.reactors,
             ..Welcome::refusal(code::OK)
         };
         Verdict::Grant(geometry, Box::new(welcome))
     }
 
-    /// Seats a session. Its lane starts hot: a first call usually follows at once.
-    pub fn open(&mut self, segment: Segment) -> Result<SessionId, SegmentError> {
-        let session = Box::new(Session::new(segment)?);
+    /// Seats a session at its home reactor. Its lane starts hot: a first call usually follows at once.
+    pub fn open(&mut self, lane: SessionLane) -> SessionId {
         let index = self.free.pop().unwrap_or_else(|| {
             self.seats.push(Seat::default());
             self.seats.len() as u32 - 1
         });
-        let seat = &mut self.seats[index as usize];
-        seat.generation = seat.generation.wrapping_add(1);
-        seat.session = Some(session);
-        seat.hot = false;
-        self.live += 1;
+        let generation = self.seats[index as usize].generation.wrapping_add(1);
         self.metrics.sessions_opened += 1;
-        let id = SessionId { index, generation: seat.generation };
-        self.heat(id);
-        Ok(id)
+        let id = SessionId { index, generation };
+        self.seat(id, lane);
+        id
     }
 
-    /// Ends a session: tells the client in its segment, closes its connections, frees its seat.
-    pub fn close(&mut self, id: SessionId, reason: DisconnectReason) {
-        let Some(session) = self.session(id) else { return };
-        session.segment().set_state(state::CLOSED, reason as u32);
-        let seat = &mut self.seats[id.index as usize];
-        seat.session = None;
+    /// Seats a lane of a session that is at home with another reactor, under the same number.
+    pub fn seat(&mut self, id: SessionId, lane: SessionLane) {
+        let index = id.index as usize;
+        if self.seats.len() <= index {
+            self.seats.resize_with(index + 1, Seat::default);
+        }
+        let seat = &mut self.seats[index];
+        seat.generation = id.generation;
+        seat.lane = Some(Box::new(lane));
+        seat.hot = false;
+        self.live += 1;
+        self.heat(id);
+    }
+
+    /// Takes a session's lane from its seat, and closes its connections here.
+    pub fn unseat(&mut self, id: SessionId) -> Option<Box<SessionLane>> {
+        let home = self.totals.own == 0;
+        let seat = self.seats.get_mut(id.index as usize).filter(|seat| seat.generation == id.generation)?;
+        let lane = seat.lane.take()?;
         if seat.hot {
+            seat.hot = false;
             self.hot.retain(|i| *i != id.index);
         }
-        self.free.push(id.index);
         self.live -= 1;
-        self.connections.close_all(id.index);
-        self.metrics.connections_open = self.connections.open_count().into();
-        self.metrics.count_end(reason);
+        if home {
+            self.free.push(id.index);
+            self.connections.close_all(id.index);
+            self.metrics.connections_open = self.connections.open_count().into();
+        } else {
+            // What was told of this session before its end must not be taken for the next one's.
+            self.connections.follow(&mut self.inbox);
+            self.connections.forget_all(id.index);
+        }
+        Some(lane)
+    }
+
+    /// The open connections of a session at home here.
+    pub fn connections_of(&self, id: SessionId) -> impl Iterator<Item = Notice> + '_ {
+        self.connections.opened_by(id.index)
+    }
+
+    /// The next thing that another reactor has told, after all that was told of connections has been noted.
+    pub fn next_message(&mut self) -> Option<Message> {
+        self.connections.follow(&mut self.inbox);
+        self.inbox.next()
     }
 
     /// The session that `id` names, if it still lives.
-    pub fn session(&mut self, id: SessionId) -> Option<&mut Session> {
+    pub fn lane(&mut self, id: SessionId) -> Option<&mut SessionLane> {
         let seat = self.seats.get_mut(id.index as usize)?;
         if seat.generation != id.generation {
             return None;
         }
-        seat.session.as_deref_mut()
+        seat.lane.as_deref_mut()
     }
 
-    /// Sessions that live.
+    /// Lanes that live.
     pub fn live(&self) -> u32 {
         self.live
     }
 
-    /// Ids of all sessions that live.
+    /// Ids of all sessions that have a lane here.
     pub fn ids(&self) -> impl Iterator<Item = SessionId> + '_ {
         self.seats
             .iter()
             .enumerate()
-            .filter(|(_, seat)| seat.session.is_some())
+            .filter(|(_, seat)| seat.lane.is_some())
             .map(|(index, seat)| SessionId { index: index as u32, generation: seat.generation })
     }
 
@@ -183,46 +285,82 @@ impl<S> Core<S> {
     pub fn drain(&mut self) {
         self.draining = true;
         for seat in &self.seats {
-            if let Some(session) = &seat.session {
-                session.segment().set_state(state::DRAINING, DisconnectReason::Draining as u32);
+            if let Some(lane) = &seat.lane {
+                lane.segment().set_state(state::DRAINING, DisconnectReason::Draining as u32);
             }
         }
     }
 
-    /// One turn for every hot lane; returns the entries taken. Afterwards [`Core::touched`] and
-    /// [`Core::take_fault`] say whom to wake and whom to end.
+    /// One turn for every hot lane, then one for the bulk rings of some; returns the entries taken. Afterwards
+    /// [`Core::touched`] and [`Core::take_fault`] say whom to wake and whom to end.
+    ///
+    /// `announce` is given the index of a session with further lanes and what became of one of its connections.
     #[inline]
-    pub fn round(&mut self, now_ns: &mut dyn FnMut() -> u64) -> u32 {
-        let mut total = 0;
+    pub fn round(&mut self, now_ns: &mut dyn FnMut() -> u64, announce: &mut dyn FnMut(u32, Notice)) -> u32 {
+        let mut served = Served { total: 0, touched: &mut self.touched, faults: &mut self.faults };
+        let time_ns = self.long_rounds.then_some(self.config.turn_time.as_nanos() as u64);
         let mut bench = Bench {
             handlers: self.handlers,
             state: &self.state,
             connections: &mut self.connections,
             staging: &mut self.staging,
             metrics: &mut self.metrics,
+            totals: &self.totals,
             batch: &mut self.batch,
             now_ns,
-            entries_per_turn: self.config.entries_per_turn,
+            inbox: &mut self.inbox,
+            announce,
+            limits: TurnLimits {
+                entries: self.config.entries_per_turn,
+                bytes: self.config.bytes_per_turn,
+                time_ns,
+            },
+            flags_seen: 0,
         };
         for &index in &self.hot {
-            let seat = &mut self.seats[index as usize];
-            let Some(session) = seat.session.as_deref_mut() else { continue };
-            match session.turn(index, &mut bench) {
-                Ok(0) => {}
-                Ok(taken) => {
-                    total += taken;
-                    if !seat.touched {
-                        seat.touched = true;
-                        self.touched.push(index);
-                    }
-                }
-                Err(fault) => {
-                    let id = SessionId { index, generation: seat.generation };
-                    self.faults.push((id, fault));
-                }
-            }
+            served.turn(&mut self.seats, index, |lane| lane.turn(index, &mut bench));
         }
-        total
+        // A bulk turn may take long, and interactive calls of other lanes wait meanwhile: some of them per round.
+        let bulk = BULK_LANES_PER_ROUND.max(self.hot.len() / 64).min(self.hot.len());
+        for _ in 0..bulk {
+            if self.next_bulk >= self.hot.len() {
+                self.next_bulk = 0;
+            }
+            let index = self.hot[self.next_bulk];
+            self.next_bulk += 1;
+            served.turn(&mut self.seats, index, |lane| lane.turn_bulk(index, &mut bench));
+        }
+        let taken = served.total;
+        self.handed_over |= bench.flags_seen >> 40 & u64::from(flag::HANDOFF) != 0;
+        self.time_round(taken > 0, now_ns);
+        taken
+    }
+
+    /// Finds out whether rounds take longer than a turn may: the time from the end of one busy round to the end of
+    /// the next, once in a while.
+    #[inline(always)]
+    fn time_round(&mut self, busy: bool, now_ns: &mut dyn FnMut() -> u64) {
+        if !busy {
+            self.round_ended_ns = 0;
+            return;
+        }
+        if self.until_timing > 0 {
+            self.until_timing -= 1;
+            return;
+        }
+        let now = now_ns();
+        if self.round_ended_ns == 0 {
+            self.round_ended_ns = now;
+            return;
+        }
+        self.long_rounds = now - self.round_ended_ns > self.config.turn_time.as_nanos() as u64;
+        self.round_ended_ns = 0;
+        self.until_timing = ROUNDS_PER_TIMING;
+    }
+
+    /// Whether a caller whose entry has been taken since this was last asked sleeps on this core.
+    pub fn take_handed_over(&mut self) -> bool {
+        std::mem::take(&mut self.handed_over)
     }
 
     /// Lanes that completed something and whose clients have not been looked at behind a fence.
@@ -230,10 +368,15 @@ impl<S> Core<S> {
         &self.touched
     }
 
-    /// The session seated at `index`, if any.
+    /// The lane seated at `index`, if any.
     #[inline(always)]
-    pub fn seated(&self, index: u32) -> Option<&Session> {
-        self.seats.get(index as usize)?.session.as_deref()
+    pub fn seated(&self, index: u32) -> Option<&SessionLane> {
+        self.seats.get(index as usize)?.lane.as_deref()
+    }
+
+    /// Whether a lane has had an entry since it was last put among those polled.
+    pub fn has_worked(&self, id: SessionId) -> bool {
+        self.seats.get(id.index as usize).is_some_and(|seat| seat.worked)
     }
 
     /// Forgets who was touched: they have been woken.
@@ -251,8 +394,9 @@ impl<S> Core<S> {
     /// Puts a lane among those polled.
     pub fn heat(&mut self, id: SessionId) {
         let Some(seat) = self.seats.get_mut(id.index as usize) else { return };
-        if seat.generation == id.generation && seat.session.is_some() && !seat.hot {
+        if seat.generation == id.generation && seat.lane.is_some() && !seat.hot {
             seat.hot = true;
+            seat.worked = false;
             self.hot.push(id.index);
         }
     }
@@ -293,7 +437,7 @@ mod tests {
     use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
     use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE};
     use doorbell_shm::layout::LaneLayout;
-    use doorbell_shm::segment::Identity;
+    use doorbell_shm::segment::{Identity, Segment};
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
     /// Answers with how many calls came before it.
@@ -306,7 +450,12 @@ mod tests {
     static TABLE: HandlerTable<AtomicU64> = HandlerTable::with_builtins().on(COUNT, count);
 
     fn core(config: ServerConfig) -> Core<AtomicU64> {
-        Core::new(TABLE.as_slice(), AtomicU64::new(0), config)
+        let state = Arc::new(AtomicU64::new(0));
+        Core::new(TABLE.as_slice(), state, config, Totals::new(0, 1), Inbox::default())
+    }
+
+    fn round(core: &mut Core<AtomicU64>) -> u32 {
+        core.round(&mut || 0, &mut |_, _| unreachable!("there is one reactor"))
     }
 
     /// A client's end on the heap, with one open connection of each priority.
@@ -322,11 +471,11 @@ mod tests {
         fn join(core: &mut Core<AtomicU64>) -> Self {
             let segment = Segment::on_heap(GEOMETRY, 1, Identity { epoch: 1, session: [2, 3] }).unwrap();
             let lane = ClientLane::open(segment.mapping(), &GEOMETRY, &LaneLayout::home(&GEOMETRY)).unwrap();
-            let id = core.open(segment).unwrap();
+            let id = core.open(SessionLane::new(Arc::new(segment), 0).unwrap());
             let mut client = Self { lane, id, connections: [0; 2] };
             for ring in [INTERACTIVE, BULK] {
                 client.control(if ring == BULK { flag::BULK } else { 0 });
-                core.round(&mut || 0);
+                round(core);
                 client.connections[ring] = client.take(INTERACTIVE).unwrap().detail as u32;
             }
             client
@@ -389,21 +538,21 @@ mod tests {
             while client.call(INTERACTIVE, 0) {
                 sent += 1;
             }
-            core.round(&mut || 0);
+            round(&mut core);
         }
         // The ring took what it holds, and the server ran what it could answer.
         assert_eq!(core.state.load(Relaxed), admitted);
         assert_eq!(sent, admitted + u64::from(GEOMETRY.ring_len()).min(128 - admitted));
-        assert_eq!(core.session(client.id).unwrap().asleep_state(), doorbell_shm::bell::ASLEEP_WANTS_SPACE);
+        assert_eq!(core.lane(client.id).unwrap().asleep_state(), doorbell_shm::bell::ASLEEP_WANTS_SPACE);
         let mut answered = 0;
         while answered < sent {
             while let Some(completion) = client.take(INTERACTIVE) {
                 assert_eq!(client.count_of(completion), answered, "in order, none lost");
                 answered += 1;
             }
-            core.round(&mut || 0);
+            round(&mut core);
         }
-        assert_eq!(core.session(client.id).unwrap().asleep_state(), doorbell_shm::bell::ASLEEP);
+        assert_eq!(core.lane(client.id).unwrap().asleep_state(), doorbell_shm::bell::ASLEEP);
     }
 
     /// Goal:   S7: a client with a full ring does not keep others waiting for more than its turn.
@@ -416,7 +565,7 @@ mod tests {
             assert!(greedy.call(INTERACTIVE, 0));
         }
         assert!(modest.call(INTERACTIVE, 0));
-        core.round(&mut || 0);
+        round(&mut core);
         let completion = modest.take(INTERACTIVE).expect("answered in the first round");
         assert_eq!(modest.count_of(completion), 8, "behind one turn of the other");
     }
@@ -431,7 +580,7 @@ mod tests {
             assert!(client.call(BULK, 0));
         }
         assert!(client.call(INTERACTIVE, 0));
-        core.round(&mut || 0);
+        round(&mut core);
         let completion = client.take(INTERACTIVE).unwrap();
         assert_eq!(client.count_of(completion), 0);
         for expected in 1..=5 {
@@ -451,10 +600,11 @@ mod tests {
             assert!(client.call(INTERACTIVE, deadline));
         }
         let mut asked = 0;
-        core.round(&mut || {
+        let mut clock = || {
             asked += 1;
             100
-        });
+        };
+        core.round(&mut clock, &mut |_, _| unreachable!("there is one reactor"));
         let status: Vec<u8> = std::iter::from_fn(|| client.take(INTERACTIVE)).map(|c| c.status).collect();
         let (ok, late) = (Status::Ok as u8, Status::DeadlineExceeded as u8);
         assert_eq!(status, [ok, late, late, ok]);
@@ -470,15 +620,14 @@ mod tests {
         assert!(bad.call(INTERACTIVE, 0) && good.call(INTERACTIVE, 0));
         let broken = Submission { kind: 99, ..Submission::default() };
         assert!(bad.lane.submissions[INTERACTIVE].push(broken.pack()).unwrap());
-        core.round(&mut || 0);
+        round(&mut core);
         assert_eq!(core.take_fault(), Some((bad.id, PeerFault::Kind { kind: 99 })));
         assert!(bad.take(INTERACTIVE).is_some(), "what came before the broken entry was answered");
         assert!(good.take(INTERACTIVE).is_some());
-        core.close(bad.id, DisconnectReason::ProtocolViolation);
+        core.unseat(bad.id).unwrap();
         let next = Client::join(&mut core);
         assert_eq!(next.id.index, bad.id.index);
-        assert!(core.session(bad.id).is_none() && core.session(next.id).is_some());
-        assert_eq!(core.metrics.ended(DisconnectReason::ProtocolViolation), 1);
+        assert!(core.lane(bad.id).is_none() && core.lane(next.id).is_some());
     }
 
     /// Goal:   S12: limits are enforced at the hello, by the right code.

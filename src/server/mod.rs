@@ -1,12 +1,17 @@
-//! The server: a static handler table, a listener, a reactor.
+//! The server: a static handler table, a listener, a reactor for each core.
 
 pub mod builtin;
 mod connections;
 pub(crate) mod core;
+mod crew;
+mod home;
+mod lane;
 mod listener;
 mod reactor;
-mod session;
+mod spin;
 mod staging;
+mod start;
+mod storm;
 mod table;
 mod throttle;
 
@@ -90,32 +95,20 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
         self.shutdown.clone()
     }
 
-    /// Serves on the calling thread until stopped; returns what was counted. Clients are told why.
+    /// Serves until stopped, on the calling thread and one more for each further reactor; returns what was
+    /// counted. Clients are told why.
+    ///
+    /// A pinned reactor pins its thread, so the calling thread is pinned too.
     ///
     /// # Errors
     ///
     /// [`IpcError::Uring`] if this machine refuses io_uring, saying which operation and the likely cause;
-    /// [`IpcError::Driver`] if the kernel fails a running ring. A client can cause neither.
+    /// [`IpcError::Config`] for a core that may not be used; [`IpcError::Driver`] if the kernel fails a running
+    /// ring. A client can cause none of them.
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config } = self.server;
-        if let (true, Some(core)) = (config.pinned, config.cores.first().copied()) {
-            pin_to(core)?;
-        }
-        let driver = reactor::driver(false)?;
-        let core = core::Core::new(handlers, state, config);
-        reactor::Reactor::new(driver, core, self.listener, self.stop)?.run()
+        start::serve(handlers, Arc::new(state), config, self.listener, self.stop, self.shutdown)
     }
-}
-
-/// Pins the calling thread to one core.
-fn pin_to(core: usize) -> Result<()> {
-    let mut set = rustix::thread::CpuSet::new();
-    if core >= rustix::thread::CpuSet::MAX_CPU {
-        return Err(IpcError::Config(format!("core {core} is beyond what the kernel numbers")));
-    }
-    set.set(core);
-    rustix::thread::sched_setaffinity(None, &set)
-        .map_err(|e| IpcError::io("sched_setaffinity of the reactor (is the core allowed?)", e))
 }
 
 /// Stops a server from outside. Cheap to clone.

@@ -1,27 +1,32 @@
-//! The reactor: one thread, one ring, all sessions. It turns kernel answers into inputs of [`Core`] and
-//! the core's outputs into ring operations; it decides nothing about messages.
+//! A reactor: one thread, one ring, its lanes of all sessions. It turns kernel answers into inputs of [`Core`]
+//! and the core's outputs into ring operations; it decides nothing about messages.
+//!
+//! Reactor 0 is home to every session and has the duties of `home.rs` beside; the others have lanes only.
 
-use super::core::{Core, SessionId, Verdict};
-use super::listener::Listener;
+use super::core::{Core, SessionId};
+use super::crew::{Crew, Message, Notice};
+use super::home::Home;
+use super::lane::SessionLane;
+use super::spin::SpinBudget;
+use super::storm::{self, Storm};
 use super::throttle::Throttle;
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
-use crate::metrics::Metrics;
-use crate::protocol::handshake::{DisconnectReason, Goodbye, Hello, Welcome, code};
+use crate::metrics::{Metrics, Totals};
+use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::{self, monotonic_ns};
+use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET, fence_before_bell};
-use doorbell_shm::segment::{Identity, Segment};
-use doorbell_uring::{Completion, Driver, PollFlags, Token, Wait};
+use doorbell_shm::segment::Segment;
+use doorbell_uring::{Completion, Driver, Token, Wait};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 use zerocopy::IntoBytes;
 
 /// Waiters woken on a client's bell at once: one leader passes it on (F57).
 const CLIENT_WAKES: u32 = 4;
-/// Clients accepted before the lanes have their turn again.
-const ACCEPTS_PER_EVENT: usize = 64;
 /// Rounds between two looks at the clock, busy or not: what is due by it does not wait for a pause (F27, S6).
 const ROUNDS_PER_TICK: u32 = 64;
 /// Entries taken before clients are looked at behind a fence, however busy the reactor is. They are looked at
@@ -30,15 +35,18 @@ const ENTRIES_PER_FENCE: u32 = 256;
 /// Rounds without work after which clients are looked at behind a fence: by then what was published has
 /// left the store buffer, and the fence costs 10 ns instead of 100.
 const QUIET_ROUNDS: u32 = 4;
+/// Rounds without work after which a polling reactor lets others run, and again after as many: about a
+/// microsecond. A client on its core would wait for milliseconds else.
+const ROUNDS_PER_YIELD: u32 = 32;
 /// Sweeps that a client has between taking the bell's mark and waking before it is healed: it may have been
 /// preempted between the two.
 const MARK_TAKEN_SWEEPS: u32 = 3;
-/// How long accepting pauses after the process ran out of descriptors (F32).
-const ACCEPT_PAUSE_NS: u64 = 10_000_000;
+/// How long a lane is left alone whose wait the kernel had no memory for (F37).
+const ARM_AGAIN_NS: u64 = 10_000_000;
 
 /// What a completion is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Source {
+pub(super) enum Source {
     Listener,
     Shutdown,
     /// A socket whose hello has not come; index and generation of its half-open record.
@@ -47,22 +55,26 @@ enum Source {
     Socket(SessionId),
     /// A session's process.
     Process(SessionId),
-    /// A session's server bell.
+    /// The server bell of a session's lane here.
     Bell(SessionId),
+    /// Another reactor has put something into the inbox.
+    Mail,
 }
 
 /// Tokens: kind in the top 4 bits, 28 bits of generation, 32 bits of index.
-const GENERATION_MASK: u32 = (1 << 28) - 1;
+pub(super) const GENERATION_MASK: u32 = (1 << 28) - 1;
 
 impl Source {
-    fn token(self) -> Token {
+    pub fn token(self) -> Token {
+        let none = SessionId { index: 0, generation: 0 };
         let (kind, id) = match self {
-            Self::Listener => (1, SessionId { index: 0, generation: 0 }),
-            Self::Shutdown => (2, SessionId { index: 0, generation: 0 }),
+            Self::Listener => (1, none),
+            Self::Shutdown => (2, none),
             Self::HalfOpen(id) => (3, id),
             Self::Socket(id) => (4, id),
             Self::Process(id) => (5, id),
             Self::Bell(id) => (6, id),
+            Self::Mail => (7, none),
         };
         Token(kind << 60 | u64::from(id.generation & GENERATION_MASK) << 32 | u64::from(id.index))
     }
@@ -77,83 +89,119 @@ impl Source {
             4 => Self::Socket(id),
             5 => Self::Process(id),
             6 => Self::Bell(id),
+            7 => Self::Mail,
             _ => return None,
         })
     }
 }
 
-/// The kernel's side of a session.
+/// The kernel's side of a lane.
 #[derive(Debug)]
 struct Peer {
     id: SessionId,
-    socket: OwnedFd,
-    /// Open for as long as it is polled.
-    _process: OwnedFd,
+    socket: Arc<OwnedFd>,
     /// A FUTEX_WAIT on its bell has been pushed and has not completed. Never the word's value (P5).
     bell_armed: bool,
+    /// Woken, and no entry has been seen since.
+    woken: bool,
     /// Sweeps in a row that found work although nobody had rung.
     suspect: u32,
+    storm: Storm,
+    /// Left alone until then, neither polled nor armed; 0 for not.
+    rests_until_ns: u64,
 }
 
-/// A socket that has been accepted and has not said hello.
+/// A lane whose memory the kernel may still be asked about.
 #[derive(Debug)]
-struct HalfOpen {
+struct Parting {
     id: SessionId,
-    socket: OwnedFd,
-    process: OwnedFd,
-    deadline_ns: u64,
+    _segment: Arc<Segment>,
+    /// Its wait has been cancelled, and the completion has not come.
+    bell_armed: bool,
+}
+
+/// What the end of a wait on a bell means (F37).
+#[derive(Debug, PartialEq, Eq)]
+enum AfterWait {
+    /// Rung, or the word had changed before the wait began: there may be work.
+    Look,
+    /// The kernel had no memory: try again by the clock.
+    Later,
+    /// Cancelled by ourselves.
+    Nothing,
+    /// The word is gone or was none: our own mistake, which this session alone shall notice.
+    End(Errno),
+}
+
+impl AfterWait {
+    fn of(result: std::result::Result<u32, Errno>) -> Self {
+        match result {
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Self::Look,
+            Err(Errno::NOMEM) => Self::Later,
+            Err(Errno::CANCELED) => Self::Nothing,
+            Err(errno) => Self::End(errno),
+        }
+    }
 }
 
 pub(crate) struct Reactor<S: 'static> {
-    driver: Driver,
-    core: Core<S>,
-    listener: Listener,
-    listener_armed: bool,
-    accept_again_ns: u64,
-    shutdown: OwnedFd,
+    pub(super) driver: Driver,
+    pub(super) core: Core<S>,
+    pub(super) crew: Crew,
+    pub(super) log: Throttle,
+    /// The duties of the reactor that sessions are at home with.
+    home: Option<Home>,
+    totals: Totals,
     peers: Vec<Option<Peer>>,
-    half_open: Vec<Option<HalfOpen>>,
-    half_open_count: u32,
-    generation: u32,
-    epoch: u64,
+    parting: Vec<Parting>,
+    /// Earliest end of a lane's rest; 0 for none.
+    rest_ends_ns: u64,
+    spin: SpinBudget,
     next_sweep_ns: u64,
-    log: Throttle,
     /// Lanes that are being put to sleep.
     arming: Vec<SessionId>,
     stopping: bool,
 }
 
 impl<S> Reactor<S> {
-    /// A reactor that runs on the calling thread, and must be run there.
-    pub fn new(driver: Driver, core: Core<S>, listener: Listener, shutdown: OwnedFd) -> Result<Self> {
-        let [epoch, _] = rendezvous::random_id()?;
-        Ok(Self {
+    /// A reactor that runs on the calling thread, and must be run there. `wake_ns` is what waking it from
+    /// another core costs.
+    pub fn new(
+        driver: Driver,
+        core: Core<S>,
+        crew: Crew,
+        totals: Totals,
+        home: Option<Home>,
+        wake_ns: u64,
+    ) -> Self {
+        let config = core.config();
+        let percent = if config.policy == WaitPolicy::Handoff { config.spin_percent } else { 0 };
+        Self {
             driver,
-            core,
-            listener,
-            listener_armed: false,
-            accept_again_ns: 0,
-            shutdown,
-            peers: Vec::new(),
-            half_open: Vec::new(),
-            half_open_count: 0,
-            generation: 0,
-            epoch,
-            next_sweep_ns: 0,
+            crew,
+            home,
+            totals,
             log: Throttle::default(),
+            peers: Vec::new(),
+            parting: Vec::new(),
+            rest_ends_ns: 0,
+            spin: SpinBudget::new(wake_ns, percent),
+            next_sweep_ns: 0,
             arming: Vec::new(),
             stopping: false,
-        })
+            core,
+        }
     }
 
-    /// Serves until told to stop; returns what was counted.
+    /// Serves until told to stop; returns what this reactor counted.
     pub fn run(mut self) -> Result<Metrics> {
-        self.driver.poll(self.shutdown.as_fd(), PollFlags::IN, Source::Shutdown.token())?;
-        self.arm_listener()?;
-        let spin = self.core.config().policy == WaitPolicy::Spin;
+        self.with_home(Home::begin)?;
+        let spins = self.core.config().policy == WaitPolicy::Spin;
         let mut idle_rounds = 0u32;
         let mut unfenced = 0u32;
         let mut rounds_since_tick = 0u32;
+        // Until when to poll under the policy `handoff`; 0 while it has not been asked.
+        let mut polls_until_ns = 0;
         while !self.stopping {
             rounds_since_tick += 1;
             if rounds_since_tick >= ROUNDS_PER_TICK {
@@ -168,57 +216,100 @@ impl<S> Reactor<S> {
                     break;
                 }
             }
-            let taken = self.core.round(&mut monotonic_ns);
+            let taken = self.round();
             while let Some((id, fault)) = self.core.take_fault() {
-                self.log.warn(|| tracing::warn!(session = id.index, %fault, "protocol violation"));
-                self.end(id, DisconnectReason::ProtocolViolation)?;
+                self.fault(id, fault)?;
             }
             if taken > 0 {
                 // For whoever asks for the counters: a copy that is as old as one round.
                 self.core.metrics.enters = self.driver.counters().enters;
+                if idle_rounds > 0 && !self.spin.is_zero() {
+                    let now = monotonic_ns();
+                    self.core.metrics.spun_ns += self.spin.polled(now);
+                    self.spin.work(now);
+                }
                 idle_rounds = 0;
                 unfenced += taken;
                 if unfenced >= ENTRIES_PER_FENCE || self.somebody_seems_asleep() {
                     unfenced = 0;
                     self.ring_clients()?;
+                    self.submit()?;
                 }
                 continue;
             }
             idle_rounds = idle_rounds.wrapping_add(1);
-            let sleeps = !spin || self.core.all_cold();
-            if (sleeps || idle_rounds == QUIET_ROUNDS) && !self.core.touched().is_empty() {
+            if idle_rounds == 1 {
+                polls_until_ns = self.poll_budget();
+            }
+            let polls = !self.core.all_cold() && (spins || polls_until_ns != 0);
+            if (!polls || idle_rounds == QUIET_ROUNDS) && !self.core.touched().is_empty() {
                 unfenced = 0;
                 self.ring_clients()?;
             }
-            if sleeps {
+            if polls {
+                self.submit()?;
+                if idle_rounds.is_multiple_of(ROUNDS_PER_YIELD) {
+                    std::thread::yield_now();
+                    if !spins && monotonic_ns() >= polls_until_ns {
+                        self.core.metrics.spun_ns += self.spin.polled(monotonic_ns());
+                        polls_until_ns = 0;
+                    }
+                } else {
+                    std::hint::spin_loop();
+                }
+            } else {
                 self.tick()?;
                 self.sleep()?;
-            } else {
-                std::hint::spin_loop();
             }
         }
         self.stop()
+    }
+
+    #[inline(always)]
+    fn round(&mut self) -> u32 {
+        let (crew, home) = (&self.crew, &self.home);
+        let mut announce = |index: u32, notice: Notice| {
+            if let Some(home) = home {
+                home.announce(crew, index, notice);
+            }
+        };
+        self.core.round(&mut monotonic_ns, &mut announce)
+    }
+
+    /// There is nothing to do any more: until when to poll, 0 for not at all.
+    #[inline(always)]
+    fn poll_budget(&mut self) -> u64 {
+        let handed_over = self.core.take_handed_over();
+        if self.spin.is_zero() { 0 } else { self.spin.idle(monotonic_ns(), handed_over) }
+    }
+
+    /// Does something that only the home reactor does, with the rest of it at hand.
+    pub(super) fn with_home(&mut self, duty: impl FnOnce(&mut Home, &mut Self) -> Result<()>) -> Result<()> {
+        let Some(mut home) = self.home.take() else { return Ok(()) };
+        let done = duty(&mut home, self);
+        self.home = Some(home);
+        done
     }
 
     /// A look without a fence: good enough to ring at once, not to conclude that nobody sleeps.
     #[inline(always)]
     fn somebody_seems_asleep(&self) -> bool {
         let asleep = |index: &u32| {
-            self.core.seated(*index).is_some_and(|session| session.lane().common.client_bell.seems_asleep())
+            self.core.seated(*index).is_some_and(|lane| lane.lane().common.client_bell.seems_asleep())
         };
         self.core.touched().iter().any(asleep)
     }
 
-    /// Wakes the clients for whom something was completed and who sleep: one fence, then one enter for all
-    /// of them (R1.2).
+    /// Queues wakes for the clients for whom something was completed and who sleep: one fence for all of them,
+    /// and one enter (R1.2), the caller's next.
     fn ring_clients(&mut self) -> Result<()> {
         // Pairs with the fence in `ClientBell::mark`.
         fence_before_bell();
         let mut rung = 0;
         for i in 0..self.core.touched().len() {
             let index = self.core.touched()[i];
-            let Some(session) = self.core.seated(index) else { continue };
-            let bell = &session.lane().common.client_bell;
+            let Some(lane) = self.core.seated(index) else { continue };
+            let bell = &lane.lane().common.client_bell;
             let waiters = bell.take();
             if waiters == 0 {
                 continue;
@@ -229,7 +320,7 @@ impl<S> Reactor<S> {
             if waiters & WAITER_SOCKET != 0
                 && let Some(Some(peer)) = self.peers.get(index as usize)
             {
-                ring_socket(peer.socket.as_fd());
+                ring_socket(&peer.socket);
             }
             rung += 1;
         }
@@ -237,6 +328,12 @@ impl<S> Reactor<S> {
         metrics.wakes_rung += rung;
         metrics.wakes_in_one_enter_max = metrics.wakes_in_one_enter_max.max(rung);
         self.core.untouch();
+        Ok(())
+    }
+
+    /// Makes the kernel see what has been queued.
+    #[inline(always)]
+    fn submit(&mut self) -> Result<()> {
         if self.driver.pending() {
             self.driver.enter(Wait::No)?;
         }
@@ -244,23 +341,16 @@ impl<S> Reactor<S> {
     }
 
     fn events(&mut self) -> Result<()> {
+        // What was queued about lanes that have gone has been submitted by the enter that brought us here.
+        self.parting.retain(|parting| parting.bell_armed);
         while let Some(completion) = self.driver.next_completion() {
             let Completion { token, result } = completion;
-            let Some(source) = Source::of(token) else { continue };
-            match source {
-                Source::Listener => {
-                    self.listener_armed = false;
-                    self.accept()?;
-                }
-                Source::Shutdown => self.stopping = true,
-                Source::HalfOpen(id) => self.hello(id)?,
-                Source::Socket(id) => self.socket_spoke(id, result)?,
-                Source::Process(id) => {
-                    if self.peer(id).is_some() && result != Err(Errno::CANCELED) {
-                        self.end_by_token(id, DisconnectReason::PeerDied)?;
-                    }
-                }
-                Source::Bell(id) => self.bell_rang(id),
+            match Source::of(token) {
+                Some(Source::Bell(id)) => self.bell_rang(id, result)?,
+                Some(Source::Mail) => self.mail()?,
+                Some(Source::Shutdown) => self.stopping = true,
+                Some(source) => self.with_home(|home, reactor| home.event(reactor, source, result))?,
+                None => {}
             }
         }
         Ok(())
@@ -272,264 +362,213 @@ impl<S> Reactor<S> {
         (peer.id.generation & GENERATION_MASK == id.generation & GENERATION_MASK).then_some(peer)
     }
 
-    fn end_by_token(&mut self, id: SessionId, reason: DisconnectReason) -> Result<()> {
-        match self.peer(id).map(|peer| peer.id) {
-            Some(id) => self.end(id, reason),
-            None => Ok(()),
-        }
-    }
-
-    /// A bell's wait ended: rung, or (EAGAIN) changed before it was armed; either way there may be work.
-    fn bell_rang(&mut self, id: SessionId) {
-        let Some(peer) = self.peer(id) else { return };
+    /// A wait on a lane's bell has ended.
+    fn bell_rang(&mut self, id: SessionId, result: std::result::Result<u32, Errno>) -> Result<()> {
+        let Some(peer) = self.peer(id) else {
+            // The wait of a lane that has gone: the last that the kernel knew of its memory (P6).
+            let gone = |p: &Parting| {
+                p.id.index == id.index && p.id.generation & GENERATION_MASK == id.generation & GENERATION_MASK
+            };
+            self.parting.retain(|parting| !gone(parting));
+            return Ok(());
+        };
         peer.bell_armed = false;
         let id = peer.id;
-        self.core.metrics.wakeups += 1;
-        if let Some(session) = self.core.session(id) {
-            session.lane().common.server_bell.clear();
+        match AfterWait::of(result) {
+            AfterWait::Look => {
+                peer.woken = true;
+                self.core.metrics.wakeups += 1;
+                self.heat(id);
+            }
+            AfterWait::Later => self.rest(id, monotonic_ns() + ARM_AGAIN_NS),
+            AfterWait::Nothing => {}
+            AfterWait::End(error) => {
+                tracing::error!(session = id.index, %error, "a bell could not be armed");
+                self.give_up(id, Message::End(id))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Polls a lane again.
+    fn heat(&mut self, id: SessionId) {
+        if let Some(lane) = self.core.lane(id) {
+            lane.lane().common.server_bell.clear();
         }
         self.core.heat(id);
     }
 
-    fn arm_listener(&mut self) -> Result<()> {
-        let full = self.half_open_count >= self.core.config().max_half_open;
-        if !self.listener_armed && !full && self.accept_again_ns == 0 {
-            self.driver.poll(self.listener.socket(), PollFlags::IN, Source::Listener.token())?;
-            self.listener_armed = true;
+    /// Leaves a lane alone until then: its bell says awake, so that nobody rings it.
+    fn rest(&mut self, id: SessionId, until_ns: u64) {
+        let Some(peer) = self.peer(id) else { return };
+        peer.rests_until_ns = until_ns;
+        self.rest_ends_ns = if self.rest_ends_ns == 0 { until_ns } else { self.rest_ends_ns.min(until_ns) };
+        if let Some(lane) = self.core.lane(id) {
+            lane.lane().common.server_bell.clear();
+        }
+        self.core.cool(id);
+    }
+
+    /// Heats the lanes whose rest is over.
+    fn end_rests(&mut self, now_ns: u64) {
+        self.rest_ends_ns = 0;
+        for index in 0..self.peers.len() {
+            let Some(peer) = self.peers[index].as_mut().filter(|peer| peer.rests_until_ns != 0) else {
+                continue;
+            };
+            let (id, until_ns) = (peer.id, peer.rests_until_ns);
+            if now_ns >= until_ns {
+                peer.rests_until_ns = 0;
+                self.heat(id);
+            } else if self.rest_ends_ns == 0 || until_ns < self.rest_ends_ns {
+                self.rest_ends_ns = until_ns;
+            }
+        }
+    }
+
+    /// What other reactors have told.
+    fn mail(&mut self) -> Result<()> {
+        while let Some(message) = self.core.next_message() {
+            match message {
+                // Noted by the core already.
+                Message::Notice(..) => {}
+                Message::Lane { id, number, segment, socket } => {
+                    self.take_lane(id, number, segment, socket)?
+                }
+                Message::End(id) if self.crew.is_home() => {
+                    self.end(id, DisconnectReason::ProtocolViolation)?
+                }
+                Message::End(id) => self.let_go(id)?,
+                Message::Fault(id, fault) => self.fault(id, fault)?,
+                Message::Abuse(id, abuse) => self.abuse(id, abuse)?,
+                Message::Stop => self.stopping = true,
+            }
         }
         Ok(())
     }
 
-    fn accept(&mut self) -> Result<()> {
-        for _ in 0..ACCEPTS_PER_EVENT {
-            if self.half_open_count >= self.core.config().max_half_open {
-                break;
-            }
-            let socket = match self.listener.accept() {
-                Ok(Some(socket)) => socket,
-                Ok(None) => break,
-                Err(error) => {
-                    self.log.warn(|| tracing::warn!(%error, "accept failed; pausing for 10 ms"));
-                    self.accept_again_ns = monotonic_ns() + ACCEPT_PAUSE_NS;
-                    break;
-                }
-            };
-            self.greet(socket)?;
-        }
-        self.arm_listener()
+    /// Rings another reactor for what has been put into its inbox.
+    pub(super) fn ring_reactor(&mut self, reactor: usize) -> Result<()> {
+        let crew = self.crew.clone();
+        self.driver.msg_ring(crew.addresses[reactor].ring(), 0, Source::Mail.token())?;
+        Ok(())
     }
 
-    /// Takes note of a new socket, and of its hello if that has come already, as it usually has.
-    fn greet(&mut self, socket: OwnedFd) -> Result<()> {
-        let ours = rustix::process::geteuid().as_raw();
-        if rendezvous::peer_uid(&socket).ok() != Some(ours) {
-            self.refuse(&socket, &Welcome::refusal(code::NOT_PERMITTED));
+    /// Tells the home reactor, which tells the others; the lane here is let go at once.
+    fn give_up(&mut self, id: SessionId, message: Message) -> Result<()> {
+        if self.crew.is_home() {
+            return self.end(id, DisconnectReason::ProtocolViolation);
+        }
+        self.let_go(id)?;
+        if self.crew.addresses[0].put(message) {
+            self.ring_reactor(0)?;
+        }
+        Ok(())
+    }
+
+    /// A session has broken the protocol: it ends, here and everywhere (S9).
+    fn fault(&mut self, id: SessionId, fault: PeerFault) -> Result<()> {
+        if self.core.lane(id).is_none() && !self.crew.is_home() {
             return Ok(());
         }
-        // A process that is dead already leaves nothing to greet (F1).
-        let Ok(process) = doorbell_uring::peer_process(socket.as_fd()) else { return Ok(()) };
-        self.generation = self.generation.wrapping_add(1);
-        let index = match self.half_open.iter().position(Option::is_none) {
-            Some(index) => index,
-            None => {
-                self.half_open.push(None);
-                self.half_open.len() - 1
-            }
-        };
-        let id = SessionId { index: index as u32, generation: self.generation & GENERATION_MASK };
-        let deadline_ns = monotonic_ns() + self.core.config().handshake_timeout.as_nanos() as u64;
-        self.half_open[index] = Some(HalfOpen { id, socket, process, deadline_ns });
-        self.half_open_count += 1;
-        self.hello(id)
+        self.log.warn(|| tracing::warn!(session = id.index, %fault, "protocol violation"));
+        self.give_up(id, Message::Fault(id, fault))
     }
 
-    /// Reads the hello of a half-open socket, or waits for it.
-    fn hello(&mut self, id: SessionId) -> Result<()> {
-        let Some(Some(half)) = self.half_open.get(id.index as usize) else { return Ok(()) };
-        if half.id != id {
-            return Ok(());
+    /// A client rings without cause, and has done so for long (F24).
+    fn abuse(&mut self, id: SessionId, abuse: storm::Abuse) -> Result<()> {
+        if self.crew.is_home() {
+            self.log
+                .warn(|| tracing::warn!(session = id.index, lasted_ns = abuse.lasted_ns, "doorbell abuse"));
+            return self.end(id, DisconnectReason::DoorbellAbuse);
         }
-        let mut bytes = [0u8; size_of::<Hello>() + 1];
-        let packet = match rendezvous::receive(half.socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
-            Err(Errno::AGAIN) => {
-                let token = Source::HalfOpen(id).token();
-                self.driver.poll(half.socket.as_fd(), PollFlags::IN | PollFlags::RDHUP, token)?;
-                return Ok(());
-            }
-            Err(_) => return self.forget_half_open(id),
-            Ok(packet) if packet.len == 0 => return self.forget_half_open(id),
-            Ok(packet) => packet,
-        };
-        let Some(half) = self.half_open[id.index as usize].take() else { return Ok(()) };
-        self.half_open_count -= 1;
-        self.arm_listener()?;
-        // A hello comes alone: whatever descriptors came with it are closed with the packet (F31).
-        let verdict = if packet.truncated || !packet.fds.is_empty() {
-            Verdict::Refuse(Box::new(Welcome::refusal(code::BAD_HELLO)))
-        } else {
-            self.core.judge(&bytes[..packet.len], monotonic_ns())
-        };
-        match verdict {
-            Verdict::Refuse(welcome) => {
-                self.refuse(&half.socket, &welcome);
-                Ok(())
-            }
-            Verdict::Grant(geometry, welcome) => self.seat(half, geometry, *welcome),
-        }
+        self.give_up(id, Message::Abuse(id, abuse))
     }
 
-    fn forget_half_open(&mut self, id: SessionId) -> Result<()> {
-        if self.half_open[id.index as usize].take().is_some() {
-            self.half_open_count -= 1;
-        }
-        self.arm_listener()
+    /// Home: ends a session at every reactor.
+    pub(super) fn end(&mut self, id: SessionId, reason: DisconnectReason) -> Result<()> {
+        self.with_home(|home, reactor| home.end(reactor, id, reason))
     }
 
-    fn refuse(&mut self, socket: &OwnedFd, welcome: &Welcome) {
-        self.core.metrics.sessions_refused += 1;
-        let code = welcome.code;
-        self.log.warn(|| tracing::warn!(code, "handshake refused"));
-        // A socket closed with something unread resets its peer, who would then not see the answer: nothing
-        // more is accepted, and what is there is taken.
-        if let Err(error) = rustix::net::shutdown(socket, rustix::net::Shutdown::Read) {
-            tracing::debug!(%error, "shutdown of a refused socket");
-        }
-        let mut unread = [0u8; 1];
-        while rendezvous::receive(socket.as_fd(), &mut unread, RecvFlags::DONTWAIT).is_ok_and(|p| p.len > 0) {
-        }
-        // A client that is gone by now needs no answer.
-        if let Err(error) = rendezvous::send(socket.as_fd(), welcome.as_bytes(), None) {
-            tracing::debug!(%error, "refusal not delivered");
-        }
-    }
-
-    /// Makes a session of a half-open socket.
-    fn seat(
+    /// Takes a lane of a session that is at home elsewhere, and tells its client.
+    fn take_lane(
         &mut self,
-        half: HalfOpen,
-        geometry: doorbell_shm::layout::Geometry,
-        welcome: Welcome,
+        id: SessionId,
+        number: u32,
+        segment: Arc<Segment>,
+        socket: Arc<OwnedFd>,
     ) -> Result<()> {
-        let identity = Identity { epoch: self.epoch, session: rendezvous::random_id()? };
-        let welcome = Welcome { epoch: identity.epoch, session: identity.session, ..welcome };
-        let (segment, memory) = match Segment::create(geometry, 1, identity) {
-            Ok(made) => made,
-            Err(error) => {
-                self.log.warn(|| tracing::warn!(%error, "no segment for a new session"));
-                self.refuse(&half.socket, &Welcome { retry_ms: 100, ..Welcome::refusal(code::NO_MEMORY) });
-                return Ok(());
-            }
-        };
-        if rendezvous::send(half.socket.as_fd(), welcome.as_bytes(), Some(memory.as_fd())).is_err() {
-            // Killed after its hello: the segment goes with this scope (F2).
-            return Ok(());
+        let grant = LaneGrant::new(number, self.crew.core());
+        self.core.seat(id, SessionLane::new(segment, number)?);
+        self.core.metrics.further_lanes += 1;
+        // A client that is gone or does not listen finds out by itself.
+        if let Err(error) = rendezvous::send(socket.as_fd(), grant.as_bytes(), None) {
+            tracing::debug!(%error, "a granted lane could not be announced");
         }
-        let id = self.core.open(segment)?;
+        self.add_peer(id, socket);
+        tracing::debug!(session = id.index, lane = number, "lane opened");
+        Ok(())
+    }
+
+    /// The kernel's side of a lane that has just been seated.
+    pub(super) fn add_peer(&mut self, id: SessionId, socket: Arc<OwnedFd>) {
         let index = id.index as usize;
         if self.peers.len() <= index {
             self.peers.resize_with(index + 1, || None);
         }
-        let events = PollFlags::IN | PollFlags::RDHUP;
-        self.driver.poll(half.socket.as_fd(), events, Source::Socket(id).token())?;
-        self.driver.poll(half.process.as_fd(), PollFlags::IN, Source::Process(id).token())?;
-        self.peers[index] =
-            Some(Peer { id, socket: half.socket, _process: half.process, bell_armed: false, suspect: 0 });
-        tracing::debug!(session = id.index, "session opened");
+        self.peers[index] = Some(Peer {
+            id,
+            socket,
+            bell_armed: false,
+            woken: false,
+            suspect: 0,
+            storm: Storm::default(),
+            rests_until_ns: 0,
+        });
+    }
+
+    /// Lets go of a lane: wakes whoever sleeps on it, so that he sees that the session is over; cancels its wait.
+    /// The memory stays mapped until the kernel has answered (P6).
+    pub(super) fn let_go(&mut self, id: SessionId) -> Result<()> {
+        let Some(lane) = self.core.unseat(id) else { return Ok(()) };
+        let bell_armed = self
+            .peers
+            .get_mut(id.index as usize)
+            .and_then(|peer| peer.take_if(|peer| peer.id == id))
+            .is_some_and(|peer| peer.bell_armed);
+        self.driver.futex_wake(&lane.lane().common.client_bell.0, CLIENT_WAKES)?;
+        if bell_armed {
+            self.driver.cancel(Source::Bell(id).token())?;
+        }
+        self.parting.push(Parting { id, _segment: Arc::clone(lane.segment()), bell_armed });
         Ok(())
     }
 
-    /// A session's socket has something to say: after the hello, only its end.
-    fn socket_spoke(&mut self, id: SessionId, result: std::result::Result<u32, Errno>) -> Result<()> {
-        let Some(peer) = self.peer(id) else { return Ok(()) };
-        if result == Err(Errno::CANCELED) {
-            return Ok(());
-        }
-        let id = peer.id;
-        let mut byte = [0u8; 1];
-        match rendezvous::receive(peer.socket.as_fd(), &mut byte, RecvFlags::DONTWAIT) {
-            Err(Errno::AGAIN) => {
-                let events = PollFlags::IN | PollFlags::RDHUP;
-                let Some(Some(peer)) = self.peers.get(id.index as usize) else { return Ok(()) };
-                self.driver.poll(peer.socket.as_fd(), events, Source::Socket(id).token())?;
-                Ok(())
-            }
-            Ok(packet) if packet.len > 0 => {
-                self.log.warn(|| tracing::warn!(session = id.index, "bytes on the socket after the hello"));
-                self.end(id, DisconnectReason::ProtocolViolation)
-            }
-            _ => self.end(id, DisconnectReason::PeerDied),
-        }
-    }
-
-    /// Ends one session and nothing else: everything it held is released here.
-    fn end(&mut self, id: SessionId, reason: DisconnectReason) -> Result<()> {
-        let Some(session) = self.core.session(id) else { return Ok(()) };
-        let bell = session.lane().common.client_bell.0.clone();
-        self.core.close(id, reason);
-        // Whoever sleeps on the bell shall see that the session is closed.
-        self.driver.futex_wake(&bell, CLIENT_WAKES)?;
-        if let Some(peer) = self.peers.get_mut(id.index as usize).and_then(Option::take) {
-            if reason != DisconnectReason::PeerDied {
-                // A client that is gone or full needs no goodbye: its segment says the same.
-                if let Err(error) =
-                    rendezvous::send(peer.socket.as_fd(), Goodbye::new(reason).as_bytes(), None)
-                {
-                    tracing::debug!(%error, "goodbye not delivered");
-                }
-            }
-            // The kernel holds the socket until its poll is cancelled; the peer shall see the end now.
-            if let Err(error) = rustix::net::shutdown(&peer.socket, rustix::net::Shutdown::Both) {
-                tracing::debug!(%error, "shutdown of a session's socket");
-            }
-            self.driver.cancel(Source::Socket(id).token())?;
-            self.driver.cancel(Source::Process(id).token())?;
-            if peer.bell_armed {
-                self.driver.cancel(Source::Bell(id).token())?;
-            }
-        }
-        tracing::debug!(session = id.index, %reason, "session ended");
-        Ok(())
-    }
-
-    /// What is due by the clock: half-open sockets, the sweep, accepting again.
+    /// What is due by the clock: half-open sockets, the sweep, accepting again, rests that are over.
     fn tick(&mut self) -> Result<()> {
-        if self.half_open_count == 0 && self.core.live() == 0 && self.accept_again_ns == 0 {
+        let home_waits = self.home.as_ref().is_some_and(Home::waits);
+        if self.core.live() == 0 && !home_waits {
             return Ok(());
         }
         let now = monotonic_ns();
-        if self.accept_again_ns != 0 && now >= self.accept_again_ns {
-            self.accept_again_ns = 0;
-            self.arm_listener()?;
+        if self.rest_ends_ns != 0 && now >= self.rest_ends_ns {
+            self.end_rests(now);
         }
-        if self.half_open_count > 0 {
-            self.expire_half_open(now)?;
+        if home_waits {
+            self.with_home(|home, reactor| home.tick(reactor, now))?;
         }
         if now >= self.next_sweep_ns {
             self.next_sweep_ns = now + self.core.config().sweep_interval.as_nanos() as u64;
+            self.mail()?;
             self.sweep()?;
         }
+        self.show();
         Ok(())
     }
 
-    fn expire_half_open(&mut self, now: u64) -> Result<()> {
-        for index in 0..self.half_open.len() {
-            let expired = self.half_open[index].as_ref().is_some_and(|h| now >= h.deadline_ns);
-            if expired && let Some(half) = self.half_open[index].take() {
-                self.half_open_count -= 1;
-                self.core.metrics.sessions_refused += 1;
-                self.core.metrics.count_end(DisconnectReason::HandshakeTimeout);
-                self.log.warn(|| tracing::warn!("a client connected and did not say hello in time"));
-                let bye = Goodbye::new(DisconnectReason::HandshakeTimeout);
-                if let Err(error) = rendezvous::send(half.socket.as_fd(), bye.as_bytes(), None) {
-                    tracing::debug!(%error, "goodbye not delivered");
-                }
-                if let Err(error) = rustix::net::shutdown(&half.socket, rustix::net::Shutdown::Both) {
-                    tracing::debug!(%error, "shutdown of a half-open socket");
-                }
-                self.driver.cancel(Source::HalfOpen(half.id).token())?;
-            }
-        }
-        self.arm_listener()
+    /// Shows the counters to the other reactors.
+    fn show(&self) {
+        self.totals.boards[self.totals.own].show(&self.core.metrics);
     }
 
     /// Looks at every sleeping lane whether it rang or not (S6, F25). A lane with work and an untouched
@@ -540,25 +579,21 @@ impl<S> Reactor<S> {
         for index in 0..self.peers.len() {
             let Some(peer) = &mut self.peers[index] else { continue };
             let id = peer.id;
-            let cold = self.core.is_cold(id);
-            let Some(session) = self.core.session(id) else { continue };
-            // Our own record decides, not the word that the client can write (S2). A client that took the mark
-            // may be about to wake us: it gets longer than one that left it.
-            let patience = if session.lane().common.server_bell.is_marked() { 1 } else { MARK_TAKEN_SWEEPS };
-            let found = if cold { session.has_work() } else { Ok(false) };
+            // Our own record decides, not the word that the client can write (S2).
+            let asleep = self.core.is_cold(id) && peer.rests_until_ns == 0;
+            let Some(lane) = self.core.lane(id) else { continue };
+            // A client that took the mark may be about to wake us: it gets longer than one that left it.
+            let patience = if lane.lane().common.server_bell.is_marked() { 1 } else { MARK_TAKEN_SWEEPS };
+            let found = if asleep { lane.has_work() } else { Ok(false) };
             match found {
                 Ok(false) => peer.suspect = 0,
                 Ok(true) if peer.suspect < patience => peer.suspect += 1,
                 Ok(true) => {
                     peer.suspect = 0;
-                    session.lane().common.server_bell.clear();
                     self.core.metrics.sweeps_healed += 1;
-                    self.core.heat(id);
+                    self.heat(id);
                 }
-                Err(fault) => {
-                    self.log.warn(|| tracing::warn!(session = id.index, %fault, "protocol violation"));
-                    self.end(id, DisconnectReason::ProtocolViolation)?;
-                }
+                Err(fault) => self.fault(id, fault)?,
             }
         }
         Ok(())
@@ -571,75 +606,133 @@ impl<S> Reactor<S> {
         hot.clear();
         hot.extend(self.core.hot_lanes());
         for id in hot.iter().copied() {
-            let Some(session) = self.core.session(id) else { continue };
-            let state = session.asleep_state();
-            // Mark, fence, look again (P5): pairs with publish, fence, look at the bell in the client.
-            session.lane().common.server_bell.mark(state);
-            match session.has_work() {
-                Ok(true) => session.lane().common.server_bell.clear(),
-                Ok(false) => {
-                    if let Some(Some(peer)) = self.peers.get_mut(id.index as usize)
-                        && !peer.bell_armed
-                    {
-                        let word = &session.lane().common.server_bell.0;
-                        self.driver.futex_wait(word, state, Source::Bell(id).token())?;
-                        peer.bell_armed = true;
-                    }
-                    self.core.cool(id);
-                }
-                Err(fault) => {
-                    self.log.warn(|| tracing::warn!(session = id.index, %fault, "protocol violation"));
-                    self.end(id, DisconnectReason::ProtocolViolation)?;
-                }
-            }
+            self.put_to_sleep(id)?;
         }
         self.arming = hot;
         if !self.core.all_cold() {
-            return Ok(());
+            return self.submit();
         }
+        self.show();
         let timeout = self.next_timeout();
         self.driver.enter(Wait::Until(timeout))?;
         self.events()
     }
 
+    /// Marks one lane's bell, looks again, arms it.
+    #[inline]
+    fn put_to_sleep(&mut self, id: SessionId) -> Result<()> {
+        let worked = self.core.has_worked(id);
+        let Some(lane) = self.core.lane(id) else { return Ok(()) };
+        let state = lane.asleep_state();
+        // Mark, fence, look again (P5): pairs with publish, fence, look at the bell in the client.
+        lane.lane().common.server_bell.mark(state);
+        let found = lane.has_work();
+        let Some(Some(peer)) = self.peers.get_mut(id.index as usize) else { return Ok(()) };
+        if worked {
+            peer.storm.worked();
+        } else if peer.woken || matches!(found, Ok(true)) {
+            // Woken, or kept awake by hints or a bell, and no entry came.
+            let patience = self.core.config().storm_patience.as_nanos() as u64;
+            match peer.storm.woken_for_nothing(monotonic_ns, patience) {
+                storm::Next::Arm => {}
+                storm::Next::RestUntil(until_ns) => {
+                    peer.woken = false;
+                    self.core.metrics.storms_damped += 1;
+                    self.rest(id, until_ns);
+                    return Ok(());
+                }
+                storm::Next::End(abuse) => return self.abuse(id, abuse),
+            }
+        }
+        peer.woken = false;
+        let Some(lane) = self.core.lane(id) else { return Ok(()) };
+        match found {
+            Ok(true) => lane.lane().common.server_bell.clear(),
+            Ok(false) => {
+                if !peer.bell_armed {
+                    let word = &lane.lane().common.server_bell.0;
+                    self.driver.futex_wait(word, state, Source::Bell(id).token())?;
+                    peer.bell_armed = true;
+                }
+                self.core.cool(id);
+            }
+            Err(fault) => self.fault(id, fault)?,
+        }
+        Ok(())
+    }
+
     /// How long the reactor may sleep; `None` while there is nothing to time.
     fn next_timeout(&self) -> Option<Duration> {
-        let mut due = u64::MAX;
+        let mut due = self.home.as_ref().map_or(u64::MAX, Home::due_ns);
         if self.core.live() > 0 {
             due = due.min(self.next_sweep_ns);
         }
-        if self.accept_again_ns != 0 {
-            due = due.min(self.accept_again_ns);
-        }
-        for half in self.half_open.iter().flatten() {
-            due = due.min(half.deadline_ns);
+        if self.rest_ends_ns != 0 {
+            due = due.min(self.rest_ends_ns);
         }
         (due != u64::MAX).then(|| Duration::from_nanos(due.saturating_sub(monotonic_ns())))
     }
 
-    /// Takes leave of every client and returns what was counted.
+    /// Takes leave of every client; returns what was counted.
     fn stop(mut self) -> Result<Metrics> {
         self.core.drain();
         let ids: Vec<SessionId> = self.core.ids().collect();
         for id in ids {
-            self.end(id, DisconnectReason::Draining)?;
+            match self.crew.is_home() {
+                true => self.end(id, DisconnectReason::Draining)?,
+                false => self.let_go(id)?,
+            }
         }
-        self.driver.enter(Wait::No)?;
-        tracing::info!(path = %self.listener.path().display(), "stopped");
+        self.with_home(Home::stop)?;
+        self.submit()?;
         Ok(std::mem::take(&mut self.core.metrics))
     }
 }
 
 /// Rings a client that waits on its socket: one byte; a full socket has been rung already.
-fn ring_socket(socket: std::os::fd::BorrowedFd<'_>) {
-    match rendezvous::send(socket, &[1], None) {
+fn ring_socket(socket: &OwnedFd) {
+    match rendezvous::send(socket.as_fd(), &[1], None) {
         Ok(()) | Err(Errno::AGAIN) => {}
         Err(error) => tracing::debug!(%error, "socket bell not delivered"),
     }
 }
 
-/// The mapping of setup failures that a server start reports.
-pub(crate) fn driver(restrict: bool) -> Result<Driver> {
-    let options = doorbell_uring::Options { restrict, ..doorbell_uring::Options::default() };
+/// The mapping of setup failures that a server start reports. A further reactor has nothing but bells to wait
+/// for: it makes do with a smaller ring.
+pub(crate) fn driver(home: bool) -> Result<Driver> {
+    let full = doorbell_uring::Options::default();
+    let small = doorbell_uring::Options { entries: 64, completion_entries: 512, ..full };
+    let options = doorbell_uring::Options { restrict: false, ..if home { full } else { small } };
     Driver::new(&options).map_err(IpcError::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal:   F37: every way in which a wait can end has its consequence, and none is taken for another.
+    #[test]
+    fn f37_the_end_of_a_wait_is_understood() {
+        for look in [Ok(0), Err(Errno::AGAIN), Err(Errno::INTR)] {
+            assert_eq!(AfterWait::of(look), AfterWait::Look);
+        }
+        assert_eq!(AfterWait::of(Err(Errno::NOMEM)), AfterWait::Later);
+        assert_eq!(AfterWait::of(Err(Errno::CANCELED)), AfterWait::Nothing);
+        for ours in [Errno::FAULT, Errno::INVAL] {
+            assert_eq!(AfterWait::of(Err(ours)), AfterWait::End(ours));
+        }
+    }
+
+    #[test]
+    fn s10_tokens_name_what_they_were_made_of() {
+        let id = SessionId { index: 7, generation: GENERATION_MASK };
+        let sources = [Source::Listener, Source::Shutdown, Source::HalfOpen(id), Source::Socket(id)];
+        for source in sources.into_iter().chain([Source::Process(id), Source::Bell(id), Source::Mail]) {
+            let read = Source::of(source.token());
+            let none = SessionId { index: 0, generation: 0 };
+            assert!(read == Some(source), "{source:?} {read:?} {none:?}");
+            assert!(source.token() <= Token::LAST);
+        }
+        assert_eq!(Source::of(Token(0)), None);
+    }
 }

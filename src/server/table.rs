@@ -1,6 +1,6 @@
 //! The static handler table, and what a handler sees: a context, a private request, a reply to write.
 
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::entry::Status;
@@ -67,6 +67,7 @@ impl<S, const N: usize> fmt::Debug for HandlerTable<S, N> {
 pub struct Context<'a, S> {
     pub(crate) state: &'a S,
     pub(crate) metrics: &'a Metrics,
+    pub(crate) totals: &'a Totals,
     pub(crate) message_type: MessageType,
     pub(crate) connection: u32,
     pub(crate) codec: u8,
@@ -78,9 +79,10 @@ impl<'a, S> Context<'a, S> {
         self.state
     }
 
-    /// The server's counters.
-    pub fn metrics(&self) -> &'a Metrics {
-        self.metrics
+    /// The counters of the whole server: exact for the reactor that runs this call, of the others as they were
+    /// at their last pause or some rounds ago.
+    pub fn metrics(&self) -> Metrics {
+        self.totals.sum(self.metrics)
     }
 
     /// The type of this message.

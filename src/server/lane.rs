@@ -1,4 +1,4 @@
-//! One session's dispatch: entries in, completions out. Sans-I/O: shared memory, time and handlers are its
+//! One lane's dispatch: entries in, completions out. Sans-I/O: shared memory, time and handlers are its
 //! inputs, a count of work and a fault its outputs; it makes no system call.
 //!
 //! Trust: an entry is copied once and judged as a whole; whatever a correct client could not have written
@@ -6,42 +6,67 @@
 //!        can get wrong (unknown type, too long) is a status, and the connection goes on.
 
 use super::connections::ConnectionPool;
+use super::crew::{Inbox, Notice};
 use super::staging::BufferPool;
 use super::table::{Context, Handler, Reply};
 use crate::config::MESSAGE_MAX;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Completion, Status, Submission, codec, flag, kind};
-use doorbell_shm::lane::{BULK, INTERACTIVE, ServerLane};
+use doorbell_shm::lane::{BULK, Drain, INTERACTIVE, ServerLane};
 use doorbell_shm::layout::LaneLayout;
 use doorbell_shm::segment::Segment;
 use doorbell_shm::slots::ClientWord;
 use doorbell_shm::{SegmentError, bell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
-/// What a session works with and does not own.
+/// What a lane works with and does not own.
 pub(crate) struct Bench<'a, S> {
     pub handlers: &'a [Option<Handler<S>>],
     pub state: &'a S,
     pub connections: &'a mut ConnectionPool,
     pub staging: &'a mut BufferPool,
     pub metrics: &'a mut Metrics,
+    /// The counters of all reactors, for handlers that ask.
+    pub totals: &'a Totals,
     pub batch: &'a mut Batch,
-    /// The server's CLOCK_MONOTONIC, ns; asked only for calls that carry a deadline.
+    /// The server's CLOCK_MONOTONIC, ns; asked only for calls that carry a deadline, and in turns that are timed.
     pub now_ns: &'a mut dyn FnMut() -> u64,
-    pub entries_per_turn: u32,
+    /// What the home reactor has told of connections and is not known yet.
+    pub inbox: &'a mut Inbox,
+    /// Tells the other reactors of a session what became of its connections, before the client learns of it.
+    pub announce: &'a mut dyn FnMut(u32, Notice),
+    pub limits: TurnLimits,
+    /// Words 0 of the entries taken, or-ed: which flags occurred.
+    pub flags_seen: u64,
 }
 
-/// The server's half of one session.
+/// What a lane may use of the reactor before the next one has its turn (S7).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TurnLimits {
+    pub entries: u32,
+    /// Bytes of requests and answers.
+    pub bytes: u64,
+    /// Nanoseconds; `None` while turns are short and not timed.
+    pub time_ns: Option<u64>,
+}
+
+/// The server's half of one lane of a session.
 #[derive(Debug)]
-pub(crate) struct Session {
+pub(crate) struct SessionLane {
     lane: ServerLane,
-    segment: Segment,
+    segment: Arc<Segment>,
+    /// 0 is the home lane, where connections are opened and closed.
+    number: u32,
+    /// Further lanes of the session, at other reactors. Counted at the home lane only.
+    further: u32,
     /// Calls that a ring pair may have between submission and consumed completion (P4).
     admitted: u64,
     /// Entries may wait in a ring because their completions would find no space.
     starved: bool,
+    drain: Drain,
 }
 
 /// Entries copied out before the first of them is run.
@@ -82,14 +107,38 @@ impl Outcome {
     }
 }
 
-impl Session {
-    pub fn new(segment: Segment) -> Result<Self, SegmentError> {
-        let geometry = *segment.geometry();
-        let lane = ServerLane::open(segment.mapping(), &geometry, &LaneLayout::home(&geometry))?;
-        Ok(Self { lane, segment, admitted: geometry.admitted().into(), starved: false })
+/// What one turn has used.
+struct Turn {
+    taken: u32,
+    bytes_before: u64,
+    ends_ns: Option<u64>,
+}
+
+impl Turn {
+    fn begin<S>(bench: &mut Bench<'_, S>) -> Self {
+        let ends_ns = bench.limits.time_ns.map(|time| (bench.now_ns)() + time);
+        Self { taken: 0, bytes_before: bench.metrics.bytes(), ends_ns }
     }
 
-    pub fn segment(&self) -> &Segment {
+    /// Entries that may still be taken: 0 when any of the limits is reached.
+    #[inline(always)]
+    fn left<S>(&self, bench: &mut Bench<'_, S>) -> u32 {
+        let over = bench.metrics.bytes() - self.bytes_before >= bench.limits.bytes
+            || self.ends_ns.is_some_and(|end| self.taken > 0 && (bench.now_ns)() >= end);
+        if over { 0 } else { bench.limits.entries - self.taken }
+    }
+}
+
+impl SessionLane {
+    /// The server's end of lane `number` of a segment, everything at position 0.
+    pub fn new(segment: Arc<Segment>, number: u32) -> Result<Self, SegmentError> {
+        let geometry = *segment.geometry();
+        let lane = ServerLane::open(segment.mapping(), &geometry, &LaneLayout::nth(&geometry, number))?;
+        let admitted = geometry.admitted().into();
+        Ok(Self { lane, segment, number, further: 0, admitted, starved: false, drain: Drain::default() })
+    }
+
+    pub fn segment(&self) -> &Arc<Segment> {
         &self.segment
     }
 
@@ -97,8 +146,12 @@ impl Session {
         &self.lane
     }
 
-    /// Takes entries until none is left that may be taken, or the turn is over; returns how many.
-    /// Interactive entries are looked for between any two bulk ones.
+    /// Home lane: another reactor has got a lane of this session.
+    pub fn add_further(&mut self) {
+        self.further += 1;
+    }
+
+    /// Takes interactive entries until none is left that may be taken, or the turn is over; returns how many.
     #[inline]
     pub fn turn<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<u32, PeerFault> {
         // Taken here too: a hint that no call follows must not keep the lane awake.
@@ -106,9 +159,36 @@ impl Session {
             self.take_hints()?;
         }
         self.starved = false;
-        let mut taken = 0;
-        while taken < bench.entries_per_turn {
-            let most = BATCH.min((bench.entries_per_turn - taken) as usize);
+        let mut turn = Turn::begin(bench);
+        loop {
+            let left = turn.left(bench) as usize;
+            if left == 0 {
+                break;
+            }
+            let filled = self.fill(INTERACTIVE, BATCH.min(left), bench.batch);
+            if filled.len == 0 && filled.fault.is_none() {
+                break;
+            }
+            turn.taken += filled.len as u32;
+            self.run_batch(id, INTERACTIVE, filled, bench)?;
+        }
+        Ok(turn.taken)
+    }
+
+    /// Takes bulk entries, and before each of them the interactive ones that have come meanwhile, in the order
+    /// that [`Drain`] says; returns how many.
+    #[inline]
+    pub fn turn_bulk<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<u32, PeerFault> {
+        if !self.lane.submissions[BULK].is_ready() {
+            return Ok(0);
+        }
+        let mut turn = Turn::begin(bench);
+        loop {
+            let left = turn.left(bench);
+            if left == 0 {
+                break;
+            }
+            let most = BATCH.min(left.min(self.drain.interactive_now()) as usize);
             let (ring, filled) = match self.fill(INTERACTIVE, most, bench.batch) {
                 Filled { len: 0, fault: None, .. } => (BULK, self.fill(BULK, 1, bench.batch)),
                 filled => (INTERACTIVE, filled),
@@ -116,10 +196,11 @@ impl Session {
             if filled.len == 0 && filled.fault.is_none() {
                 break;
             }
-            taken += filled.len as u32;
+            self.drain.took(ring, filled.len as u32);
+            turn.taken += filled.len as u32;
             self.run_batch(id, ring, filled, bench)?;
         }
-        Ok(taken)
+        Ok(turn.taken)
     }
 
     /// Copies out what is there, as far as completions would find space, and asks for the payloads: their
@@ -179,6 +260,7 @@ impl Session {
             // started (FAULTS §5).
             self.lane.submissions[ring].publish_at(filled.first + i as u64 + 1);
             let words = bench.batch.entries[i];
+            bench.flags_seen |= words[0];
             match Submission::plain(&words) {
                 // The same code with most of its conditions known: half the instructions.
                 Some(call) => self.call(id, ring, &call, bench)?,
@@ -204,8 +286,9 @@ impl Session {
                 check_shape(&entry)?;
                 self.call(id, ring, &entry, bench)
             }
-            kind::OPEN => self.open(id, ring, &entry, bench),
-            kind::CLOSE => self.close(id, ring, &entry, bench),
+            kind::OPEN if self.number == 0 => self.open(id, ring, &entry, bench),
+            kind::CLOSE if self.number == 0 => self.close(id, ring, &entry, bench),
+            kind::ATTACH if self.number != 0 => self.attach(id, ring, &entry, bench),
             kind => Err(PeerFault::Kind { kind }),
         }
     }
@@ -318,6 +401,7 @@ impl Session {
         let context = Context {
             state: bench.state,
             metrics: bench.metrics,
+            totals: bench.totals,
             message_type,
             connection: call.connection,
             codec: call.codec,
@@ -348,6 +432,9 @@ impl Session {
         let outcome = match bench.connections.open(id, entry.codec, bulk) {
             Some(number) => {
                 bench.metrics.connections_opened += 1;
+                if self.further > 0 {
+                    (bench.announce)(id, Notice::Opened { number, codec: entry.codec, bulk });
+                }
                 Outcome::of(Status::Ok, number.into())
             }
             None => {
@@ -371,8 +458,33 @@ impl Session {
         if !bench.connections.close(id, entry.connection) {
             return Err(PeerFault::Connection { connection: entry.connection });
         }
+        if self.further > 0 {
+            (bench.announce)(id, Notice::Closed { number: entry.connection });
+        }
         bench.metrics.connections_open = bench.connections.open_count().into();
         self.complete(ring, entry, Outcome::of(Status::Ok, 0))
+    }
+
+    /// The first entry of a connection on this lane (P6). The home reactor announced the connection before the
+    /// client could know of it, so one that is still unknown after a look at the inbox does not exist.
+    #[inline(never)]
+    fn attach<S>(
+        &mut self,
+        id: u32,
+        ring: usize,
+        entry: &Submission,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<(), PeerFault> {
+        check_control(entry, flag::BULK)?;
+        if entry.slot != 0 || entry.generation != 0 {
+            return Err(PeerFault::Reserved { word: 2, value: entry.slot.into() });
+        }
+        bench.connections.follow(bench.inbox);
+        let bulk = entry.flags & flag::BULK != 0;
+        if bulk != (ring == BULK) || !bench.connections.attach(id, entry.connection, entry.codec, bulk) {
+            return Err(PeerFault::Connection { connection: entry.connection });
+        }
+        Ok(())
     }
 
     /// Ends a call: its slot is the client's again, its terminal completion is published.
@@ -389,9 +501,12 @@ impl Session {
             frame: 0,
             detail: outcome.detail,
         };
-        let pushed = self.lane.completions[ring].push(completion.pack())?;
-        debug_assert!(pushed, "every admitted call has reserved the space of its completion");
-        Ok(())
+        if self.lane.completions[ring].push(completion.pack())? {
+            return Ok(());
+        }
+        // Excluded by admission: should it ever happen, this session ends and no other notices (F47).
+        let (oldest, newest) = (self.lane.completions[ring].passed(), self.lane.completions[ring].next());
+        Err(PeerFault::Position { theirs: oldest as u32, oldest: oldest as u32, newest: newest as u32 })
     }
 }
 

@@ -1,0 +1,494 @@
+//! What only the home reactor does: accepting, handshakes, the sockets and processes of sessions, lanes for them,
+//! and their end.
+
+use super::core::{SessionId, Verdict};
+use super::crew::{Crew, Message, Notice};
+use super::lane::SessionLane;
+use super::listener::Listener;
+use super::reactor::{GENERATION_MASK, Reactor, Source};
+use crate::error::Result;
+use crate::protocol::handshake::{
+    DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, NO_CORE, Welcome, code,
+};
+use crate::protocol::rendezvous::{self, monotonic_ns};
+use doorbell_shm::layout::{Geometry, state};
+use doorbell_shm::segment::{Identity, Segment};
+use doorbell_uring::PollFlags;
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use zerocopy::IntoBytes;
+
+/// Clients accepted before the lanes have their turn again.
+const ACCEPTS_PER_EVENT: usize = 64;
+/// How long accepting pauses after the process ran out of descriptors (F32).
+const ACCEPT_PAUSE_NS: u64 = 10_000_000;
+/// Wishes for lanes that one session may utter. A client utters one for each core that it meets.
+const LANE_REQUESTS_MAX: u32 = 4096;
+
+/// A session: its socket, its process, its lanes.
+#[derive(Debug)]
+struct Member {
+    id: SessionId,
+    socket: Arc<OwnedFd>,
+    /// Open for as long as it is polled.
+    _process: OwnedFd,
+    /// The reactors of its lanes beside the home lane: that of lane 1, of lane 2, and so on.
+    further: Vec<u16>,
+    lane_requests: u32,
+}
+
+/// A socket that has been accepted and has not said hello.
+#[derive(Debug)]
+struct HalfOpen {
+    id: SessionId,
+    socket: OwnedFd,
+    process: OwnedFd,
+    deadline_ns: u64,
+}
+
+pub(crate) struct Home {
+    listener: Listener,
+    listener_armed: bool,
+    accept_again_ns: u64,
+    shutdown: OwnedFd,
+    members: Vec<Option<Member>>,
+    half_open: Vec<Option<HalfOpen>>,
+    half_open_count: u32,
+    generation: u32,
+    epoch: u64,
+    /// Lanes of each reactor, of sessions that live.
+    lanes_of: Vec<u32>,
+}
+
+impl Home {
+    pub fn new(listener: Listener, shutdown: OwnedFd, reactors: usize) -> Result<Self> {
+        let [epoch, _] = rendezvous::random_id()?;
+        Ok(Self {
+            listener,
+            listener_armed: false,
+            accept_again_ns: 0,
+            shutdown,
+            members: Vec::new(),
+            half_open: Vec::new(),
+            half_open_count: 0,
+            generation: 0,
+            epoch,
+            lanes_of: vec![0; reactors],
+        })
+    }
+
+    /// Begins to listen.
+    pub fn begin<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        reactor.driver.poll(self.shutdown.as_fd(), PollFlags::IN, Source::Shutdown.token())?;
+        self.arm_listener(reactor)
+    }
+
+    /// Ends the other reactors.
+    pub fn stop<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        for other in 1..self.lanes_of.len() {
+            // One that has ended already needs no telling.
+            if reactor.crew.addresses[other].put(Message::Stop) {
+                reactor.ring_reactor(other)?;
+            }
+        }
+        tracing::info!(path = %self.listener.path().display(), "stopped");
+        Ok(())
+    }
+
+    /// Tells the other reactors of a session what became of one of its connections. They need not wake for it.
+    pub fn announce(&self, crew: &Crew, index: u32, notice: Notice) {
+        let Some(Some(member)) = self.members.get(index as usize) else { return };
+        for reactor in &member.further {
+            // One that has ended takes the server with it.
+            crew.addresses[usize::from(*reactor)].put(Message::Notice(member.id, notice));
+        }
+    }
+
+    /// Whether anything is due by the clock.
+    pub fn waits(&self) -> bool {
+        self.half_open_count > 0 || self.accept_again_ns != 0
+    }
+
+    /// When something is due; `u64::MAX` for never.
+    pub fn due_ns(&self) -> u64 {
+        let accept = if self.accept_again_ns == 0 { u64::MAX } else { self.accept_again_ns };
+        self.half_open.iter().flatten().map(|half| half.deadline_ns).fold(accept, u64::min)
+    }
+
+    /// What is due by the clock: accepting again, half-open sockets.
+    pub fn tick<S>(&mut self, reactor: &mut Reactor<S>, now: u64) -> Result<()> {
+        if self.accept_again_ns != 0 && now >= self.accept_again_ns {
+            self.accept_again_ns = 0;
+            self.arm_listener(reactor)?;
+        }
+        if self.half_open_count > 0 {
+            self.expire_half_open(reactor, now)?;
+        }
+        Ok(())
+    }
+
+    /// A completion that is this reactor's as the home of sessions.
+    pub fn event<S>(
+        &mut self,
+        reactor: &mut Reactor<S>,
+        source: Source,
+        result: std::result::Result<u32, Errno>,
+    ) -> Result<()> {
+        match source {
+            Source::Listener => {
+                self.listener_armed = false;
+                self.accept(reactor)
+            }
+            Source::HalfOpen(id) => self.hello(reactor, id),
+            Source::Socket(id) => self.socket_spoke(reactor, id, result),
+            Source::Process(id) => match self.member(id) {
+                Some(member) if result != Err(Errno::CANCELED) => {
+                    let id = member.id;
+                    self.end(reactor, id, DisconnectReason::PeerDied)
+                }
+                _ => Ok(()),
+            },
+            Source::Shutdown | Source::Bell(_) | Source::Mail => Ok(()),
+        }
+    }
+
+    /// The member that a token's id names: the token has only 28 bits of the generation.
+    fn member(&mut self, id: SessionId) -> Option<&mut Member> {
+        let member = self.members.get_mut(id.index as usize)?.as_mut()?;
+        (member.id.generation & GENERATION_MASK == id.generation & GENERATION_MASK).then_some(member)
+    }
+
+    fn arm_listener<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        let full = self.half_open_count >= reactor.core.config().max_half_open;
+        if !self.listener_armed && !full && self.accept_again_ns == 0 {
+            reactor.driver.poll(self.listener.socket(), PollFlags::IN, Source::Listener.token())?;
+            self.listener_armed = true;
+        }
+        Ok(())
+    }
+
+    fn accept<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        for _ in 0..ACCEPTS_PER_EVENT {
+            if self.half_open_count >= reactor.core.config().max_half_open {
+                break;
+            }
+            let socket = match self.listener.accept() {
+                Ok(Some(socket)) => socket,
+                Ok(None) => break,
+                Err(error) => {
+                    reactor.log.warn(|| tracing::warn!(%error, "accept failed; pausing for 10 ms"));
+                    self.accept_again_ns = monotonic_ns() + ACCEPT_PAUSE_NS;
+                    break;
+                }
+            };
+            self.greet(reactor, socket)?;
+        }
+        self.arm_listener(reactor)
+    }
+
+    /// Takes note of a new socket, and of its hello if that has come already, as it usually has.
+    fn greet<S>(&mut self, reactor: &mut Reactor<S>, socket: OwnedFd) -> Result<()> {
+        let ours = rustix::process::geteuid().as_raw();
+        if rendezvous::peer_uid(&socket).ok() != Some(ours) {
+            refuse(reactor, &socket, &Welcome::refusal(code::NOT_PERMITTED));
+            return Ok(());
+        }
+        // A process that is dead already leaves nothing to greet (F1).
+        let Ok(process) = doorbell_uring::peer_process(socket.as_fd()) else { return Ok(()) };
+        self.generation = self.generation.wrapping_add(1);
+        let index = match self.half_open.iter().position(Option::is_none) {
+            Some(index) => index,
+            None => {
+                self.half_open.push(None);
+                self.half_open.len() - 1
+            }
+        };
+        let id = SessionId { index: index as u32, generation: self.generation & GENERATION_MASK };
+        let deadline_ns = monotonic_ns() + reactor.core.config().handshake_timeout.as_nanos() as u64;
+        self.half_open[index] = Some(HalfOpen { id, socket, process, deadline_ns });
+        self.half_open_count += 1;
+        self.hello(reactor, id)
+    }
+
+    /// Reads the hello of a half-open socket, or waits for it.
+    fn hello<S>(&mut self, reactor: &mut Reactor<S>, id: SessionId) -> Result<()> {
+        let Some(Some(half)) = self.half_open.get(id.index as usize) else { return Ok(()) };
+        if half.id != id {
+            return Ok(());
+        }
+        let mut bytes = [0u8; size_of::<Hello>() + 1];
+        let packet = match rendezvous::receive(half.socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
+            Err(Errno::AGAIN) => {
+                let token = Source::HalfOpen(id).token();
+                reactor.driver.poll(half.socket.as_fd(), PollFlags::IN | PollFlags::RDHUP, token)?;
+                return Ok(());
+            }
+            Err(_) => return self.forget_half_open(reactor, id),
+            Ok(packet) if packet.len == 0 => return self.forget_half_open(reactor, id),
+            Ok(packet) => packet,
+        };
+        let Some(half) = self.half_open[id.index as usize].take() else { return Ok(()) };
+        self.half_open_count -= 1;
+        self.arm_listener(reactor)?;
+        // A hello comes alone: whatever descriptors came with it are closed with the packet (F31).
+        let verdict = if packet.truncated || !packet.fds.is_empty() {
+            Verdict::Refuse(Box::new(Welcome::refusal(code::BAD_HELLO)))
+        } else {
+            reactor.core.judge(&bytes[..packet.len], monotonic_ns())
+        };
+        match verdict {
+            Verdict::Refuse(welcome) => {
+                refuse(reactor, &half.socket, &welcome);
+                Ok(())
+            }
+            Verdict::Grant(geometry, welcome) => self.seat(reactor, half, geometry, *welcome),
+        }
+    }
+
+    fn forget_half_open<S>(&mut self, reactor: &mut Reactor<S>, id: SessionId) -> Result<()> {
+        if self.half_open[id.index as usize].take().is_some() {
+            self.half_open_count -= 1;
+        }
+        self.arm_listener(reactor)
+    }
+
+    /// Makes a session of a half-open socket.
+    fn seat<S>(
+        &mut self,
+        reactor: &mut Reactor<S>,
+        half: HalfOpen,
+        geometry: Geometry,
+        welcome: Welcome,
+    ) -> Result<()> {
+        let identity = Identity { epoch: self.epoch, session: rendezvous::random_id()? };
+        let home_core = reactor.crew.core();
+        let welcome = Welcome { epoch: identity.epoch, session: identity.session, home_core, ..welcome };
+        let (segment, memory) = match Segment::create(geometry, welcome.lanes, identity) {
+            Ok(made) => made,
+            Err(error) => {
+                reactor.log.warn(|| tracing::warn!(%error, "no segment for a new session"));
+                refuse(
+                    reactor,
+                    &half.socket,
+                    &Welcome { retry_ms: 100, ..Welcome::refusal(code::NO_MEMORY) },
+                );
+                return Ok(());
+            }
+        };
+        if rendezvous::send(half.socket.as_fd(), welcome.as_bytes(), Some(memory.as_fd())).is_err() {
+            // Killed after its hello: the segment goes with this scope (F2).
+            return Ok(());
+        }
+        let id = reactor.core.open(SessionLane::new(Arc::new(segment), 0)?);
+        let socket = Arc::new(half.socket);
+        let events = PollFlags::IN | PollFlags::RDHUP;
+        reactor.driver.poll(socket.as_fd(), events, Source::Socket(id).token())?;
+        reactor.driver.poll(half.process.as_fd(), PollFlags::IN, Source::Process(id).token())?;
+        reactor.add_peer(id, Arc::clone(&socket));
+        let index = id.index as usize;
+        if self.members.len() <= index {
+            self.members.resize_with(index + 1, || None);
+        }
+        self.members[index] =
+            Some(Member { id, socket, _process: half.process, further: Vec::new(), lane_requests: 0 });
+        tracing::debug!(session = id.index, "session opened");
+        Ok(())
+    }
+
+    /// A session's socket has something to say: a wish for a lane, or its end.
+    fn socket_spoke<S>(
+        &mut self,
+        reactor: &mut Reactor<S>,
+        id: SessionId,
+        result: std::result::Result<u32, Errno>,
+    ) -> Result<()> {
+        let Some(member) = self.member(id) else { return Ok(()) };
+        if result == Err(Errno::CANCELED) {
+            return Ok(());
+        }
+        let (id, socket) = (member.id, Arc::clone(&member.socket));
+        let mut bytes = [0u8; size_of::<LaneRequest>() + 1];
+        match rendezvous::receive(socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
+            Err(Errno::AGAIN) => {}
+            Ok(packet) if packet.len > 0 => match LaneRequest::read(&bytes[..packet.len]) {
+                Some(choice) if packet.fds.is_empty() && !packet.truncated => {
+                    if !self.lane_wanted(reactor, id, choice)? {
+                        return Ok(());
+                    }
+                }
+                _ => {
+                    reactor
+                        .log
+                        .warn(|| tracing::warn!(session = id.index, "bytes on the socket that mean nothing"));
+                    return self.end(reactor, id, DisconnectReason::ProtocolViolation);
+                }
+            },
+            _ => return self.end(reactor, id, DisconnectReason::PeerDied),
+        }
+        let events = PollFlags::IN | PollFlags::RDHUP;
+        reactor.driver.poll(socket.as_fd(), events, Source::Socket(id).token())?;
+        Ok(())
+    }
+
+    /// Grants a lane, or says that there is none to be had; `false` if the session has asked too often and ends.
+    fn lane_wanted<S>(
+        &mut self,
+        reactor: &mut Reactor<S>,
+        id: SessionId,
+        choice: LaneChoice,
+    ) -> Result<bool> {
+        let chosen = self.choose(&reactor.crew, choice);
+        let most = reactor.core.config().max_further_lanes;
+        let used: u32 = self.lanes_of.iter().sum();
+        let Some(member) = self.member(id) else { return Ok(false) };
+        member.lane_requests += 1;
+        if member.lane_requests > LANE_REQUESTS_MAX {
+            self.end(reactor, id, DisconnectReason::Quota)?;
+            return Ok(false);
+        }
+        let known = |at: usize| member.further.iter().position(|r| usize::from(*r) == at);
+        let lane = match chosen {
+            None | Some(0) => 0,
+            Some(at) if known(at).is_some() => known(at).map_or(0, |i| i as u32 + 1),
+            Some(at) => {
+                let number = member.further.len() as u32 + 1;
+                if used < most && Self::grant(reactor, id, number, &member.socket, at)? {
+                    member.further.push(at as u16);
+                    self.lanes_of[at] += 1;
+                    // Its reactor answers the client once it has taken the lane.
+                    return Ok(true);
+                }
+                0
+            }
+        };
+        let at = if lane == 0 { 0 } else { chosen.unwrap_or(0) };
+        let grant = LaneGrant::new(lane, reactor.crew.addresses[at].core);
+        let Some(member) = self.member(id) else { return Ok(false) };
+        if let Err(error) = rendezvous::send(member.socket.as_fd(), grant.as_bytes(), None) {
+            tracing::debug!(%error, "an answer to a wish for a lane was not delivered");
+        }
+        Ok(true)
+    }
+
+    /// The reactor that a client means: that of a core, or the one with the fewest lanes of those of other cores.
+    fn choose(&self, crew: &Crew, choice: LaneChoice) -> Option<usize> {
+        let reactors = crew.addresses.iter().enumerate();
+        match choice {
+            LaneChoice::On(NO_CORE) => None,
+            LaneChoice::On(core) => reactors.filter(|(_, a)| a.core == core).map(|(i, _)| i).next(),
+            LaneChoice::NotOn(core) => {
+                reactors.filter(|(_, a)| a.core != core).map(|(i, _)| i).min_by_key(|i| self.lanes_of[*i])
+            }
+        }
+    }
+
+    /// Makes lane `number` of a session and gives it to reactor `at`; `false` if there is no room or memory.
+    fn grant<S>(
+        reactor: &mut Reactor<S>,
+        id: SessionId,
+        number: u32,
+        socket: &Arc<OwnedFd>,
+        at: usize,
+    ) -> Result<bool> {
+        let Some(lane) = reactor.core.lane(id) else { return Ok(false) };
+        if number >= lane.segment().lanes() {
+            return Ok(false);
+        }
+        if let Err(error) = lane.segment().grant_lane(number) {
+            reactor.log.warn(|| tracing::warn!(%error, "no memory for a further lane"));
+            return Ok(false);
+        }
+        let segment = Arc::clone(lane.segment());
+        lane.add_further();
+        let address = &reactor.crew.addresses[at];
+        let mut told = address.put(Message::Lane { id, number, segment, socket: Arc::clone(socket) });
+        for notice in reactor.core.connections_of(id) {
+            told &= address.put(Message::Notice(id, notice));
+        }
+        if told {
+            reactor.ring_reactor(at)?;
+        }
+        // Where it is not told, that reactor has failed, and its last message ends the server.
+        Ok(told)
+    }
+
+    /// Ends one session and nothing else: everything it held is released here, and at its other reactors as soon
+    /// as they have heard of it.
+    pub fn end<S>(
+        &mut self,
+        reactor: &mut Reactor<S>,
+        id: SessionId,
+        reason: DisconnectReason,
+    ) -> Result<()> {
+        let Some(lane) = reactor.core.lane(id) else { return Ok(()) };
+        lane.segment().set_state(state::CLOSED, reason as u32);
+        reactor.core.metrics.count_end(reason);
+        reactor.let_go(id)?;
+        let Some(member) = self.members.get_mut(id.index as usize).and_then(Option::take) else {
+            return Ok(());
+        };
+        for at in member.further {
+            let at = usize::from(at);
+            self.lanes_of[at] -= 1;
+            if reactor.crew.addresses[at].put(Message::End(id)) {
+                reactor.ring_reactor(at)?;
+            }
+        }
+        if reason != DisconnectReason::PeerDied {
+            // A client that is gone or full needs no goodbye: its segment says the same.
+            if let Err(error) = rendezvous::send(member.socket.as_fd(), Goodbye::new(reason).as_bytes(), None)
+            {
+                tracing::debug!(%error, "goodbye not delivered");
+            }
+        }
+        // The kernel holds the socket until its poll is cancelled; the peer shall see the end now.
+        if let Err(error) = rustix::net::shutdown(&*member.socket, rustix::net::Shutdown::Both) {
+            tracing::debug!(%error, "shutdown of a session's socket");
+        }
+        reactor.driver.cancel(Source::Socket(id).token())?;
+        reactor.driver.cancel(Source::Process(id).token())?;
+        tracing::debug!(session = id.index, %reason, "session ended");
+        Ok(())
+    }
+
+    fn expire_half_open<S>(&mut self, reactor: &mut Reactor<S>, now: u64) -> Result<()> {
+        for index in 0..self.half_open.len() {
+            let expired = self.half_open[index].as_ref().is_some_and(|h| now >= h.deadline_ns);
+            if expired && let Some(half) = self.half_open[index].take() {
+                self.half_open_count -= 1;
+                reactor.core.metrics.sessions_refused += 1;
+                reactor.core.metrics.count_end(DisconnectReason::HandshakeTimeout);
+                reactor.log.warn(|| tracing::warn!("a client connected and did not say hello in time"));
+                let bye = Goodbye::new(DisconnectReason::HandshakeTimeout);
+                if let Err(error) = rendezvous::send(half.socket.as_fd(), bye.as_bytes(), None) {
+                    tracing::debug!(%error, "goodbye not delivered");
+                }
+                if let Err(error) = rustix::net::shutdown(&half.socket, rustix::net::Shutdown::Both) {
+                    tracing::debug!(%error, "shutdown of a half-open socket");
+                }
+                reactor.driver.cancel(Source::HalfOpen(half.id).token())?;
+            }
+        }
+        self.arm_listener(reactor)
+    }
+}
+
+/// Answers a hello that leads to nothing.
+fn refuse<S>(reactor: &mut Reactor<S>, socket: &OwnedFd, welcome: &Welcome) {
+    reactor.core.metrics.sessions_refused += 1;
+    let code = welcome.code;
+    reactor.log.warn(|| tracing::warn!(code, "handshake refused"));
+    // A socket closed with something unread resets its peer, who would then not see the answer: nothing
+    // more is accepted, and what is there is taken.
+    if let Err(error) = rustix::net::shutdown(socket, rustix::net::Shutdown::Read) {
+        tracing::debug!(%error, "shutdown of a refused socket");
+    }
+    let mut unread = [0u8; 1];
+    while rendezvous::receive(socket.as_fd(), &mut unread, RecvFlags::DONTWAIT).is_ok_and(|p| p.len > 0) {}
+    // A client that is gone by now needs no answer.
+    if let Err(error) = rendezvous::send(socket.as_fd(), welcome.as_bytes(), None) {
+        tracing::debug!(%error, "refusal not delivered");
+    }
+}
