@@ -10,7 +10,7 @@ use doorbell::{
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
-const BOTH: [WaitPolicy; 2] = [WaitPolicy::Block, WaitPolicy::Spin];
+const ALL: [WaitPolicy; 3] = [WaitPolicy::Block, WaitPolicy::Spin, WaitPolicy::Handoff];
 const PLAIN: CallOptions =
     CallOptions { tag: 0, timeout: None, deadline: None, reply_capacity: 0, idempotent: false };
 
@@ -49,7 +49,7 @@ fn counted(state: &State) -> u64 {
 /// Method: lengths at and around each class's edge, contents that differ by length.
 #[test]
 fn r1_1_an_echo_comes_back_byte_for_byte_at_every_length() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -82,7 +82,7 @@ fn trap16_bytes_that_are_no_text_come_back_unchanged() {
 /// Method: several submitted before one flush, of lengths that would merge or tear; each answer is its own.
 #[test]
 fn trap4_requests_sent_together_stay_apart() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -103,7 +103,7 @@ fn trap4_requests_sent_together_stay_apart() {
 /// Method: empty requests to every kind of handler; an empty answer.
 #[test]
 fn s9_a_zero_length_call_is_a_call() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -119,7 +119,7 @@ fn s9_a_zero_length_call_is_a_call() {
 /// Method: holes in the table, its edge and far beyond, each followed by a good call; pipelined, too.
 #[test]
 fn r1_4_an_unknown_type_is_answered_and_the_connection_goes_on() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -145,7 +145,7 @@ fn r1_4_an_unknown_type_is_answered_and_the_connection_goes_on() {
 ///         session between them; nothing leaks: all slots can still be used at once.
 #[test]
 fn r3_2_f43_a_panic_is_answered_and_everybody_goes_on() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let (one, two) = (client(server.path(), policy), client(server.path(), WaitPolicy::Block));
         let (a, b, c) = (one.open().unwrap(), one.open().unwrap(), two.open().unwrap());
@@ -172,7 +172,7 @@ fn r3_2_f43_a_panic_is_answered_and_everybody_goes_on() {
 /// Method: a handler that floods and ignores the error, with every capacity there is.
 #[test]
 fn r1_5_an_answer_that_does_not_fit_names_the_capacity() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -209,7 +209,7 @@ fn r1_5_an_answer_that_does_not_fit_names_the_capacity() {
 /// Method: refusals of several lengths of request, a good call after each.
 #[test]
 fn s9_a_refusal_comes_with_its_text() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -227,7 +227,7 @@ fn s9_a_refusal_comes_with_its_text() {
 /// Method: with calls in flight before and after, blocking and pipelined, for a default and a small client.
 #[test]
 fn r1_5_a_message_above_the_limit_is_refused_and_nothing_else_is_lost() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         for (config, limit) in [(ClientConfig::default(), 16384), (ClientConfig::smallest(), 1024)] {
             let client = IpcClient::connect_with(server.path(), &ClientConfig { policy, ..config }).unwrap();
@@ -260,7 +260,7 @@ fn r1_5_a_message_above_the_limit_is_refused_and_nothing_else_is_lost() {
 ///         tags tell whose answer is whose. Several rounds, so that slots are used again.
 #[test]
 fn r1_9_would_block_when_the_slots_are_out_and_nothing_is_lost() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -292,7 +292,7 @@ fn r1_9_would_block_when_the_slots_are_out_and_nothing_is_lost() {
 ///         anything can be submitted, so that the completion ring fills, too.
 #[test]
 fn r1_9_trap5_would_block_when_the_ring_is_full_and_nothing_is_lost() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let config = ClientConfig { ring_entries: 8, small_slots: 64, policy, ..ClientConfig::default() };
         let client = IpcClient::connect_with(server.path(), &config).unwrap();
@@ -338,7 +338,7 @@ fn eventually_full(client: &IpcClient, connection: &Connection<'_>, sent: &mut u
 ///         then every slot belongs to a call that was given up and has not ended.
 #[test]
 fn r1_9_a_blocking_call_waits_for_room() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let config = ClientConfig { ring_entries: 8, small_slots: 64, policy, ..ClientConfig::default() };
         let client = IpcClient::connect_with(server.path(), &config).unwrap();
@@ -382,7 +382,7 @@ fn r1_9_a_blocking_call_waits_for_room() {
 /// Method: six answers left untaken, then a blocking call; they are all still there.
 #[test]
 fn r1_9_a_blocking_call_that_only_the_caller_could_make_room_for_is_told_so() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -404,7 +404,7 @@ fn r1_9_a_blocking_call_that_only_the_caller_could_make_room_for_is_told_so() {
 /// Method: calls submitted before it, which are answered first.
 #[test]
 fn trap15_a_blocking_call_leaves_other_answers_alone() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let (a, b) = (client.open().unwrap(), client.open().unwrap());
@@ -423,7 +423,7 @@ fn trap15_a_blocking_call_leaves_other_answers_alone() {
 /// Method: many in a row and several at once, of every class; then all six slots are used at once.
 #[test]
 fn r3_4_an_idempotent_call_uses_two_slots_and_gives_both_back() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -456,7 +456,7 @@ fn r3_4_an_idempotent_call_uses_two_slots_and_gives_both_back() {
 /// Method: the reactor is held until the deadline is over; the counter tells what ran.
 #[test]
 fn r2_9_a_call_past_its_deadline_is_not_run() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -530,7 +530,7 @@ fn r2_9_a_deadline_or_time_out_beyond_all_clocks_is_none() {
 /// Method: the reactor is held; the second of three queued calls is cancelled, twice.
 #[test]
 fn r2_6_a_call_cancelled_before_it_starts_is_not_run_and_answered_once() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -563,7 +563,7 @@ fn r2_6_a_call_cancelled_before_it_starts_is_not_run_and_answered_once() {
 ///         others in turn is cancelled.
 #[test]
 fn r2_6_a_call_cancelled_behind_a_running_one_of_the_same_batch_is_not_run() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -595,7 +595,7 @@ fn r2_6_a_call_cancelled_behind_a_running_one_of_the_same_batch_is_not_run() {
 ///         each the same slot carries another call.
 #[test]
 fn r2_6_trap19_a_late_cancel_hits_no_other_call() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let config = ClientConfig { policy, ..ClientConfig::smallest() };
         let client = IpcClient::connect_with(server.path(), &config).unwrap();
@@ -639,7 +639,7 @@ fn r2_6_trap19_a_late_cancel_hits_no_other_call() {
 ///         answer; at the end all slots can be used.
 #[test]
 fn f58_trap15_a_late_answer_after_a_local_time_out_meets_no_other_call() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
@@ -694,7 +694,7 @@ fn f58_trap15_a_late_answer_after_a_local_time_out_meets_no_other_call() {
 /// Method: a limit of three over two clients; open, refuse, close, open again, many times.
 #[test]
 fn r1_8_f29_the_limit_on_connections_is_named_and_others_go_on() {
-    for policy in BOTH {
+    for policy in ALL {
         let server =
             TestServer::start_with(ServerConfig { max_connections: 3, policy, ..Default::default() });
         let (one, two) = (client(server.path(), policy), client(server.path(), policy));
@@ -729,7 +729,7 @@ fn r1_8_f29_the_limit_on_connections_is_named_and_others_go_on() {
 /// Method: a limit of one; open bulk, call, drop, open again.
 #[test]
 fn r1_8_a_closed_bulk_connection_makes_room_for_the_next() {
-    for policy in BOTH {
+    for policy in ALL {
         let server =
             TestServer::start_with(ServerConfig { max_connections: 1, policy, ..Default::default() });
         let client = client(server.path(), policy);
@@ -745,7 +745,7 @@ fn r1_8_a_closed_bulk_connection_makes_room_for_the_next() {
 /// Method: a limit of two; the third is refused while both go on, and comes in once one has gone.
 #[test]
 fn r1_8_f29_the_limit_on_sessions_is_named_and_others_go_on() {
-    for policy in BOTH {
+    for policy in ALL {
         let config = ServerConfig { max_sessions: 2, max_half_open: 2, policy, ..Default::default() };
         let server = TestServer::start_with(config);
         let (one, two) = (client(server.path(), policy), client(server.path(), policy));
@@ -830,7 +830,7 @@ fn r1_8_fifty_sessions_of_as_many_threads_are_all_answered() {
 /// Method: blocking and pipelined, of every size, mixed with interactive ones.
 #[test]
 fn r2_8_calls_on_a_bulk_connection_are_answered() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let bulk = client.open_with(0, true).unwrap();
@@ -859,7 +859,7 @@ fn r2_8_calls_on_a_bulk_connection_are_answered() {
 ///         one are queued; the counter tells who ran when.
 #[test]
 fn r2_8_an_interactive_call_overtakes_queued_bulk_ones() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let config = ClientConfig { small_slots: 8, policy, ..ClientConfig::default() };
         let client = IpcClient::connect_with(server.path(), &config).unwrap();
@@ -888,7 +888,7 @@ fn r2_8_an_interactive_call_overtakes_queued_bulk_ones() {
 /// Method: an interactive client always has calls queued; a bulk call is answered all the same.
 #[test]
 fn r2_8_bulk_calls_are_answered_while_interactive_ones_go_on() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let busy = IpcClient::connect_with(server.path(), &ClientConfig::for_load(64, 64)).unwrap();
         let interactive = busy.open().unwrap();
@@ -906,7 +906,7 @@ fn r2_8_bulk_calls_are_answered_while_interactive_ones_go_on() {
 /// Method: all slots used up behind a gate, connections dropped meanwhile; later all are closed.
 #[test]
 fn r1_8_a_connection_dropped_without_a_free_slot_is_closed_later() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let last = client.open().unwrap();
@@ -943,7 +943,7 @@ fn trap7_a_client_moves_between_threads() {
 /// Method: answers of several lengths into a short and a long buffer; more of them than there are slots.
 #[test]
 fn r1_7_an_answer_is_taken_into_memory_of_the_callers() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let config = ClientConfig { policy, ..ClientConfig::smallest() };
         let client = IpcClient::connect_with(server.path(), &config).unwrap();

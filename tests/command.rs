@@ -109,7 +109,7 @@ fn r3_1_a_wrong_command_line_is_refused_with_status_2() {
         (&["call", "--no-such-flag"], &["--no-such-flag"]),
         (&["serve", "--policy", "sleepy"], &["`sleepy` is unknown", "handoff, spin or block"]),
         (&["serve", "--reactors=-1"], &["--reactors"]),
-        (&["serve", "--cores", "0,x"], &["--cores", "`x`"]),
+        (&["serve", "--cores", "0,x"], &["--cores", "'x'"]),
         (&["serve", "--max-connections", "many"], &["--max-connections"]),
         (&["serve", "--no-such-flag"], &["--no-such-flag"]),
         (&["bench", "--policy", "sleepy"], &["--policy", "handoff", "spin", "block"]),

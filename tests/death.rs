@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 use zerocopy::IntoBytes;
 
-const BOTH: [WaitPolicy; 2] = [WaitPolicy::Block, WaitPolicy::Spin];
+const ALL: [WaitPolicy; 3] = [WaitPolicy::Block, WaitPolicy::Spin, WaitPolicy::Handoff];
 
 /// What a child says once it is where the test wants it.
 const READY: u8 = 1;
@@ -126,7 +126,7 @@ fn child() {
             signal_hook::flag::register_usize(signal, hits.clone(), 1).unwrap();
             ready();
             for round in 0..300u32 {
-                let policy = BOTH[round as usize % 2];
+                let policy = ALL[round as usize % 2];
                 let client = client(&path, policy);
                 let connection = client.open().unwrap();
                 let body = round.to_le_bytes();
@@ -239,7 +239,7 @@ fn f3_f4_what_was_not_consumed_when_its_client_died_is_not_run() {
 /// Method: a gate holds the handler while the client is killed.
 #[test]
 fn f5_a_client_killed_during_its_handler_costs_nobody_anything() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let bystander = Bystander::new(server.path());
         let mut actor = Actor::start("gate", server.path());
@@ -338,7 +338,7 @@ fn receive_fd(socket: &OwnedFd) -> OwnedFd {
 /// Method: the server is stopped, calls are submitted, blocking and pipelined, and then it is killed.
 #[test]
 fn f50_f51_trap9_calls_that_a_killed_server_had_not_started_are_not_executed() {
-    for policy in BOTH {
+    for policy in ALL {
         let mut server = ServerProcess::start(&[]);
         let path = server.path().to_owned();
         let blocked = client(&path, policy);
@@ -381,7 +381,7 @@ fn f50_f51_trap9_calls_that_a_killed_server_had_not_started_are_not_executed() {
 /// Method: a server whose handler never returns; one call runs, three wait behind it; then it is killed.
 #[test]
 fn f50_a_started_call_is_unknown_and_those_behind_it_are_not_executed() {
-    for policy in BOTH {
+    for policy in ALL {
         let directory = TestDir::new();
         let path = directory.join("s");
         let mut server = Actor::start("server", &path);
@@ -413,7 +413,7 @@ fn f50_a_started_call_is_unknown_and_those_behind_it_are_not_executed() {
 /// Method: answered, not taken, killed; then taken.
 #[test]
 fn f50_answers_that_had_come_when_the_server_died_are_handed_out() {
-    for policy in BOTH {
+    for policy in ALL {
         let mut server = ServerProcess::start(&[]);
         let caller = client(server.path(), policy);
         let id = caller.open().unwrap().detach();
@@ -441,7 +441,7 @@ fn f50_answers_that_had_come_when_the_server_died_are_handed_out() {
 ///         is then killed; a blocking call.
 #[test]
 fn f51_a_caller_that_waits_for_room_notices_the_servers_death() {
-    for policy in BOTH {
+    for policy in ALL {
         let mut server = ServerProcess::start(&[]);
         let config = ClientConfig { policy, ..ClientConfig::smallest() };
         let caller = IpcClient::connect_with(server.path(), &config).unwrap();
@@ -464,7 +464,7 @@ fn f51_a_caller_that_waits_for_room_notices_the_servers_death() {
 /// Method: one call in flight in a stopped server that is killed; poll until something comes.
 #[test]
 fn f51_trap9_a_caller_that_only_polls_notices_the_servers_death() {
-    for policy in BOTH {
+    for policy in ALL {
         let mut server = ServerProcess::start(&[]);
         let caller = client(server.path(), policy);
         let id = caller.open().unwrap().detach();
@@ -489,7 +489,7 @@ fn f51_trap9_a_caller_that_only_polls_notices_the_servers_death() {
 /// Method: dropped with calls in flight, with answers held, in any order.
 #[test]
 fn f50_what_is_left_of_a_dead_session_can_be_dropped() {
-    for policy in BOTH {
+    for policy in ALL {
         let mut server = ServerProcess::start(&[]);
         let caller = client(server.path(), policy);
         let id = caller.open().unwrap().detach();

@@ -24,7 +24,7 @@ use std::time::Duration;
 use zerocopy::IntoBytes;
 
 const ECHO: u32 = MessageType::ECHO.0;
-const BOTH: [WaitPolicy; 2] = [WaitPolicy::Block, WaitPolicy::Spin];
+const ALL: [WaitPolicy; 3] = [WaitPolicy::Block, WaitPolicy::Spin, WaitPolicy::Handoff];
 
 /// An attack and its name.
 struct Attack(String, Box<dyn Fn(&mut Raw)>);
@@ -46,7 +46,7 @@ fn wrong_call(name: impl Into<String>, change: impl Fn(&mut Submission) + 'stati
 /// told on the socket and in the header, that it is counted, that no handler ran, and that the bystander
 /// and the server go on.
 fn each_ends_its_own_session(attacks: &[Attack]) {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let bystander = Bystander::new(server.path());
         for (i, Attack(name, attack)) in attacks.iter().enumerate() {
@@ -172,7 +172,7 @@ fn f12_a_wrong_generation_ends_the_session() {
 /// Method: the same entry twice, and a good one behind, published before the server looks (a gate holds it).
 #[test]
 fn f12_a_slot_used_twice_in_one_batch_runs_once_and_ends_the_session() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let bystander = Bystander::new(server.path());
         let mut raw = Raw::connect(server.path());
@@ -258,7 +258,7 @@ fn f13_reserved_bits_unknown_kinds_and_contradictions_end_the_session() {
 /// Method: types beside and far beyond the table, and MORE, each followed by a good call.
 #[test]
 fn f13_s9_r1_4_an_unknown_type_or_a_body_that_goes_on_is_answered_and_the_session_goes_on() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let mut raw = Raw::connect(server.path());
         for unknown in [0, 4, 18, 319, 320, 1 << 16, u32::MAX] {
@@ -320,7 +320,7 @@ fn f12_an_answer_in_a_slot_of_its_own_leaves_the_request_untouched() {
 ///         wrong ring; the bystander's connection answers as before.
 #[test]
 fn f29_s2_a_connection_of_another_session_is_out_of_reach() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let victim = client(server.path(), WaitPolicy::Block);
         let connection = victim.open().unwrap();
@@ -425,7 +425,7 @@ fn f15_s3_scribbling_over_the_entry_while_its_call_runs_is_not_seen() {
 ///         many times over a few laps; the server's answers stay right, and so do the bystander's.
 #[test]
 fn f16_s2_scribbling_on_what_the_server_writes_harms_nobody_else() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let bystander = Bystander::new(server.path());
         let mut raw = Raw::connect(server.path());
@@ -613,7 +613,7 @@ fn f16_s6_a_hint_that_no_call_follows_lets_the_server_sleep() {
 /// Method: every valid hint bit with words of every wrong generation, then calls; then a right one.
 #[test]
 fn f16_s2_hints_and_words_of_other_generations_change_nothing() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let mut raw = Raw::connect(server.path());
         for generation in [0, 1000, 1 << 31, u32::MAX] {
@@ -647,7 +647,7 @@ fn f16_s2_hints_and_words_of_other_generations_change_nothing() {
 /// Method: garbage in both bells before every call; the server is rung by hand.
 #[test]
 fn f16_s6_garbage_in_the_bells_costs_nobody_anything() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let bystander = Bystander::new(server.path());
         let mut raw = Raw::connect(server.path());
@@ -689,7 +689,7 @@ fn f16_s5_a_socket_that_nobody_reads_does_not_stop_the_server() {
 ///         on; the bell says that the server waits for space; then everything is taken.
 #[test]
 fn f22_s5_a_client_that_takes_no_completions_stalls_only_itself() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let bystander = Bystander::new(server.path());
         let mut raw = Raw::connect(server.path());
@@ -752,7 +752,7 @@ fn s9_r3_5_a_violation_is_told_logged_and_counted() {
 ///         that other client's connection answers as before.
 #[test]
 fn s9_a_client_of_the_library_learns_why_its_session_was_ended() {
-    for policy in BOTH {
+    for policy in ALL {
         let server = TestServer::start(policy);
         let owner = client(server.path(), policy);
         let id = owner.open().unwrap().detach();
@@ -933,7 +933,7 @@ fn f27_trap10_silent_sockets_time_out_and_honest_clients_connect_meanwhile() {
 ///         of them the socket whose time was over before the first has been told.
 #[test]
 fn f27_a_reactor_that_always_has_work_still_sends_silent_sockets_away() {
-    for policy in BOTH {
+    for policy in ALL {
         let config = ServerConfig {
             policy,
             entries_per_turn: 1,

@@ -307,11 +307,15 @@ fn f54_a_lock_that_is_not_a_file_is_refused() {
 #[test]
 fn r3_6_a_path_too_long_is_refused_by_both_sides() {
     let directory = TestDir::new();
-    let base = directory.0.as_os_str().len() + 1;
-    let long = directory.join(&"d".repeat(107 - base - 2));
+    // A file name has a limit of its own, 80: it must not be reached first, however short the test's directory is.
+    let inner = directory.join("inner-directory");
+    std::fs::create_dir(&inner).unwrap();
+    set_mode(&inner, 0o700);
+    let base = inner.as_os_str().len() + 1;
+    let long = inner.join("d".repeat(107 - base - 2));
     std::fs::create_dir(&long).unwrap();
     set_mode(&long, 0o700);
-    for at_limit in [long.join("s"), directory.join(&"n".repeat(107 - base))] {
+    for at_limit in [long.join("s"), inner.join("n".repeat(107 - base))] {
         assert_eq!(at_limit.as_os_str().len(), 107);
         let server = bound(&at_limit);
         let stop = server.shutdown_handle();
@@ -321,8 +325,7 @@ fn r3_6_a_path_too_long_is_refused_by_both_sides() {
         server.join().unwrap();
         assert!(!at_limit.exists());
     }
-    for above in [long.join("ss"), directory.join(&"n".repeat(108 - base)), directory.join(&"n".repeat(4000))]
-    {
+    for above in [long.join("ss"), inner.join("n".repeat(108 - base)), inner.join("n".repeat(4000))] {
         let len = above.as_os_str().len();
         for error in
             [bind(&above).map(|_| ()).unwrap_err(), IpcClient::connect(&above).map(|_| ()).unwrap_err()]

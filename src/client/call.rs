@@ -1,7 +1,7 @@
 //! What a caller says with a call, writes into it, and gets back.
 
 use super::IpcClient;
-use super::session::{Answered, Outcome};
+use super::lane::{Answered, Outcome};
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use doorbell_shm::bytes::SharedBytes;
@@ -13,6 +13,7 @@ use std::time::Duration;
 /// cancel never meets another call (trap 15, R2.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct CallId {
+    pub(super) lane: u32,
     pub(super) slot: u32,
     pub(super) generation: u32,
 }
@@ -102,7 +103,7 @@ impl Reply<'_> {
 
     /// The call that this answers.
     pub fn id(&self) -> CallId {
-        CallId { slot: self.answered.slot, generation: self.answered.generation }
+        CallId { lane: self.answered.lane, slot: self.answered.slot, generation: self.answered.generation }
     }
 
     /// Bytes of the answer; of the error's text where the handler gave one.
@@ -140,7 +141,8 @@ impl Reply<'_> {
     pub fn copy_to(&self, target: &mut [u8]) -> usize {
         let len = self.len().min(target.len());
         let session = self.client.session.borrow();
-        session.payload().read(LaneLayout::slot_offset(self.answered.response_slot), &mut target[..len]);
+        let payload = session.payload(self.answered.lane);
+        payload.read(LaneLayout::slot_offset(self.answered.response_slot), &mut target[..len]);
         len
     }
 
@@ -176,6 +178,6 @@ impl Reply<'_> {
 impl Drop for Reply<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        self.client.session.borrow_mut().release(self.answered.slot);
+        self.client.session.borrow_mut().release(self.answered.lane, self.answered.slot);
     }
 }

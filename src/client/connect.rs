@@ -1,11 +1,11 @@
 //! Finding the server and shaking hands with it.
 
-use super::session::Session;
+use super::session::{Joined, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
 use crate::protocol::handshake::{Goodbye, Hello, VERSION_MAX, VERSION_MIN, Welcome, code};
 use crate::protocol::rendezvous::{self, monotonic_ns};
-use doorbell_shm::layout::{Geometry, MAGIC};
+use doorbell_shm::layout::{Geometry, LANES_MAX, MAGIC};
 use doorbell_shm::segment::Segment;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -32,6 +32,9 @@ pub struct ClientConfig {
     pub large_slots: u16,
     /// How this client waits.
     pub policy: WaitPolicy,
+    /// Most lanes, the home lane included, from 1 to 64: under `handoff` one for each core that the client calls
+    /// from. Each costs as much shared memory as the first, once it is used.
+    pub lanes: u32,
     /// How long connecting may take, a full backlog included.
     pub connect_timeout: Duration,
     /// Name for the server's logs, cut after 32 bytes.
@@ -47,6 +50,7 @@ impl Default for ClientConfig {
             medium_slots: 1,
             large_slots: 1,
             policy: WaitPolicy::default(),
+            lanes: 4,
             connect_timeout: Duration::from_secs(5),
             name: String::new(),
         }
@@ -89,12 +93,20 @@ impl ClientConfig {
         };
         Ok(geometry.checked()?)
     }
+
+    fn check_lanes(&self) -> Result<()> {
+        if (1..=LANES_MAX).contains(&self.lanes) {
+            return Ok(());
+        }
+        Err(IpcError::Config(format!("lanes is {}, allowed are 1 to {LANES_MAX}", self.lanes)))
+    }
 }
 
 /// Connects, checks who is there, shakes hands, attaches the segment.
 pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     rendezvous::check_length(path)?;
     let geometry = config.geometry()?;
+    config.check_lanes()?;
     // A time-out beyond all clocks is none worth a name: a day will do.
     let give_up = Instant::now() + config.connect_timeout.min(CONNECT_TIMEOUT_MAX);
     let socket = connect_socket(path, give_up)?;
@@ -104,6 +116,7 @@ pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     }
     let sent_ns = monotonic_ns();
     let hello = Hello::new(geometry, rendezvous::random_id()?, sent_ns, &config.name);
+    let hello = Hello { lanes: config.lanes, ..hello };
     match rendezvous::send(socket.as_fd(), hello.as_bytes(), None) {
         // Refused before it was heard: the answer says why.
         Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => {}
@@ -112,9 +125,11 @@ pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     let (welcome, memory) = receive_welcome(path, &socket, give_up, config.connect_timeout)?;
     let Some(memory) = memory else { return Err(refusal(&welcome)) };
     let granted = Geometry::unpack(welcome.geometry);
-    let segment = Segment::attach(memory.as_fd(), granted, 1, welcome.identity())?;
+    let segment = Segment::attach(memory.as_fd(), granted, welcome.lanes, welcome.identity())?;
     let took_ns = monotonic_ns() - sent_ns;
-    Session::new(segment, socket, memory, clock_offset(welcome.clock_offset_ns, took_ns))
+    let clock_offset_ns = clock_offset(welcome.clock_offset_ns, took_ns);
+    let (home_core, policy) = (welcome.home_core, config.policy);
+    Session::new(Joined { segment, socket, memory, clock_offset_ns, home_core, policy })
 }
 
 /// The server's CLOCK_MONOTONIC minus ours, ns. The server measured it when it read the hello, which may

@@ -2,20 +2,24 @@
 
 mod call;
 mod connect;
+mod lane;
+mod route;
 mod session;
 mod waiting;
 
 pub use call::{CallId, CallOptions, Reply, SlotWriter, Taken};
 pub use connect::ClientConfig;
 
-use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
-use doorbell_shm::entry::{Status, codec, flag, kind};
+use doorbell_shm::entry::{Status, codec, flag};
 use doorbell_shm::layout::LaneLayout;
-use session::{Answered, Outcome, Session};
+use lane::{Answered, Outcome};
+use session::Session;
 use std::cell::RefCell;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// One session with a server: one socket, one shared segment, any number of connections.
@@ -31,7 +35,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct IpcClient {
     session: RefCell<Session>,
-    policy: WaitPolicy,
+    socket: Arc<OwnedFd>,
 }
 
 impl IpcClient {
@@ -52,7 +56,8 @@ impl IpcClient {
     /// As for [`IpcClient::connect`].
     pub fn connect_with(path: impl AsRef<Path>, config: &ClientConfig) -> Result<Self> {
         let session = connect::connect(path.as_ref(), config)?;
-        Ok(Self { session: RefCell::new(session), policy: config.policy })
+        let socket = Arc::clone(&session.socket);
+        Ok(Self { session: RefCell::new(session), socket })
     }
 
     /// Opens an interactive connection for bodies that doorbell does not interpret.
@@ -72,9 +77,9 @@ impl IpcClient {
     /// As for [`IpcClient::open`].
     pub fn open_with(&self, codec: u8, bulk: bool) -> Result<Connection<'_>> {
         let flags = if bulk { flag::BULK } else { 0 };
-        let slot = self.retry(|session| session.submit_control(kind::OPEN, 0, codec, flags, bulk))?;
-        let answered = self.wait_for(slot, None)?;
-        self.session.borrow_mut().release(slot);
+        let slot = self.retry(|session| session.submit_open(codec, flags))?;
+        let answered = self.wait_for(0, slot, None)?;
+        self.session.borrow_mut().release(0, slot);
         match answered.outcome {
             Outcome::Reply { status, detail, .. } if status == Status::Ok as u8 => {
                 let id = ConnectionId { number: detail as u32, codec, bulk };
@@ -134,8 +139,9 @@ impl IpcClient {
         let Some(answered) = session.next()? else { return Ok(None) };
         let taken = Taken::of(&answered);
         let len = taken.len.min(target.len());
-        session.payload().read(LaneLayout::slot_offset(answered.response_slot), &mut target[..len]);
-        session.release(answered.slot);
+        let payload = session.payload(answered.lane);
+        payload.read(LaneLayout::slot_offset(answered.response_slot), &mut target[..len]);
+        session.release(answered.lane, answered.slot);
         Ok(Some(taken))
     }
 
@@ -148,7 +154,21 @@ impl IpcClient {
     /// been taken.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
         let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
-        self.session.borrow_mut().wait(self.policy, deadline)
+        self.session.borrow_mut().wait(deadline)
+    }
+
+    /// Flushes, and makes the client's descriptor ([`AsFd`]) readable as soon as there is an answer to take, or the
+    /// session is over; says whether there is one already. For those who wait for other things too, in an event loop
+    /// of their own:
+    ///
+    /// 1. [`IpcClient::poll`] until it brings nothing; 2. this, and back to 1 if it says `true`; 3. wait until the
+    ///    descriptor is readable, and back to 1. Nothing needs to be read from it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::wait`].
+    pub fn prepare_to_wait(&self) -> Result<bool> {
+        self.session.borrow_mut().prepare_to_wait()
     }
 
     /// Says that the answer of a submitted call is no longer wanted. If the call has not been started it
@@ -186,7 +206,7 @@ impl IpcClient {
                     if session.only_untaken_answers() {
                         return Err(IpcError::WouldBlock);
                     }
-                    session.wait_for_completion(self.policy, None)?;
+                    session.wait_for_completion(None)?;
                     session.stash()?;
                 }
                 other => return other,
@@ -194,24 +214,32 @@ impl IpcClient {
         }
     }
 
-    /// Waits for the terminal completion of the call in `slot`; others that come are kept for `poll`.
+    /// Waits for the terminal completion of the call in `slot` of `lane`; others that come are kept for `poll`.
     #[inline]
-    fn wait_for(&self, slot: u32, deadline: Option<Instant>) -> Result<Answered> {
+    fn wait_for(&self, lane: u32, slot: u32, deadline: Option<Instant>) -> Result<Answered> {
         let mut session = self.session.borrow_mut();
         loop {
             while let Some(next) = session.next_completed()? {
-                if next.slot == slot {
+                if (next.lane, next.slot) == (lane, slot) {
                     return Ok(next);
                 }
                 session.keep(next);
             }
-            if let Some(answered) = session.take_kept(slot) {
+            if let Some(answered) = session.take_kept(lane, slot) {
                 return Ok(answered);
             }
-            if !session.wait_for_completion(self.policy, deadline)? {
+            if !session.wait_for_completion(deadline)? {
                 return Err(IpcError::Timeout);
             }
         }
+    }
+}
+
+/// The session's socket, to be waited on after [`IpcClient::prepare_to_wait`] said `false`. Not to be read from or
+/// written to.
+impl AsFd for IpcClient {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 
@@ -301,7 +329,7 @@ impl<'c> Connection<'c> {
             })?,
             other => other?,
         };
-        let answered = match client.wait_for(id.slot, deadline) {
+        let answered = match client.wait_for(id.lane, id.slot, deadline) {
             Err(IpcError::Timeout) => {
                 // The slot stays lent until the late answer has come: nobody else can get it (F58).
                 client.session.borrow_mut().abandon(id)?;

@@ -1,27 +1,24 @@
-//! The client's half of a session: slots out, answers in. One thread at a time, by type.
-//!
-//! Trust: the server runs as the same user and is believed more than it believes us; still, every
-//!        completion is checked against what was submitted, and a late answer never meets another call.
+//! The client's half of a session: its lanes, and which of them a call takes. One thread at a time, by type.
 
 use super::call::{CallId, CallOptions, SlotWriter};
+use super::lane::{Answered, Lane, NO_CONNECTION};
+use super::route::Routes;
+use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
-use crate::protocol::handshake::DisconnectReason;
+use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::monotonic_ns;
-use doorbell_shm::PeerFault;
-use doorbell_shm::bell::{Published, fence_before_bell};
+use doorbell_shm::bell::fence_before_bell;
 use doorbell_shm::bytes::SharedBytes;
-use doorbell_shm::entry::{Completion, Submission, flag, kind};
+use doorbell_shm::entry::{Submission, flag, kind};
 use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE};
 use doorbell_shm::layout::LaneLayout;
 use doorbell_shm::segment::Segment;
-use doorbell_shm::slots::{ClientWord, Grant};
+use doorbell_shm::slots::Grant;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
-
-/// Empty polls after which the server's bell is looked at behind a fence.
-const QUIET_POLLS: u32 = 8;
 
 /// Empty polls between two looks at the clock, for those who never wait.
 const POLLS_PER_LOOK: u32 = 256;
@@ -34,54 +31,6 @@ pub(super) struct Target {
     pub bulk: bool,
 }
 
-/// What became of a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Outcome {
-    /// The server answered.
-    Reply { status: u8, len: u32, detail: u64 },
-    /// The session ended first. Not `started`: provably not executed (FAULTS §5).
-    Lost { started: bool },
-}
-
-/// What a slot is used for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// No call.
-    Free,
-    /// Submitted; its completion has not come.
-    InFlight,
-    /// Completed; the answer has not been dropped.
-    Answered,
-    /// Its caller has gone: the slot is free once its completion has come (F58).
-    Zombie,
-}
-
-/// An answered call, as it is handed out. By value: going through the call's record would make every
-/// answer wait for its own stores.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Answered {
-    pub slot: u32,
-    pub generation: u32,
-    pub response_slot: u32,
-    pub tag: u64,
-    pub outcome: Outcome,
-}
-
-/// The private record of the call in a slot.
-#[derive(Debug, Clone, Copy)]
-struct Call {
-    tag: u64,
-    /// Position of its entry in the submission ring.
-    position: u64,
-    generation: u32,
-    response_slot: u32,
-    phase: Phase,
-    bulk: bool,
-}
-
-const NO_CALL: Call =
-    Call { tag: 0, position: 0, generation: 0, response_slot: 0, phase: Phase::Free, bulk: false };
-
 /// How a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
@@ -93,63 +42,114 @@ pub(super) enum End {
 
 #[derive(Debug)]
 pub(super) struct Session {
-    pub(super) lane: ClientLane,
+    pub(super) home: Lane,
+    /// Lanes 1, 2 and so on.
+    pub(super) further: Vec<Lane>,
     pub(super) segment: Segment,
-    pub(super) socket: OwnedFd,
+    pub(super) socket: Arc<OwnedFd>,
     memory: OwnedFd,
-    calls: Vec<Call>,
+    pub(super) policy: WaitPolicy,
+    /// Which lane each connection uses; `None` while all use the home lane for good.
+    pub(super) routes: Option<Box<Routes>>,
     /// Calls answered while somebody waited for another one.
     kept: VecDeque<Answered>,
-    in_flight: usize,
-    /// Something was published since the server's bell was last looked at.
-    pub(super) unrung: Option<Published>,
-    /// Polls that found nothing since something was published.
-    quiet_polls: u32,
     /// Polls that found nothing, and when one of them last looked at the socket.
     empty_polls: u32,
     pub(super) looked_at: Option<Instant>,
-    /// Position behind the last CLOSE in the bulk ring.
-    bulk_closes_end: u64,
-    /// Connections to close as soon as a slot is free.
+    /// Connections to close as soon as a slot is free and nothing of theirs is in flight on another lane.
     closing: Vec<(u32, bool)>,
     pub(super) end: Option<End>,
     clock_offset_ns: u64,
 }
 
+/// What the handshake came to.
+pub(super) struct Joined {
+    pub segment: Segment,
+    pub socket: OwnedFd,
+    pub memory: OwnedFd,
+    pub clock_offset_ns: u64,
+    /// Core of the home lane's reactor.
+    pub home_core: u32,
+    pub policy: WaitPolicy,
+}
+
 impl Session {
-    pub fn new(segment: Segment, socket: OwnedFd, memory: OwnedFd, clock_offset_ns: u64) -> Result<Self> {
+    pub fn new(joined: Joined) -> Result<Self> {
+        let Joined { segment, socket, memory, clock_offset_ns, home_core, policy } = joined;
         let geometry = *segment.geometry();
         let lane = ClientLane::open(segment.mapping(), &geometry, &LaneLayout::home(&geometry))?;
-        let slots = lane.slots.numbers() as usize;
+        let home = Lane::new(lane, 0, home_core);
+        let kept = VecDeque::with_capacity(home.slots());
+        let routes = (segment.lanes() > 1).then(|| Routes::new(policy, home_core)).flatten();
         Ok(Self {
-            lane,
+            home,
+            further: Vec::new(),
             segment,
-            socket,
+            socket: Arc::new(socket),
             memory,
-            calls: vec![NO_CALL; slots],
-            kept: VecDeque::with_capacity(slots),
-            in_flight: 0,
-            unrung: None,
-            quiet_polls: 0,
+            policy,
+            routes,
+            kept,
             empty_polls: 0,
             looked_at: None,
-            bulk_closes_end: 0,
             closing: Vec::new(),
             end: None,
             clock_offset_ns,
         })
     }
 
-    pub fn payload(&self) -> &SharedBytes {
-        &self.lane.common.payload
+    #[inline(always)]
+    pub fn lane(&self, index: u32) -> &Lane {
+        match index {
+            0 => &self.home,
+            further => &self.further[further as usize - 1],
+        }
+    }
+
+    #[inline(always)]
+    pub fn lane_mut(&mut self, index: u32) -> &mut Lane {
+        match index {
+            0 => &mut self.home,
+            further => &mut self.further[further as usize - 1],
+        }
+    }
+
+    /// All lanes, the home lane first.
+    #[inline(always)]
+    pub fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        std::iter::once(&self.home).chain(&self.further)
+    }
+
+    /// Takes note of a lane that the server has granted.
+    pub fn add_lane(&mut self, grant: LaneGrant) -> Result<()> {
+        let next = self.further.len() as u32 + 1;
+        // Named again, or none: nothing to be opened.
+        if grant.lane != next {
+            return Ok(());
+        }
+        let layout = self.segment.lane(grant.lane).map_err(IpcError::ServerFault)?;
+        let Some(layout) = layout else {
+            return Err(IpcError::Handshake("the server granted a lane that its directory does not have"));
+        };
+        let lane = ClientLane::open(self.segment.mapping(), self.segment.geometry(), &layout)?;
+        let lane = Lane::new(lane, grant.lane, grant.core);
+        self.kept.reserve(lane.slots());
+        self.further.push(lane);
+        Ok(())
+    }
+
+    /// The payload memory of a lane.
+    #[inline(always)]
+    pub fn payload(&self, lane: u32) -> &SharedBytes {
+        &self.lane(lane).lane.common.payload
     }
 
     pub fn in_flight(&self) -> usize {
-        self.in_flight
+        self.lanes().map(|lane| lane.in_flight).sum()
     }
 
     pub fn largest_slot(&self) -> usize {
-        self.lane.slots.largest()
+        self.home.lane.slots.largest()
     }
 
     pub fn shared_bytes(&self) -> Result<u64> {
@@ -170,22 +170,23 @@ impl Session {
         if self.end.is_some() {
             return Err(self.ended());
         }
-        let wanted = if options.idempotent { capacity } else { capacity.max(options.reply_capacity) };
-        let Some(grant) = self.lane.slots.take(wanted) else { return Err(self.no_slot(capacity, options)) };
-        let mut writer = SlotWriter {
-            payload: &self.lane.common.payload,
-            offset: LaneLayout::slot_offset(grant.slot),
-            capacity: grant.capacity as usize,
-            len: 0,
+        let (index, flags) = match self.routes {
+            None => (0, 0),
+            Some(_) => self.choose_lane(target)?,
         };
+        let wanted = if options.idempotent { capacity } else { capacity.max(options.reply_capacity) };
+        let offset = self.clock_offset_ns;
+        let lane = self.lane_mut(index);
+        let Some(grant) = lane.lane.slots.take(wanted) else { return Err(no_slot(lane, capacity, options)) };
+        let mut writer = lane.writer(&grant);
         if let Err(error) = write(&mut writer) {
-            self.lane.slots.put_back(grant.slot);
+            lane.lane.slots.put_back(grant.slot);
             return Err(error);
         }
         let len = writer.len as u32;
         let mut entry = Submission {
             kind: kind::CALL,
-            flags: flag::END,
+            flags: flag::END | flags,
             codec: target.codec,
             message_type: message_type.0,
             connection: target.connection,
@@ -200,166 +201,81 @@ impl Session {
             deadline: 0,
         };
         if options.deadline.is_some() || options.idempotent {
-            self.add_options(&mut entry, grant, options)?;
+            add_options(lane, &mut entry, grant, options, offset)?;
         }
-        self.send(grant, entry, options.tag, target.bulk)
+        let id = lane.send(grant, &entry, options.tag, target.bulk)?;
+        if let Some(routes) = &mut self.routes {
+            routes.started(target.connection);
+        }
+        Ok(id)
     }
 
-    /// A deadline in the server's clock, an answer slot of its own.
-    #[cold]
-    fn add_options(&mut self, entry: &mut Submission, grant: Grant, options: &CallOptions) -> Result<()> {
-        if let Some(deadline) = options.deadline {
-            let now = monotonic_ns().wrapping_add(self.clock_offset_ns);
-            let left = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
-            // 0 would mean no deadline.
-            entry.deadline = now.saturating_add(left).max(1);
-        }
-        if options.idempotent {
-            entry.flags |= flag::IDEMPOTENT;
-            match self.lane.slots.take(options.reply_capacity.max(1)) {
-                Some(answer) => entry.response_slot = answer.slot,
-                None => {
-                    self.lane.slots.put_back(grant.slot);
-                    return Err(self.no_slot(0, options));
-                }
-            }
-        }
-        Ok(())
+    /// The lane of a call on a session that has, or may have, several; and the flags that go with it.
+    #[inline(never)]
+    fn choose_lane(&mut self, target: Target) -> Result<(u32, u16)> {
+        let Some(mut routes) = self.routes.take() else { return Ok((0, 0)) };
+        let chosen = routes.choose(self, target);
+        self.routes = Some(routes);
+        chosen
     }
 
-    /// Publishes an entry and notes its call.
-    #[inline(always)]
-    fn send(&mut self, grant: Grant, entry: Submission, tag: u64, bulk: bool) -> Result<CallId> {
-        let ring = if bulk { BULK } else { INTERACTIVE };
-        let position = self.lane.submissions[ring].next();
-        if !self.lane.submissions[ring].push(entry.pack()).map_err(IpcError::ServerFault)? {
-            self.lane.slots.put_back(grant.slot);
-            if entry.response_slot != grant.slot && entry.kind == kind::CALL {
-                self.lane.slots.put_back(entry.response_slot);
-            }
-            return Err(IpcError::WouldBlock);
-        }
-        self.lane.slots.advance(grant);
-        self.calls[grant.slot as usize] = Call {
-            tag,
-            position,
-            generation: grant.generation,
-            response_slot: entry.response_slot,
-            phase: Phase::InFlight,
-            bulk,
-        };
-        self.in_flight += 1;
-        self.unrung = Some(Published::Submissions);
-        Ok(CallId { slot: grant.slot, generation: grant.generation })
-    }
-
-    /// Submits an OPEN or CLOSE; returns the slot that names it.
-    pub fn submit_control(
-        &mut self,
-        kind: u8,
-        connection: u32,
-        codec: u8,
-        flags: u16,
-        bulk: bool,
-    ) -> Result<u32> {
+    /// Submits an OPEN; returns the slot that names it.
+    pub fn submit_open(&mut self, codec: u8, flags: u16) -> Result<u32> {
         if self.end.is_some() {
             return Err(self.ended());
         }
-        let Some(grant) = self.lane.slots.take(0) else { return Err(IpcError::WouldBlock) };
-        let entry = Submission {
-            kind,
-            flags,
-            codec,
-            connection,
-            slot: grant.slot,
-            generation: grant.generation,
-            ..Submission::default()
-        };
-        // A bulk connection's CLOSE follows its calls in the same ring. An OPEN follows such a CLOSE that has
-        // not been taken, so that it finds the room which that makes.
-        let ring_is_bulk = match kind {
-            kind::CLOSE => bulk,
-            _ => self.bulk_close_is_queued()?,
-        };
-        let id = self.send(grant, entry, 0, ring_is_bulk)?;
-        if kind == kind::CLOSE && bulk {
-            self.bulk_closes_end = self.lane.submissions[BULK].next();
-        }
-        // It has no answer slot: 0 there is not one.
-        self.calls[id.slot as usize].response_slot = id.slot;
-        Ok(id.slot)
+        self.home.submit_control(kind::OPEN, 0, codec, flags, false)
     }
 
-    fn bulk_close_is_queued(&mut self) -> Result<bool> {
-        let ring = &mut self.lane.submissions[BULK];
-        if self.bulk_closes_end > ring.passed() {
-            ring.refresh().map_err(IpcError::ServerFault)?;
-        }
-        Ok(self.bulk_closes_end > ring.passed())
-    }
-
-    /// Closes a connection now or, if all slots are in use, with a later flush.
+    /// Closes a connection now or, if all slots are in use or calls of it are in flight on another lane, with a
+    /// later flush.
     pub fn close_later(&mut self, connection: u32, bulk: bool) {
-        if self.end.is_some() {
-            return;
-        }
-        match self.submit_control(kind::CLOSE, connection, 0, 0, bulk) {
-            Ok(slot) => self.calls[slot as usize].phase = Phase::Zombie,
-            Err(_) => self.closing.push((connection, bulk)),
+        if self.end.is_none() && !self.close_now(connection, bulk) {
+            self.closing.push((connection, bulk));
         }
     }
 
-    #[cold]
-    fn no_slot(&self, capacity: usize, options: &CallOptions) -> IpcError {
-        let largest = self.lane.slots.largest();
-        if capacity > largest {
-            IpcError::MessageTooLarge(largest)
-        } else if options.reply_capacity > largest {
-            IpcError::ReplyTooLarge(largest)
-        } else {
-            IpcError::WouldBlock
+    fn close_now(&mut self, connection: u32, bulk: bool) -> bool {
+        // On the home lane its CLOSE follows its calls in the same ring.
+        if self.routes.as_ref().is_some_and(|routes| routes.is_busy_elsewhere(connection)) {
+            return false;
+        }
+        match self.home.submit_control(kind::CLOSE, connection, 0, 0, bulk) {
+            Ok(slot) => {
+                self.home.orphan(slot);
+                true
+            }
+            Err(_) => false,
         }
     }
 
-    /// One fence, and one wake if the server sleeps.
+    /// One fence, and a wake for each lane whose reactor sleeps.
     #[inline(always)]
     pub fn flush(&mut self) -> Result<()> {
         if !self.closing.is_empty() {
             self.send_closes();
         }
-        self.quiet_polls = 0;
-        match self.unrung.take() {
-            Some(published) => self.ring(published),
-            None => Ok(()),
+        if self.further.is_empty() { self.home.flush() } else { self.flush_all() }
+    }
+
+    #[inline(never)]
+    fn flush_all(&mut self) -> Result<()> {
+        // Pairs with the fence in `ServerBell::mark`.
+        fence_before_bell();
+        for index in 0..=self.further.len() as u32 {
+            let lane = self.lane_mut(index);
+            if let Some(published) = lane.take_unrung() {
+                lane.ring(published)?;
+            }
         }
+        Ok(())
     }
 
     #[cold]
     fn send_closes(&mut self) {
-        while let Some((connection, bulk)) = self.closing.pop() {
-            match self.submit_control(kind::CLOSE, connection, 0, 0, bulk) {
-                Ok(slot) => self.calls[slot as usize].phase = Phase::Zombie,
-                Err(_) => {
-                    self.closing.push((connection, bulk));
-                    return;
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn ring(&self, published: Published) -> Result<()> {
-        // Pairs with the fence in `ServerBell::mark`.
-        fence_before_bell();
-        if self.lane.common.server_bell.take(published) { self.wake_server() } else { Ok(()) }
-    }
-
-    #[cold]
-    fn wake_server(&self) -> Result<()> {
-        // Every waiter: waits of a ring that is gone still absorb wakes for some milliseconds.
-        doorbell_uring::futex::wake(&self.lane.common.server_bell.0, i32::MAX as u32)
-            .map_err(|e| IpcError::io("futex(FUTEX_WAKE) towards the server", e))?;
-        Ok(())
+        let mut waiting = std::mem::take(&mut self.closing);
+        waiting.retain(|(connection, bulk)| !self.close_now(*connection, *bulk));
+        self.closing = waiting;
     }
 
     /// The next answered call, kept ones first.
@@ -375,18 +291,20 @@ impl Session {
     #[inline(always)]
     pub fn next_completed(&mut self) -> Result<Option<Answered>> {
         for ring in [INTERACTIVE, BULK] {
-            while let Some(words) = self.lane.completions[ring].pop().map_err(IpcError::ServerFault)? {
-                self.lane.completions[ring].publish();
-                self.unrung.get_or_insert(Published::Consumed);
-                self.prefetch_next(ring);
-                if let Some(answered) = self.complete(words)? {
-                    return Ok(Some(answered));
+            for index in 0..=self.further.len() as u32 {
+                while let Some(taken) = self.lane_mut(index).take(ring)? {
+                    if let Some(routes) = &mut self.routes
+                        && taken.connection != NO_CONNECTION
+                    {
+                        routes.ended(taken.connection);
+                    }
+                    if taken.answered.is_some() {
+                        return Ok(taken.answered);
+                    }
                 }
             }
         }
-        if let Some(published) = self.unrung {
-            self.idle(published)?;
-        }
+        self.idle()?;
         self.empty_polls = self.empty_polls.wrapping_add(1);
         if self.empty_polls.is_multiple_of(POLLS_PER_LOOK) {
             self.look_after_server()?;
@@ -394,59 +312,16 @@ impl Session {
         Ok(None)
     }
 
-    /// The next answer's lines travel while this one is looked at; its slot, and an entry, will probably be
-    /// written again.
+    /// Nothing has come: rings where something has gone out.
     #[inline(always)]
-    fn prefetch_next(&self, ring: usize) {
-        self.lane.submissions[ring].prefetch(1);
-        if let Some(words) = self.lane.completions[ring].peek() {
-            // Slot and length, a hint only: the completion is judged when it is taken.
-            self.lane
-                .common
-                .payload
-                .prefetch(LaneLayout::slot_offset(words[1] as u32), words[2] as u32 as usize);
+    pub fn idle(&mut self) -> Result<()> {
+        if !self.closing.is_empty() {
+            self.send_closes();
         }
-    }
-
-    /// Nothing has come and something has gone out: rings at once if the server seems to sleep, else makes
-    /// sure behind a fence a few polls later, when that is cheap.
-    #[inline(always)]
-    pub fn idle(&mut self, published: Published) -> Result<()> {
-        self.quiet_polls += 1;
-        if self.quiet_polls >= QUIET_POLLS || self.lane.common.server_bell.seems_asleep(published) {
-            return self.flush();
+        for index in 0..=self.further.len() as u32 {
+            self.lane_mut(index).idle()?;
         }
         Ok(())
-    }
-
-    /// Notes a completion; `None` if nobody waits for it any more.
-    #[inline(always)]
-    fn complete(&mut self, words: [u64; 4]) -> Result<Option<Answered>> {
-        let completion = Completion::unpack(words).map_err(IpcError::ServerFault)?;
-        let Completion { slot, generation, status, len, detail, .. } = completion;
-        let Some(call) = self.calls.get_mut(slot as usize) else {
-            return Err(IpcError::ServerFault(PeerFault::Slot { slot }));
-        };
-        if completion.kind != kind::REPLY {
-            return Err(IpcError::ServerFault(PeerFault::Kind { kind: completion.kind }));
-        }
-        if call.generation != generation || !matches!(call.phase, Phase::InFlight | Phase::Zombie) {
-            let (theirs, expected) = (generation, call.generation);
-            return Err(IpcError::ServerFault(PeerFault::Generation { slot, theirs, expected }));
-        }
-        let capacity = self.lane.slots.capacity(call.response_slot);
-        if len > capacity {
-            return Err(IpcError::ServerFault(PeerFault::Length { len, slot, capacity }));
-        }
-        self.in_flight -= 1;
-        if call.phase == Phase::Zombie {
-            self.release(slot);
-            return Ok(None);
-        }
-        call.phase = Phase::Answered;
-        let Call { tag, response_slot, .. } = *call;
-        let outcome = Outcome::Reply { status, len, detail };
-        Ok(Some(Answered { slot, generation, response_slot, tag, outcome }))
     }
 
     /// Keeps an answered call for `next`.
@@ -462,15 +337,15 @@ impl Session {
         Ok(())
     }
 
-    /// Takes the call in `slot` from those kept, if it is there.
-    pub fn take_kept(&mut self, slot: u32) -> Option<Answered> {
-        let at = self.kept.iter().position(|answered| answered.slot == slot)?;
+    /// Takes a call from those kept, if it is there.
+    pub fn take_kept(&mut self, lane: u32, slot: u32) -> Option<Answered> {
+        let at = self.kept.iter().position(|answered| (answered.lane, answered.slot) == (lane, slot))?;
         self.kept.remove(at)
     }
 
     /// Whether nothing is in flight that could free a slot: only the caller can.
     pub fn only_untaken_answers(&self) -> bool {
-        self.in_flight == 0
+        self.in_flight() == 0
     }
 
     /// Whether answers are kept that came while somebody waited for others.
@@ -480,67 +355,32 @@ impl Session {
 
     /// The slot of an answered call is free again.
     #[inline(always)]
-    pub fn release(&mut self, slot: u32) {
-        let call = &mut self.calls[slot as usize];
-        call.phase = Phase::Free;
-        let response_slot = call.response_slot;
-        if response_slot != slot {
-            self.lane.slots.put_back(response_slot);
-        }
-        self.lane.slots.put_back(slot);
+    pub fn release(&mut self, lane: u32, slot: u32) {
+        self.lane_mut(lane).release(slot);
     }
 
-    /// Says in the slot's word that the answer is not wanted, and hints at it (P4). Needs no entry.
+    /// Says that the answer of a call is not wanted.
     pub fn cancel(&mut self, id: CallId) {
-        let Some(call) = self.calls.get(id.slot as usize) else { return };
-        if call.generation != id.generation || call.phase != Phase::InFlight {
-            return;
-        }
-        let word = ClientWord { generation: id.generation, cancelled: true, released: 0 };
-        if let Some(shared) = self.lane.common.client_words.get(id.slot as usize) {
-            // Published by the Release of the hint.
-            shared.store(word.pack(), std::sync::atomic::Ordering::Relaxed);
-            self.lane.common.hints.set(id.slot);
-            self.unrung = Some(Published::Submissions);
+        if id.lane as usize <= self.further.len() {
+            self.lane_mut(id.lane).cancel(id);
         }
     }
 
     /// A caller that stops waiting: cancels, and sets the slot aside until its completion has come.
     pub fn abandon(&mut self, id: CallId) -> Result<()> {
-        self.cancel(id);
-        if let Some(call) = self.calls.get_mut(id.slot as usize)
-            && call.generation == id.generation
-            && call.phase == Phase::InFlight
-        {
-            call.phase = Phase::Zombie;
-        }
+        self.lane_mut(id.lane).abandon(id);
         self.flush()
     }
 
     /// Notes that the session is over. Answers that came are still handed out; what is in flight is
-    /// classified by the server's published position (FAULTS §5).
+    /// classified (FAULTS §5).
     pub fn finish(&mut self, end: End) -> Result<()> {
         self.stash()?;
         self.end = Some(end);
-        for ring in [INTERACTIVE, BULK] {
-            self.lane.submissions[ring].refresh().map_err(IpcError::ServerFault)?;
+        let Self { home, further, kept, .. } = self;
+        for lane in std::iter::once(home).chain(further) {
+            lane.classify(|lost| kept.push_back(lost))?;
         }
-        for slot in 0..self.calls.len() as u32 {
-            let call = &mut self.calls[slot as usize];
-            match call.phase {
-                Phase::InFlight => {
-                    let ring = if call.bulk { BULK } else { INTERACTIVE };
-                    let started = call.position < self.lane.submissions[ring].passed();
-                    call.phase = Phase::Answered;
-                    let Call { tag, generation, response_slot, .. } = *call;
-                    let outcome = Outcome::Lost { started };
-                    self.kept.push_back(Answered { slot, generation, response_slot, tag, outcome });
-                }
-                Phase::Zombie => self.release(slot),
-                Phase::Free | Phase::Answered => {}
-            }
-        }
-        self.in_flight = 0;
         Ok(())
     }
 
@@ -552,4 +392,44 @@ impl Session {
             Some(End::Died) | None => IpcError::NotExecuted,
         }
     }
+}
+
+#[cold]
+fn no_slot(lane: &Lane, capacity: usize, options: &CallOptions) -> IpcError {
+    let largest = lane.lane.slots.largest();
+    if capacity > largest {
+        IpcError::MessageTooLarge(largest)
+    } else if options.reply_capacity > largest {
+        IpcError::ReplyTooLarge(largest)
+    } else {
+        IpcError::WouldBlock
+    }
+}
+
+/// A deadline in the server's clock, an answer slot of its own.
+#[cold]
+fn add_options(
+    lane: &mut Lane,
+    entry: &mut Submission,
+    grant: Grant,
+    options: &CallOptions,
+    clock_offset_ns: u64,
+) -> Result<()> {
+    if let Some(deadline) = options.deadline {
+        let now = monotonic_ns().wrapping_add(clock_offset_ns);
+        let left = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
+        // 0 would mean no deadline.
+        entry.deadline = now.saturating_add(left).max(1);
+    }
+    if options.idempotent {
+        entry.flags |= flag::IDEMPOTENT;
+        match lane.lane.slots.take(options.reply_capacity.max(1)) {
+            Some(answer) => entry.response_slot = answer.slot,
+            None => {
+                lane.lane.slots.put_back(grant.slot);
+                return Err(no_slot(lane, 0, options));
+            }
+        }
+    }
+    Ok(())
 }

@@ -1,67 +1,99 @@
 //! How a client waits for completions, and how it notices that the server is gone.
+//!
+//! | policy | on the core of its lane's reactor | elsewhere |
+//! | --- | --- | --- |
+//! | `handoff` | yields the core to the reactor, then sleeps | spins for 20 µs if that reactor polls, then sleeps |
+//! | `spin` | yields between two looks | spins |
+//! | `block` | sleeps | sleeps |
+//!
+//! Who sleeps does so on the futex of his lane for 20 ms, then, or at once if calls are in flight on several lanes,
+//! on the session's socket: the server rings it with one byte, and its end shows there too (F51).
 
 use super::session::{End, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
-use crate::protocol::handshake::{DisconnectReason, Goodbye};
+use crate::protocol::handshake::{DisconnectReason, Goodbye, LaneChoice, LaneGrant, LaneRequest};
 use crate::protocol::rendezvous;
-use doorbell_shm::bell::WAITER_FUTEX;
-use doorbell_shm::lane::{BULK, INTERACTIVE};
+use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET};
 use doorbell_shm::layout::state;
-use doorbell_uring::futex;
+use doorbell_uring::{current_cpu, futex};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
+use zerocopy::IntoBytes;
 
-/// Polls between two looks at the clock and at the session's state.
-const SPINS_PER_LOOK: u32 = 1 << 10;
+/// Polls between two looks at the core that we run on.
+const SPINS_PER_CPU: u32 = 64;
+/// Of these, so many between two looks at the clock and at the session's state.
+const CPUS_PER_LOOK: u32 = 16;
 /// Looks between two looks at the socket (a system call).
 const LOOKS_PER_SOCKET: u32 = 1 << 8;
 /// Time between two looks at the socket by somebody who only polls.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
-/// Longest sleep without a look at the socket: a server that is killed wakes nobody (F51).
-const SLEEP_SLICE: Duration = Duration::from_millis(20);
+/// Longest sleep on a futex, which a server that is killed does not wake (F51). Whoever waits longer waits on the
+/// socket.
+const FUTEX_SLICE: Duration = Duration::from_millis(20);
+/// How often a caller lets the reactor of its own core run before it sleeps. The first time usually does; a sleep
+/// and its wake cost 2 µs more.
+const YIELDS: u32 = 3;
+/// How long a caller spins while a reactor of another core polls.
+const SPIN_TIME: Duration = Duration::from_micros(20);
+/// How long a wish for a lane may stay unanswered before the call takes the lane it has.
+const LANE_TIMEOUT: Duration = Duration::from_millis(100);
 
 impl Session {
     /// Waits until an answer can be taken; `false` when the deadline came first.
-    pub fn wait(&mut self, policy: WaitPolicy, deadline: Option<Instant>) -> Result<bool> {
+    pub fn wait(&mut self, deadline: Option<Instant>) -> Result<bool> {
         if self.has_kept() || self.is_ready() {
             self.flush()?;
             return Ok(true);
         }
-        self.wait_for_completion(policy, deadline)
+        self.wait_for_completion(deadline)
     }
 
     /// Waits until a completion is in a ring or the session is over; `false` when the deadline came first.
     #[inline]
-    pub fn wait_for_completion(&mut self, policy: WaitPolicy, deadline: Option<Instant>) -> Result<bool> {
+    pub fn wait_for_completion(&mut self, deadline: Option<Instant>) -> Result<bool> {
         if self.end.is_some() {
             return self.what_is_left();
         }
-        match policy {
+        match self.policy {
             WaitPolicy::Spin => self.spin(deadline),
-            WaitPolicy::Handoff | WaitPolicy::Block => self.block(deadline),
+            WaitPolicy::Handoff => self.hand_over(deadline),
+            WaitPolicy::Block => self.block(deadline),
         }
     }
 
     #[inline(always)]
     fn is_ready(&self) -> bool {
-        self.lane.completions[INTERACTIVE].is_ready() || self.lane.completions[BULK].is_ready()
+        self.home.is_ready() || self.further.iter().any(|lane| lane.is_ready())
+    }
+
+    /// Whether a reactor that calls are in flight with is pinned to the core that we run on.
+    fn shares_core(&self) -> bool {
+        let cpu = current_cpu();
+        self.lanes().any(|lane| lane.in_flight > 0 && lane.core == cpu)
     }
 
     #[inline]
     fn spin(&mut self, deadline: Option<Instant>) -> Result<bool> {
         let mut looks = 0u32;
         loop {
-            for _ in 0..SPINS_PER_LOOK {
-                if self.is_ready() {
-                    return Ok(true);
+            for _ in 0..CPUS_PER_LOOK {
+                for _ in 0..SPINS_PER_CPU {
+                    if self.is_ready() {
+                        return Ok(true);
+                    }
+                    self.idle()?;
+                    std::hint::spin_loop();
                 }
-                if let Some(published) = self.unrung {
-                    self.idle(published)?;
+                // Spinning there would only keep the reactor from answering.
+                if self.shares_core() {
+                    self.flush()?;
+                    std::thread::yield_now();
                 }
-                std::hint::spin_loop();
             }
             looks = looks.wrapping_add(1);
             let closed = self.segment.state().0 == state::CLOSED;
@@ -74,34 +106,142 @@ impl Session {
         }
     }
 
+    #[inline]
+    fn hand_over(&mut self, deadline: Option<Instant>) -> Result<bool> {
+        self.flush()?;
+        if self.shares_core() {
+            for _ in 0..YIELDS {
+                std::thread::yield_now();
+                if self.is_ready() {
+                    return Ok(true);
+                }
+            }
+        } else if self.lanes().any(|lane| lane.in_flight > 0 && lane.seems_polled()) {
+            let give_up = Instant::now() + SPIN_TIME;
+            while Instant::now() < give_up && !self.shares_core() {
+                for _ in 0..SPINS_PER_CPU {
+                    if self.is_ready() {
+                        return Ok(true);
+                    }
+                    std::hint::spin_loop();
+                }
+            }
+        }
+        self.block(deadline)
+    }
+
     #[cold]
     fn block(&mut self, deadline: Option<Instant>) -> Result<bool> {
         self.flush()?;
+        let mut slept = Duration::ZERO;
         loop {
             let now = Instant::now();
             let left = deadline.map(|d| d.saturating_duration_since(now));
             if left == Some(Duration::ZERO) {
                 return Ok(self.is_ready());
             }
-            let slice = left.map_or(SLEEP_SLICE, |l| l.min(SLEEP_SLICE));
-            // Mark, fence, look again (P5): pairs with publish, fence, look at the bell in the server.
-            let bell = &self.lane.common.client_bell;
-            let value = bell.mark(WAITER_FUTEX);
-            if self.is_ready() {
-                bell.clear(WAITER_FUTEX);
-                return Ok(true);
-            }
-            let woken = if self.segment.state().0 == state::CLOSED {
-                futex::Woken::TimedOut
-            } else {
-                futex::wait(&bell.0, value, Some(slice)).map_err(|e| IpcError::io("futex(FUTEX_WAIT)", e))?
+            let over = match self.only_busy_lane() {
+                Some(lane) if slept < FUTEX_SLICE => {
+                    let slice =
+                        left.map_or(FUTEX_SLICE, |left| left.min(FUTEX_SLICE)) - slept.min(FUTEX_SLICE);
+                    self.sleep_on_futex(lane, slice.max(Duration::from_micros(1)))?
+                }
+                _ => self.sleep_on_socket(left)?,
             };
-            bell.clear(WAITER_FUTEX);
             if self.is_ready() {
                 return Ok(true);
             }
-            if woken != futex::Woken::Interrupted && self.is_over()? {
+            if over && self.is_over()? {
                 return self.what_is_left();
+            }
+            slept += now.elapsed();
+        }
+    }
+
+    /// The lane that calls are in flight on, if it is the only one; the home lane if there is none.
+    fn only_busy_lane(&self) -> Option<u32> {
+        let mut busy = (0..=self.further.len() as u32).filter(|lane| self.lane(*lane).in_flight > 0);
+        let first = busy.next().unwrap_or(0);
+        busy.next().is_none().then_some(first)
+    }
+
+    /// Sleeps until a lane's bell rings, at most so long; says whether the session may be over.
+    fn sleep_on_futex(&mut self, lane: u32, slice: Duration) -> Result<bool> {
+        // Mark, fence, look again (P5): pairs with publish, fence, look at the bell in the server.
+        let bell = &self.lane(lane).lane.common.client_bell;
+        let value = bell.mark(WAITER_FUTEX);
+        let woken = if self.is_ready() || self.segment.state().0 == state::CLOSED {
+            futex::Woken::TimedOut
+        } else {
+            futex::wait(&bell.0, value, Some(slice)).map_err(|e| IpcError::io("futex(FUTEX_WAIT)", e))?
+        };
+        bell.clear(WAITER_FUTEX);
+        Ok(woken != futex::Woken::Interrupted)
+    }
+
+    /// Sleeps until the server rings the socket or ends; says whether the session may be over.
+    fn sleep_on_socket(&mut self, left: Option<Duration>) -> Result<bool> {
+        self.mark_for_socket();
+        let woken = self.is_ready() || self.segment.state().0 == state::CLOSED || poll_socket(self, left)?;
+        self.clear_for_socket();
+        Ok(woken)
+    }
+
+    fn mark_for_socket(&self) {
+        for lane in self.lanes().filter(|lane| lane.in_flight > 0) {
+            lane.lane.common.client_bell.mark(WAITER_SOCKET);
+        }
+    }
+
+    fn clear_for_socket(&self) {
+        for lane in self.lanes() {
+            lane.lane.common.client_bell.clear(WAITER_SOCKET);
+        }
+    }
+
+    /// Makes the server ring the socket for the next completion; `true` if there is something to take already.
+    pub fn prepare_to_wait(&mut self) -> Result<bool> {
+        self.flush()?;
+        // Bytes of earlier bells would make the descriptor readable for nothing.
+        if self.end.is_some() || self.is_over()? {
+            return self.what_is_left();
+        }
+        self.mark_for_socket();
+        let ready = self.has_kept() || self.is_ready() || self.segment.state().0 == state::CLOSED;
+        if ready {
+            self.clear_for_socket();
+        }
+        Ok(ready)
+    }
+
+    /// Asks for a further lane and waits for the answer; returns its index, 0 if there is none to be had.
+    #[cold]
+    pub fn request_lane(&mut self, choice: LaneChoice) -> Result<u32> {
+        match rendezvous::send(self.socket.as_fd(), LaneRequest::new(choice).as_bytes(), None) {
+            Ok(()) => {}
+            // Full, or over: whoever waits for an answer finds out.
+            Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET) => return Ok(0),
+            Err(e) => return Err(IpcError::io("send of a wish for a lane", e)),
+        }
+        let give_up = Instant::now() + LANE_TIMEOUT;
+        loop {
+            match self.hear()? {
+                Heard::Lane(grant) => {
+                    self.add_lane(grant)?;
+                    return Ok(if grant.lane as usize <= self.further.len() { grant.lane } else { 0 });
+                }
+                Heard::Bell => {}
+                Heard::End(end) => {
+                    self.finish(end)?;
+                    return Err(self.ended());
+                }
+                Heard::Nothing => {
+                    let left = give_up.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Ok(0);
+                    }
+                    poll_socket(self, Some(left))?;
+                }
             }
         }
     }
@@ -129,21 +269,36 @@ impl Session {
 
     /// Looks at the socket; when the session is over, notes how, and classifies what is in flight.
     fn is_over(&mut self) -> Result<bool> {
-        let mut bytes = [0u8; size_of::<Goodbye>()];
         loop {
-            let end = match rendezvous::receive(self.socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
-                Err(Errno::AGAIN) => return Ok(false),
-                Ok(packet) if packet.len == 0 => self.end_by_header(),
-                Err(_) => self.end_by_header(),
-                Ok(packet) => match Goodbye::read(&bytes[..packet.len]) {
-                    Some(reason) => End::Told(reason),
-                    // The one-byte bell, or nothing we know.
-                    None => continue,
-                },
-            };
-            self.finish(end)?;
-            return Ok(true);
+            match self.hear()? {
+                Heard::Nothing => return Ok(false),
+                Heard::Bell => {}
+                // The answer to a wish that was given up.
+                Heard::Lane(grant) => self.add_lane(grant)?,
+                Heard::End(end) => {
+                    self.finish(end)?;
+                    return Ok(true);
+                }
+            }
         }
+    }
+
+    /// Takes one packet from the socket, if there is one.
+    fn hear(&self) -> Result<Heard> {
+        let mut bytes = [0u8; size_of::<Goodbye>()];
+        Ok(match rendezvous::receive(self.socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
+            Err(Errno::AGAIN) => Heard::Nothing,
+            Ok(packet) if packet.len > 0 => {
+                let packet = &bytes[..packet.len];
+                match (Goodbye::read(packet), LaneGrant::read(packet)) {
+                    (Some(reason), _) => Heard::End(End::Told(reason)),
+                    (None, Some(grant)) => Heard::Lane(grant),
+                    // One byte, or nothing we know.
+                    (None, None) => Heard::Bell,
+                }
+            }
+            Ok(_) | Err(_) => Heard::End(self.end_by_header()),
+        })
     }
 
     /// What the header says of a session whose socket ended without a goodbye.
@@ -153,5 +308,26 @@ impl Session {
             Some(reason) if state == state::CLOSED => End::Told(reason),
             _ => End::Died,
         }
+    }
+}
+
+/// What a look at the socket brought.
+enum Heard {
+    Nothing,
+    Bell,
+    Lane(LaneGrant),
+    End(End),
+}
+
+/// Waits until the socket has something to say, at most so long; `false` if a signal came instead.
+fn poll_socket(session: &Session, left: Option<Duration>) -> Result<bool> {
+    let left = left.map(|left| Timespec {
+        tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: left.subsec_nanos().into(),
+    });
+    match poll(&mut [PollFd::new(&session.socket, PollFlags::IN | PollFlags::RDHUP)], left.as_ref()) {
+        Ok(_) => Ok(true),
+        Err(Errno::INTR) => Ok(false),
+        Err(e) => Err(IpcError::io("poll of the session socket", e)),
     }
 }

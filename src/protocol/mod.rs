@@ -1,6 +1,10 @@
 //! What client and server agree on beside the bytes of the segment: message types, the handshake, the
 //! rendezvous socket.
 
+/// A connection's number as OPEN answers it: 20 bits of index, which tables can be indexed with, below 12 bits of
+/// generation.
+pub const CONNECTION_INDEX_BITS: u32 = 20;
+
 pub mod handshake;
 mod message_type;
 pub(crate) mod rendezvous;

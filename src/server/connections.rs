@@ -6,8 +6,8 @@
 
 use super::crew::{Inbox, Notice};
 
-/// A connection's number as the client names it: 20 bits of index, 12 bits of generation.
-const INDEX_BITS: u32 = 20;
+use crate::protocol::CONNECTION_INDEX_BITS as INDEX_BITS;
+
 const INDEX_MASK: u32 = (1 << INDEX_BITS) - 1;
 /// No further record in the free list.
 const NONE: u32 = u32::MAX;

@@ -125,8 +125,9 @@ pub struct TestServer {
 }
 
 impl TestServer {
+    /// One reactor: what it counts is exact at once, and a handler that waits holds everybody up.
     pub fn start(policy: WaitPolicy) -> Self {
-        Self::start_with(ServerConfig { policy, ..ServerConfig::default() })
+        Self::start_with(ServerConfig { policy, reactors: 1, ..ServerConfig::default() })
     }
 
     pub fn start_with(config: ServerConfig) -> Self {

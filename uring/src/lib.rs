@@ -33,11 +33,12 @@
 //!
 //! # Unsafe
 //!
-//! Three files: `ring.rs` (pushing entries, reading the kernel's flags), `peer.rs` (one socket option that
-//! no kept crate offers) and `memory.rs` (the two
-//! mappings the self-test works on).
+//! Four files: `ring.rs` (pushing entries, reading the kernel's flags), `peer.rs` (one socket option that
+//! no kept crate offers), `cpu.rs` (two scheduler calls, likewise) and `memory.rs` (the two mappings the
+//! self-test works on).
 
 mod cause;
+mod cpu;
 mod driver;
 mod error;
 pub mod futex;
@@ -50,6 +51,7 @@ mod setup;
 mod time;
 
 pub use cause::{Cause, Host, KERNEL_MIN, futex_bug_unfixed};
+pub use cpu::{ask_for_short_turns, current_cpu};
 pub use driver::{Counters, Driver, Wait};
 pub use error::{DriverError, SetupError, Step};
 pub use op::{Completion, Token};

@@ -1,0 +1,144 @@
+//! Which lane a connection's calls take, on a session that has, or may have, several (DESIGN §3, §4).
+//!
+//! Rule:   a connection changes its lane only while none of its calls is in flight (P6), so its calls start in
+//!         order. Under `handoff` a call that may have to wait takes the lane of the reactor whose core it runs on,
+//!         unless the reactor of its present lane is polling on another core. Under `spin` a caller stays off its
+//!         own core's reactor.
+
+use super::session::{Session, Target};
+use crate::config::WaitPolicy;
+use crate::error::{IpcError, Result};
+use crate::protocol::CONNECTION_INDEX_BITS;
+use crate::protocol::handshake::{LaneChoice, NO_CORE};
+use doorbell_shm::entry::{Submission, flag, kind};
+use doorbell_uring::current_cpu;
+
+/// What is known of one connection.
+#[derive(Debug, Clone, Copy, Default)]
+struct Route {
+    number: u32,
+    in_flight: u32,
+    lane: u32,
+    /// Lanes that the connection has been attached to.
+    attached: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Routes {
+    policy: WaitPolicy,
+    /// By the index in a connection's number.
+    records: Vec<Route>,
+    /// Cores whose reactor gave no lane.
+    refused: Vec<u32>,
+    /// The lane of a client that spins.
+    spins_on: Option<u32>,
+}
+
+fn index(number: u32) -> usize {
+    (number & ((1 << CONNECTION_INDEX_BITS) - 1)) as usize
+}
+
+impl Routes {
+    /// `None` if all connections stay on the home lane, whose reactor is pinned to `home_core`.
+    pub fn new(policy: WaitPolicy, home_core: u32) -> Option<Box<Self>> {
+        let needed = match policy {
+            WaitPolicy::Handoff => home_core != NO_CORE,
+            WaitPolicy::Spin => home_core == current_cpu(),
+            WaitPolicy::Block => false,
+        };
+        needed.then(|| Box::new(Self { policy, records: Vec::new(), refused: Vec::new(), spins_on: None }))
+    }
+
+    fn record(&mut self, number: u32) -> &mut Route {
+        let index = index(number);
+        if self.records.len() <= index {
+            self.records.resize(index + 1, Route::default());
+        }
+        let record = &mut self.records[index];
+        if record.number != number {
+            *record = Route { number, ..Route::default() };
+        }
+        record
+    }
+
+    /// The lane of a call that is about to be submitted, and the flags that go with it. Attaches the connection to
+    /// the lane if this is its first call there.
+    pub fn choose(&mut self, session: &mut Session, target: Target) -> Result<(u32, u16)> {
+        let cpu = current_cpu();
+        let Route { in_flight, mut lane, .. } = *self.record(target.connection);
+        if in_flight == 0 {
+            lane = match self.policy {
+                WaitPolicy::Spin => self.away_from_home(session)?,
+                WaitPolicy::Handoff | WaitPolicy::Block => self.of_this_core(session, lane, cpu)?,
+            };
+        }
+        let record = self.record(target.connection);
+        record.lane = lane;
+        if lane != 0 && record.attached & 1 << lane == 0 {
+            let entry = Submission {
+                kind: kind::ATTACH,
+                flags: if target.bulk { flag::BULK } else { 0 },
+                codec: target.codec,
+                connection: target.connection,
+                ..Submission::default()
+            };
+            if !session.lane_mut(lane).send_bare(&entry, target.bulk)? {
+                return Err(IpcError::WouldBlock);
+            }
+            record.attached |= 1 << lane;
+        }
+        let hands_over = self.policy == WaitPolicy::Handoff && session.lane(lane).core == cpu;
+        Ok((lane, if hands_over { flag::HANDOFF } else { 0 }))
+    }
+
+    fn of_this_core(&mut self, session: &mut Session, lane: u32, cpu: u32) -> Result<u32> {
+        let present = session.lane(lane);
+        if present.core == cpu || present.seems_polled() {
+            return Ok(lane);
+        }
+        if let Some(own) = session.lanes().position(|lane| lane.core == cpu) {
+            return Ok(own as u32);
+        }
+        if self.refused.contains(&cpu) {
+            return Ok(lane);
+        }
+        match session.request_lane(LaneChoice::On(cpu))? {
+            0 if session.home.core != cpu => {
+                self.refused.push(cpu);
+                Ok(lane)
+            }
+            granted => Ok(granted),
+        }
+    }
+
+    fn away_from_home(&mut self, session: &mut Session) -> Result<u32> {
+        if let Some(lane) = self.spins_on {
+            return Ok(lane);
+        }
+        let lane = session.request_lane(LaneChoice::NotOn(session.home.core))?;
+        self.spins_on = Some(lane);
+        Ok(lane)
+    }
+
+    /// A call of this connection has been submitted.
+    #[inline(always)]
+    pub fn started(&mut self, number: u32) {
+        if let Some(record) = self.records.get_mut(index(number)) {
+            record.in_flight += 1;
+        }
+    }
+
+    /// A call of this connection has been answered.
+    #[inline(always)]
+    pub fn ended(&mut self, number: u32) {
+        if let Some(record) = self.records.get_mut(index(number)) {
+            record.in_flight = record.in_flight.saturating_sub(1);
+        }
+    }
+
+    /// Whether calls of this connection are in flight on a lane that is not its home lane.
+    pub fn is_busy_elsewhere(&self, number: u32) -> bool {
+        let record = self.records.get(index(number)).filter(|record| record.number == number);
+        record.is_some_and(|record| record.in_flight > 0 && record.lane != 0)
+    }
+}
