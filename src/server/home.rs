@@ -114,6 +114,9 @@ impl Home {
     /// When something is due; `u64::MAX` for never.
     pub fn due_ns(&self) -> u64 {
         let accept = if self.accept_again_ns == 0 { u64::MAX } else { self.accept_again_ns };
+        if self.half_open_count == 0 {
+            return accept;
+        }
         self.half_open.iter().flatten().map(|half| half.deadline_ns).fold(accept, u64::min)
     }
 
@@ -150,7 +153,7 @@ impl Home {
                 }
                 _ => Ok(()),
             },
-            Source::Shutdown | Source::Bell(_) | Source::Mail => Ok(()),
+            Source::Shutdown | Source::Bell(_) | Source::Mail | Source::Timer => Ok(()),
         }
     }
 

@@ -59,6 +59,8 @@ pub(super) enum Source {
     Bell(SessionId),
     /// Another reactor has put something into the inbox.
     Mail,
+    /// Something is due by the clock.
+    Timer,
 }
 
 /// Tokens: kind in the top 4 bits, 28 bits of generation, 32 bits of index.
@@ -75,6 +77,7 @@ impl Source {
             Self::Process(id) => (5, id),
             Self::Bell(id) => (6, id),
             Self::Mail => (7, none),
+            Self::Timer => (8, none),
         };
         Token(kind << 60 | u64::from(id.generation & GENERATION_MASK) << 32 | u64::from(id.index))
     }
@@ -90,6 +93,7 @@ impl Source {
             5 => Self::Process(id),
             6 => Self::Bell(id),
             7 => Self::Mail,
+            8 => Self::Timer,
             _ => return None,
         })
     }
@@ -158,6 +162,9 @@ pub(crate) struct Reactor<S: 'static> {
     rest_ends_ns: u64,
     spin: SpinBudget,
     next_sweep_ns: u64,
+    /// When the earliest timeout on the ring ends; `u64::MAX` if there is none. One timeout serves many sleeps: a
+    /// timeout of each sleep's own would cost a third of a cold call.
+    timer_ns: u64,
     /// Lanes that are being put to sleep.
     arming: Vec<SessionId>,
     stopping: bool,
@@ -187,6 +194,7 @@ impl<S> Reactor<S> {
             rest_ends_ns: 0,
             spin: SpinBudget::new(wake_ns, percent),
             next_sweep_ns: 0,
+            timer_ns: u64::MAX,
             arming: Vec::new(),
             stopping: false,
             core,
@@ -223,7 +231,7 @@ impl<S> Reactor<S> {
             if taken > 0 {
                 // For whoever asks for the counters: a copy that is as old as one round.
                 self.core.metrics.enters = self.driver.counters().enters;
-                if idle_rounds > 0 && !self.spin.is_zero() {
+                if idle_rounds > 0 && self.spin.is_timing() {
                     let now = monotonic_ns();
                     self.core.metrics.spun_ns += self.spin.polled(now);
                     self.spin.work(now);
@@ -258,7 +266,6 @@ impl<S> Reactor<S> {
                     std::hint::spin_loop();
                 }
             } else {
-                self.tick()?;
                 self.sleep()?;
             }
         }
@@ -279,8 +286,12 @@ impl<S> Reactor<S> {
     /// There is nothing to do any more: until when to poll, 0 for not at all.
     #[inline(always)]
     fn poll_budget(&mut self) -> u64 {
-        let handed_over = self.core.take_handed_over();
-        if self.spin.is_zero() { 0 } else { self.spin.idle(monotonic_ns(), handed_over) }
+        // A caller that has handed its core over waits on this very core: no poll, and no clock.
+        if self.core.take_handed_over() || self.spin.is_zero() {
+            self.spin.leave_untimed();
+            return 0;
+        }
+        self.spin.idle(monotonic_ns())
     }
 
     /// Does something that only the home reactor does, with the rest of it at hand.
@@ -348,6 +359,10 @@ impl<S> Reactor<S> {
             match Source::of(token) {
                 Some(Source::Bell(id)) => self.bell_rang(id, result)?,
                 Some(Source::Mail) => self.mail()?,
+                Some(Source::Timer) => {
+                    self.timer_ns = u64::MAX;
+                    self.tick()?;
+                }
                 Some(Source::Shutdown) => self.stopping = true,
                 Some(source) => self.with_home(|home, reactor| home.event(reactor, source, result))?,
                 None => {}
@@ -612,10 +627,25 @@ impl<S> Reactor<S> {
         if !self.core.all_cold() {
             return self.submit();
         }
-        self.show();
-        let timeout = self.next_timeout();
-        self.driver.enter(Wait::Until(timeout))?;
+        self.arm_timer()?;
+        self.driver.enter(Wait::Until(None))?;
         self.events()
+    }
+
+    /// Makes sure that a timeout ends no later than the next thing that is due by the clock. Reads no clock.
+    fn arm_timer(&mut self) -> Result<()> {
+        let mut due_ns = self.home.as_ref().map_or(u64::MAX, Home::due_ns);
+        if self.core.live() > 0 {
+            due_ns = due_ns.min(self.next_sweep_ns);
+        }
+        if self.rest_ends_ns != 0 {
+            due_ns = due_ns.min(self.rest_ends_ns);
+        }
+        if due_ns < self.timer_ns {
+            self.driver.timeout(Duration::from_nanos(due_ns), Source::Timer.token())?;
+            self.timer_ns = due_ns;
+        }
+        Ok(())
     }
 
     /// Marks one lane's bell, looks again, arms it.
@@ -659,18 +689,6 @@ impl<S> Reactor<S> {
             Err(fault) => self.fault(id, fault)?,
         }
         Ok(())
-    }
-
-    /// How long the reactor may sleep; `None` while there is nothing to time.
-    fn next_timeout(&self) -> Option<Duration> {
-        let mut due = self.home.as_ref().map_or(u64::MAX, Home::due_ns);
-        if self.core.live() > 0 {
-            due = due.min(self.next_sweep_ns);
-        }
-        if self.rest_ends_ns != 0 {
-            due = due.min(self.rest_ends_ns);
-        }
-        (due != u64::MAX).then(|| Duration::from_nanos(due.saturating_sub(monotonic_ns())))
     }
 
     /// Takes leave of every client; returns what was counted.
@@ -727,7 +745,9 @@ mod tests {
     fn s10_tokens_name_what_they_were_made_of() {
         let id = SessionId { index: 7, generation: GENERATION_MASK };
         let sources = [Source::Listener, Source::Shutdown, Source::HalfOpen(id), Source::Socket(id)];
-        for source in sources.into_iter().chain([Source::Process(id), Source::Bell(id), Source::Mail]) {
+        for source in
+            sources.into_iter().chain([Source::Process(id), Source::Bell(id), Source::Mail, Source::Timer])
+        {
             let read = Source::of(source.token());
             let none = SessionId { index: 0, generation: 0 };
             assert!(read == Some(source), "{source:?} {read:?} {none:?}");

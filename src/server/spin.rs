@@ -44,13 +44,23 @@ impl SpinBudget {
         self.wake_ns == 0 || self.percent == 0
     }
 
+    /// The idle time that begins now says nothing about intervals, and nobody polls in it.
+    pub fn leave_untimed(&mut self) {
+        self.idle_since_ns = 0;
+    }
+
+    /// Whether the idle time since the last batch is measured.
+    pub fn is_timing(&self) -> bool {
+        self.idle_since_ns != 0
+    }
+
     /// There is nothing to do any more: until when to poll; 0 for not at all.
-    pub fn idle(&mut self, now_ns: u64, handed_over: bool) -> u64 {
+    pub fn idle(&mut self, now_ns: u64) -> u64 {
         let saved = (now_ns - self.credited_at_ns) * self.percent / 100;
         self.credit_ns = (self.credit_ns + saved).min(BURST_NS * self.percent / 100);
         self.credited_at_ns = now_ns;
         self.idle_since_ns = now_ns;
-        let repays = !handed_over && self.interval_ns < self.wake_ns;
+        let repays = self.interval_ns < self.wake_ns;
         let most = (2 * self.interval_ns.min(self.wake_ns)).min(self.wake_ns).min(self.credit_ns);
         self.polls_until_ns = if repays && most > 0 { now_ns + most } else { 0 };
         self.polls_until_ns
@@ -82,8 +92,8 @@ mod tests {
     const US: u64 = 1000;
 
     /// One idle time of so many ns, polled through if the budget says so; returns the time polled.
-    fn idle(budget: &mut SpinBudget, now: &mut u64, length: u64, handed_over: bool) -> u64 {
-        let until = budget.idle(*now, handed_over);
+    fn idle(budget: &mut SpinBudget, now: &mut u64, length: u64) -> u64 {
+        let until = budget.idle(*now);
         let came = *now + length;
         let polled = if until == 0 { 0 } else { budget.polled(until.min(came)) };
         *now = came;
@@ -92,19 +102,20 @@ mod tests {
     }
 
     /// Goal:   polling happens only where the interval between calls repays it, and within the share.
-    /// Method: time by hand; long intervals, short ones, short ones handed over.
+    /// Method: time by hand; long intervals, then short ones.
     #[test]
     fn r5_5_a_reactor_polls_only_where_it_repays_and_within_its_share() {
         let mut budget = SpinBudget::new(50 * US, 10);
         let mut now = 1_000_000;
-        let rare: u64 = (0..1000).map(|_| idle(&mut budget, &mut now, 1000 * US, false)).sum();
+        let rare: u64 = (0..1000).map(|_| idle(&mut budget, &mut now, 1000 * US)).sum();
         assert_eq!(rare, 0);
         let begin = now;
-        let frequent: u64 = (0..100_000).map(|_| idle(&mut budget, &mut now, 10 * US, false)).sum();
+        let frequent: u64 = (0..100_000).map(|_| idle(&mut budget, &mut now, 10 * US)).sum();
         let share = frequent as f64 / (now - begin) as f64;
         assert!(share > 0.08 && share < 0.11, "{share}");
-        let handed: u64 = (0..1000).map(|_| idle(&mut budget, &mut now, 10 * US, true)).sum();
-        assert_eq!(handed, 0);
+        assert!(budget.is_timing());
+        budget.leave_untimed();
+        assert!(!budget.is_timing());
         assert!(SpinBudget::new(0, 10).is_zero() && SpinBudget::new(US, 0).is_zero());
     }
 }

@@ -63,7 +63,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let plan = Plan { handlers, state, config, totals, wake_ns, shutdown };
     tracing::info!(reactors, wake_ns, "starting");
     std::thread::scope(|scope| {
-        pin(pins[0])?;
+        become_reactor(pins[0])?;
         let driver = reactor::driver(true)?;
         let home = Home::new(listener, stop, reactors)?;
         let further = Further::start(scope, &plan, &pins[1..])?;
@@ -128,7 +128,7 @@ fn run_further<S: Send + Sync + 'static>(
     made: &Sender<Address>,
     started: &Receiver<Crew>,
 ) -> Result<Metrics> {
-    pin(core)?;
+    become_reactor(core)?;
     let driver = reactor::driver(false)?;
     let (address, inbox) = Address::new(duplicate(&driver)?, core);
     if made.send(address).is_err() {
@@ -192,6 +192,19 @@ fn cores(config: &ServerConfig) -> Result<Vec<usize>> {
         None if config.cores.is_empty() => Ok(allowed),
         None => Ok(config.cores.clone()),
     }
+}
+
+/// The turns that a reactor's thread asks of the scheduler, ns: the shortest there are. It works for microseconds
+/// and then sleeps; beside threads that compute, a long turn of its own would only make it wait for theirs.
+const TURN_NS: u64 = 100_000;
+
+/// Makes the calling thread a reactor's: on its core, with short turns.
+fn become_reactor(core: Option<usize>) -> Result<()> {
+    pin(core)?;
+    if let Err(error) = doorbell_uring::ask_for_short_turns(TURN_NS) {
+        tracing::info!(%error, "the scheduler grants no short turns: beside busy threads calls take longer");
+    }
+    Ok(())
 }
 
 /// Pins the calling thread to one core.
