@@ -18,6 +18,13 @@ pub struct CallId {
     pub(super) generation: u32,
 }
 
+impl CallId {
+    /// Index of the lane that the call took; 0 is the home lane.
+    pub fn lane(&self) -> u32 {
+        self.lane
+    }
+}
+
 /// What goes with a call beside its type and body.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CallOptions {

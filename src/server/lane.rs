@@ -309,6 +309,11 @@ impl SessionLane {
         Ok(false)
     }
 
+    /// Entries taken so far.
+    pub fn taken(&self) -> u64 {
+        self.lane.submissions.iter().map(|ring| ring.next()).sum()
+    }
+
     /// The state that the server bell has to show while this session's reactor sleeps.
     pub fn asleep_state(&self) -> u32 {
         if self.starved { bell::ASLEEP_WANTS_SPACE } else { bell::ASLEEP }

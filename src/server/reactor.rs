@@ -108,8 +108,10 @@ struct Peer {
     bell_armed: bool,
     /// Woken, and no entry has been seen since.
     woken: bool,
-    /// Sweeps in a row that found work although nobody had rung.
+    /// Sweeps in a row that found the same work although nobody had rung.
     suspect: u32,
+    /// Entries that the lane had taken then.
+    suspect_taken: u64,
     storm: Storm,
     /// Left alone until then, neither polled nor armed; 0 for not.
     rests_until_ns: u64,
@@ -537,6 +539,7 @@ impl<S> Reactor<S> {
             bell_armed: false,
             woken: false,
             suspect: 0,
+            suspect_taken: 0,
             storm: Storm::default(),
             rests_until_ns: 0,
         });
@@ -587,8 +590,8 @@ impl<S> Reactor<S> {
     }
 
     /// Looks at every sleeping lane whether it rang or not (S6, F25). A lane with work and an untouched
-    /// bell is a suspect, since its client may be about to ring; when the next sweep finds it so again it
-    /// is healed and counted.
+    /// bell is a suspect, since its client may be about to ring; when the next sweep finds it so again, and
+    /// nothing has been taken meanwhile, it is healed and counted.
     fn sweep(&mut self) -> Result<()> {
         self.core.metrics.sweeps += 1;
         for index in 0..self.peers.len() {
@@ -600,6 +603,11 @@ impl<S> Reactor<S> {
             // A client that took the mark may be about to wake us: it gets longer than one that left it.
             let patience = if lane.lane().common.server_bell.is_marked() { 1 } else { MARK_TAKEN_SWEEPS };
             let found = if asleep { lane.has_work() } else { Ok(false) };
+            if peer.suspect_taken != lane.taken() {
+                // Another call that is about to be rung for, at the same moment by chance.
+                peer.suspect_taken = lane.taken();
+                peer.suspect = 0;
+            }
             match found {
                 Ok(false) => peer.suspect = 0,
                 Ok(true) if peer.suspect < patience => peer.suspect += 1,

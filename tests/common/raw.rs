@@ -2,7 +2,9 @@
 //! into its segment.
 
 use super::eventually;
-use doorbell::protocol::handshake::{DisconnectReason, Goodbye, Hello, Welcome, code};
+use doorbell::protocol::handshake::{
+    DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, Welcome, code,
+};
 use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
 use doorbell_shm::lane::{ClientLane, INTERACTIVE};
 use doorbell_shm::layout::{Geometry, LaneLayout, state};
@@ -133,6 +135,8 @@ pub struct Raw {
     generations: Vec<u32>,
     /// An interactive connection, opened at the start.
     pub connection: u32,
+    /// The lane that is not in use at the moment.
+    other: Option<(ClientLane, LaneLayout, Vec<u32>)>,
 }
 
 impl Raw {
@@ -144,17 +148,61 @@ impl Raw {
 
     /// A session without a connection.
     pub fn connect_only(path: &Path) -> Self {
+        Self::connect_with_lanes(path, 1)
+    }
+
+    /// A session without a connection, and with room for so many lanes.
+    pub fn connect_with_lanes(path: &Path, lanes: u32) -> Self {
         let socket = connect_silently(path);
-        send(&socket, hello().as_bytes()).unwrap();
+        send(&socket, Hello { lanes, ..hello() }.as_bytes()).unwrap();
         let Heard::Welcome(welcome, Some(memory)) = hear(&socket) else { panic!("no welcome") };
         assert_eq!(welcome.code, code::OK);
         let geometry = Geometry::unpack(welcome.geometry);
         assert_eq!(geometry, GEOMETRY);
-        let segment = Segment::attach(memory.as_fd(), geometry, 1, welcome.identity()).unwrap();
+        let segment = Segment::attach(memory.as_fd(), geometry, welcome.lanes, welcome.identity()).unwrap();
         let layout = LaneLayout::home(&geometry);
         let lane = ClientLane::open(segment.mapping(), &geometry, &layout).unwrap();
         let generations = vec![0; lane.slots.numbers() as usize];
-        Self { socket, memory, welcome: *welcome, segment, lane, layout, generations, connection: 0 }
+        let (connection, other) = (0, None);
+        Self { socket, memory, welcome: *welcome, segment, lane, layout, generations, connection, other }
+    }
+
+    /// Asks for a lane; returns the answer.
+    pub fn ask_for_lane(&mut self, choice: LaneChoice) -> LaneGrant {
+        send(&self.socket, LaneRequest::new(choice).as_bytes()).unwrap();
+        let mut bytes = [0; 32];
+        loop {
+            let (len, _) = rustix::net::recv(&self.socket, &mut bytes[..], RecvFlags::empty()).unwrap();
+            // Bells may come between.
+            if let Some(grant) = LaneGrant::read(&bytes[..len]) {
+                return grant;
+            }
+            assert_eq!(len, 1, "{:?}", &bytes[..len]);
+        }
+    }
+
+    /// Asks for a further lane, and uses it from here on.
+    pub fn use_lane(&mut self, choice: LaneChoice) {
+        let grant = self.ask_for_lane(choice);
+        assert_ne!(grant.lane, 0, "no lane to be had");
+        let layout = self.segment.lane(grant.lane).unwrap().expect("the directory has the lane");
+        let lane = ClientLane::open(self.segment.mapping(), &GEOMETRY, &layout).unwrap();
+        let generations = vec![0; lane.slots.numbers() as usize];
+        self.other = Some((lane, layout, generations));
+        self.swap_lanes();
+    }
+
+    /// Uses the other lane from here on.
+    pub fn swap_lanes(&mut self) {
+        let (lane, layout, generations) = self.other.as_mut().expect("there is another lane");
+        std::mem::swap(&mut self.lane, lane);
+        std::mem::swap(&mut self.layout, layout);
+        std::mem::swap(&mut self.generations, generations);
+    }
+
+    /// A correct ATTACH of this session's connection.
+    pub fn attach(&self) -> Submission {
+        Submission { kind: kind::ATTACH, connection: self.connection, ..Submission::default() }
     }
 
     /// A correct call of `message_type` with `body` in `slot`; the body is in place, nothing is sent.
