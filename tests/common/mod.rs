@@ -179,7 +179,8 @@ pub fn client(path: &Path, policy: WaitPolicy) -> IpcClient {
 
 /// A counter of the server, as its `Stats` handler tells it.
 pub fn stat(connection: &Connection<'_>, name: &str) -> u64 {
-    let options = doorbell::CallOptions { reply_capacity: 4096, ..doorbell::CallOptions::default() };
+    let reply_capacity = connection.client().max_message_size().min(4096);
+    let options = doorbell::CallOptions { reply_capacity, ..doorbell::CallOptions::default() };
     let json = connection.call_with(MessageType::STATS, b"", &options, |answer| answer.to_vec()).unwrap();
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     json[name].as_u64().unwrap_or_else(|| panic!("no counter {name} in {json}"))
