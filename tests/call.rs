@@ -695,8 +695,12 @@ fn f58_trap15_a_late_answer_after_a_local_time_out_meets_no_other_call() {
 #[test]
 fn r1_8_f29_the_limit_on_connections_is_named_and_others_go_on() {
     for policy in ALL {
-        let server =
-            TestServer::start_with(ServerConfig { max_connections: 3, policy, ..Default::default() });
+        let server = TestServer::start_with(ServerConfig {
+            max_connections: 3,
+            policy,
+            reactors: 1,
+            ..Default::default()
+        });
         let (one, two) = (client(server.path(), policy), client(server.path(), policy));
         let (own, other) = (one.open().unwrap(), two.open().unwrap());
         for _ in 0..50 {
@@ -730,8 +734,12 @@ fn r1_8_f29_the_limit_on_connections_is_named_and_others_go_on() {
 #[test]
 fn r1_8_a_closed_bulk_connection_makes_room_for_the_next() {
     for policy in ALL {
-        let server =
-            TestServer::start_with(ServerConfig { max_connections: 1, policy, ..Default::default() });
+        let server = TestServer::start_with(ServerConfig {
+            max_connections: 1,
+            policy,
+            reactors: 1,
+            ..Default::default()
+        });
         let client = client(server.path(), policy);
         for round in 0..20 {
             let bulk = round % 2 == 0;
@@ -746,7 +754,8 @@ fn r1_8_a_closed_bulk_connection_makes_room_for_the_next() {
 #[test]
 fn r1_8_f29_the_limit_on_sessions_is_named_and_others_go_on() {
     for policy in ALL {
-        let config = ServerConfig { max_sessions: 2, max_half_open: 2, policy, ..Default::default() };
+        let config =
+            ServerConfig { max_sessions: 2, max_half_open: 2, policy, reactors: 1, ..Default::default() };
         let server = TestServer::start_with(config);
         let (one, two) = (client(server.path(), policy), client(server.path(), policy));
         for _ in 0..20 {
