@@ -119,6 +119,7 @@ impl ConnectionPool {
             match notice {
                 Notice::Opened { number, codec, bulk } => self.mirror(session, number, codec, bulk),
                 Notice::Closed { number } => self.forget(session, number),
+                Notice::Ended => self.forget_all(session),
             }
         }
     }
@@ -140,7 +141,7 @@ impl ConnectionPool {
     }
 
     /// Forgets every connection of `session` at a further reactor.
-    pub fn forget_all(&mut self, session: u32) {
+    fn forget_all(&mut self, session: u32) {
         for record in &mut self.records {
             if ((record.key & !DETACHED) >> 32) as u32 == session {
                 record.key = FREE;

@@ -239,10 +239,6 @@ impl<S> Core<S> {
             self.free.push(id.index);
             self.connections.close_all(id.index);
             self.metrics.connections_open = self.connections.open_count().into();
-        } else {
-            // What was told of this session before its end must not be taken for the next one's.
-            self.connections.follow(&mut self.inbox);
-            self.connections.forget_all(id.index);
         }
         Some(lane)
     }

@@ -19,8 +19,16 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 /// What the home reactor tells the others of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Notice {
-    Opened { number: u32, codec: u8, bulk: bool },
-    Closed { number: u32 },
+    Opened {
+        number: u32,
+        codec: u8,
+        bulk: bool,
+    },
+    Closed {
+        number: u32,
+    },
+    /// The session has ended, and its connections with it.
+    Ended,
 }
 
 /// What one reactor tells another.
@@ -97,12 +105,16 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    /// The next notice with the index of its session, whatever else has come before it. A notice may overtake
-    /// other messages: it speaks of connections that exist now, and they of sessions that begin or end.
+    /// The next notice with the index of its session, whatever else has come before it. Notices keep their order
+    /// among themselves, and the end of a session is one of them: its index may be another's in the next notice.
     pub fn next_notice(&mut self) -> Option<(u32, Notice)> {
         loop {
             match self.receive()? {
                 Message::Notice(id, notice) => return Some((id.index, notice)),
+                Message::End(id) => {
+                    self.backlog.push_back(Message::End(id));
+                    return Some((id.index, Notice::Ended));
+                }
                 other => self.backlog.push_back(other),
             }
         }
@@ -115,5 +127,44 @@ impl Inbox {
 
     fn receive(&mut self) -> Option<Message> {
         self.receiver.as_ref()?.try_recv().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::connections::ConnectionPool;
+    use std::os::fd::AsFd;
+
+    /// Goal:   P6: what is told of a session's connections is not undone by the end of the session that had its
+    ///         index before, although notices overtake other messages.
+    /// Method: an end, a beginning and an OPEN of the same index in one go; then the same once more.
+    #[test]
+    fn p6_the_end_of_a_session_does_not_close_the_connections_of_the_next_one() {
+        let ring = std::io::stderr().as_fd().try_clone_to_owned().unwrap();
+        let (address, mut inbox) = Address::new(ring, None);
+        let mut pool = ConnectionPool::on_demand(8);
+        for generation in 1..3 {
+            let (old, new) =
+                (SessionId { index: 0, generation }, SessionId { index: 0, generation: generation + 1 });
+            let number = generation << 20;
+            assert!(address.put(Message::End(old)));
+            assert!(address.put(Message::Notice(new, Notice::Opened { number, codec: 1, bulk: true })));
+            pool.follow(&mut inbox);
+            assert!(!pool.attach(0, number - (1 << 20), 1, true), "the old one's is gone");
+            assert!(!pool.attach(0, number, 0, true) && !pool.attach(0, number, 1, false));
+            assert!(pool.get(0, number).is_none(), "not before it is attached");
+            assert!(pool.attach(0, number, 1, true) && pool.get(0, number).is_some());
+            assert!(matches!(inbox.next(), Some(Message::End(id)) if id == old));
+            assert!(inbox.next().is_none());
+        }
+        assert!(
+            address.put(Message::Notice(
+                SessionId { index: 0, generation: 3 },
+                Notice::Closed { number: 2 << 20 }
+            ))
+        );
+        pool.follow(&mut inbox);
+        assert!(pool.get(0, 2 << 20).is_none() && !pool.attach(0, 2 << 20, 1, true));
     }
 }

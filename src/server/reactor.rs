@@ -488,7 +488,9 @@ impl<S> Reactor<S> {
         if self.core.lane(id).is_none() && !self.crew.is_home() {
             return Ok(());
         }
-        self.log.warn(|| tracing::warn!(session = id.index, %fault, "protocol violation"));
+        if self.crew.is_home() {
+            self.log.warn(|| tracing::warn!(session = id.index, %fault, "protocol violation"));
+        }
         self.give_up(id, Message::Fault(id, fault))
     }
 
