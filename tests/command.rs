@@ -303,6 +303,11 @@ fn r3_1_help_mentions_every_option_and_its_default() {
                 "--placement <PLACEMENT>",
                 "unpinned",
                 "--reactors <R>",
+                "[default: 0 with",
+                "--hogs",
+                "--probe <BYTES>",
+                "--think-random",
+                "--seed <N>",
                 "--idle",
                 "--connect-only",
                 "--socket <PATH>",
@@ -321,15 +326,26 @@ fn r3_1_help_mentions_every_option_and_its_default() {
     assert_eq!(output.stdout, format!("doorbell {}\n", env!("CARGO_PKG_VERSION")).as_bytes());
 }
 
-/// Goal:   options of `bench` that are not honoured yet are refused by name, never ignored.
+/// Goal:   options of `bench` that are not honoured yet, or mean nothing together, are refused by name, never
+///         ignored.
 /// Method: each of them; nothing runs, so this is quick.
 #[test]
 fn bench_refuses_what_it_does_not_honour() {
     for (arguments, name) in [
-        (&["--policy", "handoff"][..], "--policy handoff"),
-        (&["--reactors", "2"], "--reactors 2"),
-        (&["--idle"], "--idle"),
-        (&["--size", "16385"], "--size 16385"),
+        (&["--size", "16385"][..], "--size 16385"),
+        (&["--probe", "16385"], "--probe 16385"),
+        (
+            &["--policy", "handoff", "--connections", "2", "--sessions", "2"],
+            "--policy handoff with 2 sessions",
+        ),
+        (&["--policy", "block", "--connections", "2", "--sessions", "2"], "--policy block with 2 sessions"),
+        (&["--peer", "uds", "--policy", "handoff"], "--policy"),
+        (&["--peer", "uds", "--probe", "64"], "--probe"),
+        (&["--peer", "uds", "--reactors", "2"], "--reactors"),
+        (&["--peer", "floor", "--idle"], "--idle"),
+        (&["--think-random"], "--think-random"),
+        (&["--seed", "1"], "--seed"),
+        (&["--hogs", "--connect-only"], "--hogs"),
         (&["--sessions", "2"], "--sessions"),
         (&["--in-flight", "0"], "--in-flight"),
         (&["--seconds", "0"], "--seconds"),
@@ -339,22 +355,34 @@ fn bench_refuses_what_it_does_not_honour() {
     }
 }
 
+/// The keys of `bench --json`, in their order.
+const BENCH_KEYS: &str = "peer, policy, placement, connections, sessions, processes, reactors, size, in_flight, \
+    think_us, rate, seconds, requests, errors, per_second, p50_ns, p90_ns, p99_ns, p999_ns, max_ns, \
+    in_flight_mean, server_cpu_percent, client_cpu_percent, machine_cores, server_cpu_ns_per_request, \
+    server_wakeups, server_sweeps, server_syscalls, server_rss_bytes, shared_bytes, footprint_bytes, \
+    footprint_idle_bytes, connect_last_ms, hiccup_max_ns, floor_p50_ns, floor_p99_ns, floor_per_second, \
+    floor_p999_ns, floor_max_ns, idle, hogs, think_random, seed, probe_size, probe_requests, probe_p50_ns, \
+    probe_p99_ns, probe_p999_ns, probe_max_ns, probe_errors";
+
+/// Runs `bench --json` with a short window; the text it prints and its value.
+fn bench(arguments: &[&str]) -> (String, serde_json::Value) {
+    let output = run(&[&["bench", "--json", "--seconds", "0.2"], arguments].concat());
+    assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let value: serde_json::Value = serde_json::from_str(&text).expect("one JSON value and nothing else");
+    assert_eq!(value["errors"], 0, "{arguments:?}");
+    (text, value)
+}
+
 /// Goal:   `bench --json` prints one JSON object with the keys of the interface, in their order, and counts
 ///         no errors.
-/// Method: a short run of each policy that is honoured; keys are read from the text, numbers from the value.
+/// Method: a short run of each policy; keys are read from the text, numbers from the value.
 #[test]
 fn bench_json_prints_one_object_with_the_keys_of_the_interface() {
-    const KEYS: &str = "peer, policy, placement, connections, sessions, processes, reactors, size, in_flight, \
-        think_us, rate, seconds, requests, errors, per_second, p50_ns, p90_ns, p99_ns, p999_ns, max_ns, \
-        in_flight_mean, server_cpu_percent, client_cpu_percent, machine_cores, server_cpu_ns_per_request, \
-        server_wakeups, server_sweeps, server_syscalls, server_rss_bytes, shared_bytes, footprint_bytes, \
-        footprint_idle_bytes, connect_last_ms, hiccup_max_ns, floor_p50_ns, floor_p99_ns, floor_per_second";
-    let expected: Vec<&str> = KEYS.split(", ").map(str::trim).collect();
-    for policy in ["spin", "block"] {
-        let output = run(&["bench", "--json", "--seconds", "0.2", "--size", "64", "--policy", policy]);
-        assert!(output.status.success(), "{}", stderr(&output));
-        let text = String::from_utf8(output.stdout).unwrap();
-        let value: serde_json::Value = serde_json::from_str(&text).expect("one JSON value and nothing else");
+    const FLAGS: [&str; 3] = ["idle", "hogs", "think_random"];
+    let expected: Vec<&str> = BENCH_KEYS.split(", ").map(str::trim).collect();
+    for policy in ["handoff", "spin", "block"] {
+        let (text, value) = bench(&["--size", "64", "--policy", policy]);
         let object = value.as_object().unwrap();
         // No value of this object holds a quote or a colon, so keys are what stands before `":`.
         let keys: Vec<&str> =
@@ -362,15 +390,162 @@ fn bench_json_prints_one_object_with_the_keys_of_the_interface() {
         assert_eq!(keys, expected);
         for (i, key) in expected.iter().enumerate() {
             let value = &object[*key];
-            assert!(
-                if i < 3 { value.is_string() } else { value.is_number() || value.is_null() },
-                "{key}: {value}"
-            );
+            let right = match i {
+                0..3 => value.is_string(),
+                _ if FLAGS.contains(key) => *value == false,
+                _ => value.is_number() || value.is_null(),
+            };
+            assert!(right, "{key}: {value}");
         }
-        assert_eq!((&value["errors"], &value["policy"]), (&0.into(), &policy.into()));
+        assert_eq!(value["policy"], policy);
         assert!(value["requests"].as_u64().unwrap() > 0 && value["p50_ns"].as_u64().unwrap() > 0);
-        assert!(value["rate"].is_null());
+        assert!(["rate", "seed", "probe_size", "probe_requests"].iter().all(|key| value[*key].is_null()));
+        let reactors = value["reactors"].as_u64().unwrap();
+        assert!(if policy == "handoff" { reactors >= 1 } else { reactors == 1 }, "{policy}: {reactors}");
     }
+}
+
+/// Goal:   think time and rate are kept with every policy, by both peers that can be paced.
+/// Method: a pause of 5 ms and 5000 requests a second where tens of thousands would be possible; random pauses
+///         report their seed.
+#[test]
+fn bench_keeps_its_pace_with_every_policy() {
+    for (peer, policy) in [
+        ("doorbell", "handoff"),
+        ("doorbell", "spin"),
+        ("doorbell", "block"),
+        ("uds", "spin"),
+        ("uds", "block"),
+    ] {
+        for (pace, expected) in
+            [(&["--think-us", "5000"][..], 40), (&["--rate", "5000", "--in-flight", "16"], 1000)]
+        {
+            let (_, value) = bench(&[&["--peer", peer, "--policy", policy], pace].concat());
+            let requests = value["requests"].as_u64().unwrap();
+            // Neighbours may slow it down, and a backlog may be made up for.
+            assert!(
+                (expected / 20..=2 * expected).contains(&requests),
+                "{peer} {policy} {pace:?}: {requests}"
+            );
+            assert_eq!((&value["think_random"], &value["seed"]), (&false.into(), &serde_json::Value::Null));
+        }
+    }
+    let (_, given) = bench(&["--think-us", "5000", "--think-random", "--seed", "3"]);
+    assert_eq!((&given["think_random"], &given["seed"]), (&true.into(), &3.into()));
+    assert!((2..=100).contains(&given["requests"].as_u64().unwrap()), "{given}");
+    let (_, drawn) = bench(&["--think-us", "5000", "--think-random"]);
+    assert!(drawn["seed"].is_u64(), "a seed that was not given is reported, so that it can be given");
+}
+
+/// Goal:   idling is connecting everything and sending nothing: no requests, the server's figures, and nobody
+///         lost.
+/// Method: sessions of one process and of two, with each policy, and the other peer that can idle.
+#[test]
+fn bench_idle_sends_nothing_and_reports_what_idling_costs() {
+    let many = ["--connections", "20", "--sessions", "10", "--processes", "2"];
+    for (peer, policy) in
+        [("doorbell", "handoff"), ("doorbell", "spin"), ("doorbell", "block"), ("uds", "block")]
+    {
+        let (_, value) = bench(&[&["--idle", "--peer", peer, "--policy", policy], &many[..]].concat());
+        assert_eq!((&value["idle"], &value["requests"]), (&true.into(), &0.into()));
+        for key in ["per_second", "p50_ns", "max_ns", "in_flight_mean", "client_cpu_percent", "floor_p50_ns"]
+        {
+            assert!(value[key].is_null(), "{key}");
+        }
+        assert!(value["server_wakeups"].is_u64() && value["server_cpu_percent"].is_f64(), "{value}");
+        assert_eq!(value["server_sweeps"].is_u64(), peer == "doorbell");
+    }
+}
+
+/// Goal:   the probe runs beside the load, is checked, and has figures of its own.
+/// Method: probes smaller and larger than the load's calls, with each policy, and over several sessions.
+#[test]
+fn bench_probe_measures_one_interactive_call_beside_a_bulk_load() {
+    for (policy, size, probe, load) in [
+        ("spin", "4096", "1024", &["--connections", "50"][..]),
+        ("spin", "64", "16384", &["--connections", "4", "--sessions", "2", "--in-flight", "3"]),
+        ("block", "1000", "7", &["--connections", "3", "--processes", "1"]),
+        ("handoff", "64", "64", &["--connections", "4", "--sessions", "2", "--processes", "2"]),
+        ("spin", "64", "64", &["--rate", "1000"]),
+    ] {
+        let options = [&["--policy", policy, "--size", size, "--probe", probe], load].concat();
+        let (_, value) = bench(&options);
+        assert!(value["requests"].as_u64().unwrap() > 0, "{options:?}");
+        assert!(value["probe_requests"].as_u64().unwrap() > 0, "{options:?}");
+        assert_eq!((&value["probe_errors"], value["probe_size"].to_string()), (&0.into(), probe.to_owned()));
+        let quantiles = ["probe_p50_ns", "probe_p99_ns", "probe_p999_ns", "probe_max_ns"];
+        assert!(quantiles.map(|key| value[key].as_u64().expect(key)).is_sorted(), "{options:?}");
+    }
+}
+
+/// Goal:   with --hogs every allowed core is kept busy while the load runs, and afterwards none is.
+/// Method: the children of a running bench; each hog on a core of its own; none when it has ended.
+#[test]
+fn bench_hogs_keep_every_core_busy_and_end_with_the_run() {
+    let directory = TestDir::new();
+    let marker = directory.0.to_str().unwrap();
+    let mut command = doorbell();
+    command.args(["bench", "--json", "--hogs", "--seconds", "600", "--policy", "block"]);
+    command.env("TMPDIR", marker).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut bench = Process(command.spawn().unwrap());
+    let allowed = cores_allowed("self").len();
+    eventually("a hog burns on every core", || {
+        let hogs = children(bench.0.id(), "hog");
+        let cores: Vec<Vec<usize>> = hogs.iter().map(|pid| cores_allowed(pid)).collect();
+        let distinct: std::collections::BTreeSet<_> = cores.iter().flatten().collect();
+        hogs.len() == allowed && cores.iter().all(|c| c.len() == 1) && distinct.len() == allowed
+    });
+    bench.kill();
+    eventually("none burns on", || started_with(marker) == 0);
+}
+
+/// Goal:   nothing that `bench` does keeps the server from the cores of its reactors.
+/// Method: every thread of a running server: together they may use every core, whatever the client's pinning.
+#[test]
+fn bench_handoff_leaves_every_core_to_the_reactors() {
+    let mut bench = Process(
+        doorbell()
+            .args(["bench", "--policy", "handoff", "--placement", "unpinned", "--seconds", "600"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    let allowed = cores_allowed("self");
+    eventually("the client runs wherever it likes, the server on every core it asked for", || {
+        let clients = children(bench.0.id(), "client");
+        let servers = children(bench.0.id(), "doorbell-server");
+        let reactors = servers.iter().flat_map(|pid| {
+            let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.split('\0').filter(|word| word.starts_with('{')).map(str::to_owned).collect::<Vec<_>>()
+        });
+        let asked = format!("\"reactors\":{},\"cores\":{allowed:?},\"pinned\":true", allowed.len());
+        let asked = asked.replace(' ', "");
+        clients.iter().any(|pid| cores_allowed(pid) == allowed)
+            && reactors.into_iter().any(|job| job.contains(&asked))
+    });
+    bench.kill();
+}
+
+/// Children of a process that are of a role of the benchmark.
+fn children(of: u32, role: &str) -> Vec<String> {
+    let children = std::fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
+    let is = |pid: &&str| {
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split('\0').any(|word| word == role)
+    };
+    children.split_whitespace().filter(is).map(str::to_owned).collect()
+}
+
+/// The cores that a process's first thread may use.
+fn cores_allowed(pid: &str) -> Vec<usize> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap_or_default();
+    let range = |part: &str| {
+        let (from, to) = part.split_once('-').unwrap_or((part, part));
+        from.parse::<usize>().unwrap()..=to.parse::<usize>().unwrap()
+    };
+    list.trim().split(',').filter(|part| !part.is_empty()).flat_map(range).collect()
 }
 
 /// Goal:   a bench run leaves no process, no socket and no file behind (trap 13), even when it is killed.

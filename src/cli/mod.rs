@@ -47,7 +47,7 @@ fn run_bench(options: &bench::options::BenchOptions) -> ExitCode {
     match bench::run(options) {
         Ok(report) => {
             bench::print(options, &report);
-            if report.errors > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+            if report.all_errors() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
         }
         Err(error) => fail(&error),
     }

@@ -4,7 +4,7 @@
 //! its [`Process`] is dropped. A descriptor that a child needs is its standard input; a job is an argument.
 
 use super::error::BenchError;
-use super::{doorbell, floor, uds, worker};
+use super::{doorbell, floor, hog, uds, worker};
 use clap::{Args, ValueEnum};
 use rustix::process::{Pid, Signal};
 use serde::de::DeserializeOwned;
@@ -29,6 +29,8 @@ pub enum Role {
     DoorbellServer,
     /// Drives any peer's sessions; standard input and output are a line protocol with the parent.
     Client,
+    /// Burns its core until its standard input ends.
+    Hog,
 }
 
 impl Role {
@@ -38,6 +40,7 @@ impl Role {
             Role::UdsServer => "uds-server",
             Role::DoorbellServer => "doorbell-server",
             Role::Client => "client",
+            Role::Hog => "hog",
         }
     }
 }
@@ -67,6 +70,7 @@ pub fn run(options: &ChildOptions) -> Result<(), BenchError> {
         Role::UdsServer => uds::uds_server(stdin_fd()?, &options.job()?),
         Role::DoorbellServer => doorbell::serve(&options.job()?),
         Role::Client => worker::run(&options.job()?),
+        Role::Hog => hog::run(options.job()?),
     }
 }
 
@@ -122,6 +126,18 @@ impl Process {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Makes sure that it still runs.
+    ///
+    /// # Errors
+    ///
+    /// [`BenchError::Child`] if it has ended.
+    pub fn check_alive(&mut self) -> Result<(), BenchError> {
+        match self.child.try_wait() {
+            Ok(None) => Ok(()),
+            _ => Err(self.ended()),
+        }
     }
 
     /// Sends one line of JSON to its standard input.

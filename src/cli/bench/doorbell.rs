@@ -12,6 +12,7 @@ use doorbell::{
     CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient, IpcError,
     IpcServer, MessageType, Reply, ServerConfig, Status, WaitPolicy,
 };
+use doorbell_shm::entry::codec;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -51,16 +52,18 @@ fn xor_part(request: &[u8], out: &mut [u8], reply: &mut Reply<'_>) -> Result<(),
 pub struct DoorbellJob {
     path: PathBuf,
     policy: Policy,
-    cpu: Option<usize>,
+    reactors: u32,
+    cores: Vec<usize>,
+    pinned: bool,
     connections: u32,
     sessions: u32,
 }
 
-fn wait_policy(policy: Policy) -> Result<WaitPolicy, BenchError> {
+fn wait_policy(policy: Policy) -> WaitPolicy {
     match policy {
-        Policy::Spin => Ok(WaitPolicy::Spin),
-        Policy::Block => Ok(WaitPolicy::Block),
-        Policy::Handoff => Err(BenchError::NotHonoured { option: "policy", value: "handoff".to_owned() }),
+        Policy::Handoff => WaitPolicy::Handoff,
+        Policy::Spin => WaitPolicy::Spin,
+        Policy::Block => WaitPolicy::Block,
     }
 }
 
@@ -76,21 +79,24 @@ fn peer(doing: &'static str) -> impl FnOnce(IpcError) -> BenchError {
 pub fn start_server(options: &BenchOptions, cpus: &Cpus) -> Result<Server, BenchError> {
     if let Some(path) = &options.socket {
         let endpoint = path.to_string_lossy().into_owned();
-        return Ok(Server::with_counters(None, None, endpoint, counters_of(path.clone())));
+        return Ok(Server::with_counters(None, None, endpoint, counters(options, path.clone())));
     }
     let directory = ScratchDirectory::new()?;
     let job = DoorbellJob {
         path: directory.0.join("doorbell.sock"),
         policy: options.policy,
-        cpu: cpus.server,
+        reactors: cpus.reactors.count as u32,
+        cores: cpus.reactors.cores.clone(),
+        pinned: cpus.reactors.pinned,
         connections: options.connections as u32 + SPARE,
         sessions: options.sessions as u32 + SPARE,
     };
+    // It inherits every core that this process may use, and pins nothing but its reactors.
     let mut process = child::spawn(Role::DoorbellServer, &job, Stdio::piped(), Stdio::piped())?;
     let () = process.receive()?;
     let endpoint = job.path.to_string_lossy().into_owned();
     let pid = process.pid();
-    let mut counters = counters_of(job.path);
+    let mut counters = counters(options, job.path);
     let counters = move || {
         // Owned here, so that the directory goes with the server.
         let _keep = &directory;
@@ -119,27 +125,69 @@ impl Drop for ScratchDirectory {
     }
 }
 
+fn counters(options: &BenchOptions, path: PathBuf) -> Box<dyn FnMut() -> Counters> {
+    if options.idle { Box::new(counters_while_idle(path)) } else { Box::new(counters_under_load(path)) }
+}
+
 /// Asks a server for its counters, over a session that exists for as long as that takes: a lane more would
 /// be polled with the others.
-fn counters_of(path: PathBuf) -> impl FnMut() -> Counters {
-    move || match stats(&path) {
-        Ok(stats) => Counters {
-            wakeups: stats["wakeups"].as_u64(),
-            sweeps: stats["sweeps"].as_u64(),
-            syscalls: stats["enters"].as_u64(),
-        },
-        Err(error) => {
-            eprintln!("bench: the server's counters could not be read: {error}");
-            Counters::default()
-        }
+fn counters_under_load(path: PathBuf) -> impl FnMut() -> Counters {
+    move || reported(stats_once(&path), 0, 0)
+}
+
+/// Asks a server for its counters over a session that stays, so that between two questions nothing happens
+/// but the second one: its wakeup is not counted. Connecting and hanging up would be a dozen.
+fn counters_while_idle(path: PathBuf) -> impl FnMut() -> Counters {
+    let mut session: Option<(IpcClient, ConnectionId)> = None;
+    let mut asked = 0;
+    move || {
+        asked += 1;
+        let connected = match session.take() {
+            Some(connected) => Ok(connected),
+            None => connect_for_counters(&path),
+        };
+        let stats = connected.and_then(|(client, id)| {
+            let stats = stats(&client, id);
+            session = Some((client, id));
+            stats
+        });
+        reported(stats, asked, 1)
     }
 }
 
-fn stats(path: &Path) -> Result<serde_json::Value, BenchError> {
+/// Counters without what asking for them has added.
+fn reported(stats: Result<serde_json::Value, BenchError>, wakeups: u64, connections: u64) -> Counters {
+    let stats = match stats {
+        Ok(stats) => stats,
+        Err(error) => {
+            eprintln!("bench: the server's counters could not be read: {error}");
+            return Counters::default();
+        }
+    };
+    let count = |name: &str, own: u64| stats[name].as_u64().map(|n| n.saturating_sub(own));
+    Counters {
+        wakeups: count("wakeups", wakeups),
+        sweeps: count("sweeps", 0),
+        syscalls: count("enters", 0),
+        connections: count("connections_open", connections),
+    }
+}
+
+fn stats_once(path: &Path) -> Result<serde_json::Value, BenchError> {
+    let (client, id) = connect_for_counters(path)?;
+    stats(&client, id)
+}
+
+fn connect_for_counters(path: &Path) -> Result<(IpcClient, ConnectionId), BenchError> {
     let client = IpcClient::connect(path).map_err(peer("connecting for the counters"))?;
+    let id = client.open().map_err(peer("opening a connection for the counters"))?.detach();
+    Ok((client, id))
+}
+
+fn stats(client: &IpcClient, id: ConnectionId) -> Result<serde_json::Value, BenchError> {
     let options = CallOptions { reply_capacity: 4096, ..CallOptions::default() };
-    let connection = client.open().map_err(peer("opening a connection for the counters"))?;
-    let json = connection
+    let json = client
+        .attached(id)
         .call_with(MessageType::STATS, b"", &options, |reply| reply.to_vec())
         .map_err(peer("asking for the counters"))?;
     serde_json::from_slice(&json).map_err(|e| BenchError::peer("reading the counters", e))
@@ -152,10 +200,10 @@ fn stats(path: &Path) -> Result<serde_json::Value, BenchError> {
 /// Whatever keeps it from serving.
 pub fn serve(job: &DoorbellJob) -> Result<(), BenchError> {
     let config = ServerConfig {
-        policy: wait_policy(job.policy)?,
-        reactors: 1,
-        cores: job.cpu.into_iter().collect(),
-        pinned: job.cpu.is_some(),
+        policy: wait_policy(job.policy),
+        reactors: job.reactors,
+        cores: job.cores.clone(),
+        pinned: job.pinned,
         max_connections: job.connections,
         max_sessions: job.sessions,
         max_half_open: job.sessions.min(128),
@@ -174,6 +222,10 @@ pub struct Connector {
     config: ClientConfig,
     clients: Vec<IpcClient>,
     connections: Vec<(u32, ConnectionId)>,
+    bulk: bool,
+    /// Whether the first session has a connection for the probe, and which it is.
+    probed: bool,
+    probe: Option<ConnectionId>,
     shares_core: bool,
 }
 
@@ -182,21 +234,26 @@ impl Connector {
     ///
     /// # Errors
     ///
-    /// [`BenchError::NotHonoured`] for policies that do nothing yet.
+    /// [`BenchError::Peer`] if descriptors are short.
     pub fn new(job: &ClientJob) -> Result<Self, BenchError> {
-        let policy = wait_policy(job.policy)?;
-        if policy == WaitPolicy::Block && job.sessions.len() > 1 {
-            let value = format!("block with {} sessions in one process", job.sessions.len());
-            return Err(BenchError::NotHonoured { option: "policy", value });
-        }
+        let policy = wait_policy(job.policy);
         let most = job.sessions.iter().max().copied().unwrap_or(1) * job.shape.in_flight;
-        let load = ClientConfig::for_load(most.min(1008) as u32, job.shape.size);
+        let (probes, longest) = job.shape.probe.map_or((0, 0), |size| (1, size));
+        let load = ClientConfig::for_load((most + probes).min(1008) as u32, job.shape.size.max(longest));
         let config = ClientConfig { policy, name: "bench".to_owned(), ..load };
         // A session of the client's is a socket and a segment.
         doorbell::config::raise_file_limit(2 * job.sessions.len() as u64).map_err(peer("raising limits"))?;
         let path = PathBuf::from(&job.endpoint);
-        let shares_core = job.shares_core;
-        Ok(Self { path, config, clients: Vec::new(), connections: Vec::new(), shares_core })
+        Ok(Self {
+            path,
+            config,
+            clients: Vec::new(),
+            connections: Vec::new(),
+            bulk: job.bulk,
+            probed: job.shape.probe.is_some(),
+            probe: None,
+            shares_core: job.shares_core,
+        })
     }
 }
 
@@ -205,9 +262,15 @@ impl worker::Connector for Connector {
 
     fn connect(&mut self, index: usize, connections: usize) -> Result<(), BenchError> {
         let client = IpcClient::connect_with(&self.path, &self.config).map_err(peer("connecting"))?;
+        let open = |bulk| {
+            let connection = client.open_with(codec::RAW, bulk).map_err(peer("opening a connection"))?;
+            Ok::<_, BenchError>(connection.detach())
+        };
+        if self.probed && index == 0 {
+            self.probe = Some(open(false)?);
+        }
         for _ in 0..connections {
-            let connection = client.open().map_err(peer("opening a connection"))?;
-            self.connections.push((index as u32, connection.detach()));
+            self.connections.push((index as u32, open(self.bulk)?));
         }
         self.clients.push(client);
         Ok(())
@@ -215,7 +278,9 @@ impl worker::Connector for Connector {
 
     fn finish(self) -> Result<DoorbellTarget, BenchError> {
         let dirty = Vec::with_capacity(self.clients.len());
-        let Self { clients, connections, config, shares_core, .. } = self;
+        let Self { clients, mut connections, probe, config, shares_core, .. } = self;
+        // The probe's connection is the one behind those of the load.
+        connections.extend(probe.map(|id| (0, id)));
         let policy = config.policy;
         Ok(DoorbellTarget { clients, connections, dirty, cursor: 0, policy, shares_core })
     }
@@ -292,6 +357,13 @@ impl Target for DoorbellTarget {
             }
             return Ok(());
         }
+        self.sleep(at_most_ns)
+    }
+}
+
+impl DoorbellTarget {
+    /// Waits as the client does. `BenchOptions::check_waiting` lets only one session come here.
+    fn sleep(&mut self, at_most_ns: u64) -> Result<(), IpcError> {
         self.clients[0].wait(Some(Duration::from_nanos(at_most_ns)))?;
         Ok(())
     }

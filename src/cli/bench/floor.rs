@@ -252,6 +252,9 @@ impl Floor {
             rate: None,
             sleeps: false,
             first_request: 0,
+            think_random: false,
+            seed: 0,
+            probe: None,
         };
         load::run(&mut self.client, &shape, schedule)
     }
@@ -285,6 +288,9 @@ mod tests {
                 rate: None,
                 sleeps: false,
                 first_request: 0,
+                think_random: false,
+                seed: 0,
+                probe: None,
             };
             let schedule = Schedule { start_ns: now_ns(), warm_up_ns: 0, window_ns: 30_000_000 };
             let result = load::run(&mut client, &shape, &schedule).unwrap();

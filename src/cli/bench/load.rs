@@ -16,6 +16,7 @@
 use super::clock::{SECOND, now_ns, sleep_until, thread_cpu_ns};
 use super::error::BenchError;
 use super::histogram::{Latencies, SparseLatencies};
+use super::probe::{ProbeCall, ProbeResult};
 use super::work;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -72,6 +73,12 @@ pub struct Shape {
     pub sleeps: bool,
     /// Where this process starts counting its requests, so that no two send the same payload.
     pub first_request: u64,
+    /// Whether each pause is drawn anew, between 0 and twice `think_ns`.
+    pub think_random: bool,
+    /// Where drawing starts; different processes go on differently from it.
+    pub seed: u32,
+    /// Bytes of one more call, always in flight on the connection behind those of the load.
+    pub probe: Option<usize>,
 }
 
 /// When the load runs; all client processes get the same.
@@ -117,6 +124,8 @@ pub struct LoadResult {
     pub cpu_ns: u64,
     /// Latencies of the timed calls.
     pub latencies: SparseLatencies,
+    /// What the probe found, which is in none of the above.
+    pub probe: Option<ProbeResult>,
 }
 
 /// Drives `target` through one schedule.
@@ -125,7 +134,18 @@ pub struct LoadResult {
 ///
 /// [`BenchError::Peer`] if the target fails, [`BenchError::Silent`] if answers stop coming.
 pub fn run<T: Target>(target: &mut T, shape: &Shape, schedule: &Schedule) -> Result<LoadResult, BenchError> {
-    let mut generator = Generator::new(target, shape, schedule);
+    // Two generators, so that a load without a probe does not ask at every call whether there is one.
+    if shape.probe.is_some() {
+        drive(Generator::<T, true>::new(target, shape, schedule), schedule)
+    } else {
+        drive(Generator::<T, false>::new(target, shape, schedule), schedule)
+    }
+}
+
+fn drive<T: Target, const PROBED: bool>(
+    mut generator: Generator<'_, T, PROBED>,
+    schedule: &Schedule,
+) -> Result<LoadResult, BenchError> {
     sleep_until(schedule.start_ns);
     generator.run()?;
     Ok(generator.into_result())
@@ -143,7 +163,7 @@ const LOOK_EVERY: u32 = 1024;
 const FLUSH_EVERY: u64 = 32;
 /// Refused requests tried again after an answer, at most.
 const RETRIES: usize = 4;
-/// A sleeping generator wakes so much before a request is due and polls for the rest.
+/// A generator with nothing outstanding wakes so much before a request is due and polls for the rest.
 const WAKE_EARLY_NS: u64 = 100_000;
 /// The longest sleep.
 const SLEEP_MAX_NS: u64 = 100_000_000;
@@ -183,6 +203,7 @@ enum Pace {
     Closed,
     Think {
         ns: u64,
+        random: bool,
     },
     /// Request `next` is due at `start + next * interval`.
     Open {
@@ -192,7 +213,7 @@ enum Pace {
     },
 }
 
-struct Generator<'a, T> {
+struct Generator<'a, T, const PROBED: bool> {
     target: &'a mut T,
     size: usize,
     sleeps: bool,
@@ -223,6 +244,8 @@ struct Generator<'a, T> {
     window: Window,
     silence: Silence,
     latencies: Latencies,
+    /// There if `PROBED`.
+    probe: Option<Box<ProbeCall>>,
 }
 
 /// The measured window, and what is taken at its edges.
@@ -252,7 +275,7 @@ struct Silence {
     since_ns: u64,
 }
 
-impl<'a, T: Target> Generator<'a, T> {
+impl<'a, T: Target, const PROBED: bool> Generator<'a, T, PROBED> {
     fn new(target: &'a mut T, shape: &Shape, schedule: &Schedule) -> Self {
         let total = shape.connections * shape.in_flight;
         let pace = match (shape.rate, shape.think_ns) {
@@ -260,7 +283,7 @@ impl<'a, T: Target> Generator<'a, T> {
                 Pace::Open { interval_ns: SECOND as f64 / rate, start_ns: schedule.start_ns, next: 0 }
             }
             (None, 0) => Pace::Closed,
-            (None, ns) => Pace::Think { ns },
+            (None, ns) => Pace::Think { ns, random: shape.think_random },
         };
         // Tags go round the connections, so that the first requests are one on each.
         let thinking = (0..total as u32).map(|tag| Thinking { tag, ready_ns: 0 }).collect();
@@ -271,7 +294,7 @@ impl<'a, T: Target> Generator<'a, T> {
             pace,
             time_all: total == 1 || !matches!(pace, Pace::Closed),
             flush_every: FLUSH_EVERY.min(total.div_ceil(2) as u64),
-            buffer: work::Buffer::as_allocated(shape.size),
+            buffer: work::Buffer::as_allocated(shape.size.max(shape.probe.unwrap_or_default())),
             calls: vec![Call { nonce: 0, started: IDLE }; total],
             connections: (0..total).map(|tag| (tag % shape.connections) as u32).collect(),
             thinking,
@@ -282,17 +305,20 @@ impl<'a, T: Target> Generator<'a, T> {
             wrong: 0,
             stray: 0,
             next_sample: shape.first_request,
-            random: work::nonce(shape.first_request + 1),
+            random: seeded(shape),
             idle_polls: 0,
             window: Window::new(schedule, shape.rate.is_some()),
             silence: Silence::default(),
             latencies: Latencies::new(),
+            probe: shape.probe.map(|size| {
+                Box::new(ProbeCall::new(size, total as u32, shape.connections, shape.first_request))
+            }),
         }
     }
 
     fn run(&mut self) -> Result<(), BenchError> {
         self.look(now_ns())?;
-        while self.window.phase != Phase::Drain || self.outstanding() > 0 {
+        while self.window.phase != Phase::Drain || self.owed() > 0 {
             let received = self.target.try_receive(&mut self.buffer);
             match received.map_err(|e| BenchError::peer("receiving", e))? {
                 Some(received) => self.take(received)?,
@@ -305,6 +331,13 @@ impl<'a, T: Target> Generator<'a, T> {
     #[inline(always)]
     fn outstanding(&self) -> u64 {
         self.sent - self.answered
+    }
+
+    /// Answers that are to come, the probe's included.
+    #[inline(always)]
+    fn owed(&self) -> u64 {
+        let probe = if PROBED { self.probe.as_ref().map_or(0, |probe| probe.outstanding()) } else { 0 };
+        self.outstanding() + probe
     }
 
     #[inline(always)]
@@ -320,6 +353,9 @@ impl<'a, T: Target> Generator<'a, T> {
 
     #[inline(always)]
     fn take(&mut self, received: Received) -> Result<(), BenchError> {
+        if PROBED && received.tag as usize == self.calls.len() {
+            return self.take_probe(received);
+        }
         let Some(call) = self.calls.get_mut(received.tag as usize).filter(|call| call.started != IDLE) else {
             self.stray += 1;
             return Ok(());
@@ -332,7 +368,36 @@ impl<'a, T: Target> Generator<'a, T> {
         if !right {
             self.wrong += 1;
         }
+        if PROBED {
+            // It goes first where it waits for room.
+            self.send_probe()?;
+        }
         self.next(received.tag, now)
+    }
+
+    /// An answer to the probe, which goes on at once.
+    fn take_probe(&mut self, received: Received) -> Result<(), BenchError> {
+        let now = now_ns();
+        self.see(now);
+        let probe = self.probe.as_mut().expect("its tag is known to nobody else");
+        let counts = |started| self.window.counts(started) && started >= self.window.begin_ns;
+        probe.take(received, now, &self.buffer, counts);
+        self.send_probe()
+    }
+
+    /// Sends the probe's call, unless it is in flight or nothing more is to be sent.
+    fn send_probe(&mut self) -> Result<(), BenchError> {
+        let probe = self.probe.as_mut().expect("there is one where this is called");
+        if probe.outstanding() > 0 || self.window.phase == Phase::Drain {
+            return Ok(());
+        }
+        let payload = probe.request(now_ns, &mut self.buffer);
+        let sent = self.target.try_send(probe.connection, payload, probe.tag);
+        if sent.map_err(|e| BenchError::peer("sending", e))? {
+            probe.sent();
+            return self.flush();
+        }
+        Ok(())
     }
 
     /// Stops the clock of a timed call; returns the time.
@@ -369,8 +434,20 @@ impl<'a, T: Target> Generator<'a, T> {
     }
 
     fn rest(&mut self, tag: u32, now: u64) {
-        let pause = if let Pace::Think { ns } = self.pace { ns } else { 0 };
-        self.thinking.push_back(Thinking { tag, ready_ns: now + pause });
+        let pause = match self.pace {
+            Pace::Think { ns, random: true } => self.draw() % (2 * ns + 1),
+            Pace::Think { ns, random: false } => ns,
+            Pace::Closed | Pace::Open { .. } => 0,
+        };
+        let ready_ns = now + pause;
+        // In order of time, which is the order of coming only if all pauses are alike.
+        let at = match self.thinking.back() {
+            Some(last) if last.ready_ns > ready_ns => {
+                self.thinking.partition_point(|t| t.ready_ns <= ready_ns)
+            }
+            _ => self.thinking.len(),
+        };
+        self.thinking.insert(at, Thinking { tag, ready_ns });
     }
 
     /// The start time of a call that is about to be sent, or that it is not timed.
@@ -389,10 +466,15 @@ impl<'a, T: Target> Generator<'a, T> {
 
     /// 1 to 127, 64 on average: xorshift is random enough not to follow the round of connections.
     fn sample_distance(&mut self) -> u64 {
+        1 + self.draw() % (2 * SAMPLE - 1)
+    }
+
+    #[inline(always)]
+    fn draw(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
-        1 + self.random % (2 * SAMPLE - 1)
+        self.random
     }
 
     /// Sends one call, after those that have been waiting for room.
@@ -424,9 +506,11 @@ impl<'a, T: Target> Generator<'a, T> {
     #[inline(always)]
     fn submit(&mut self, Refused { tag, started }: Refused) -> Result<bool, BenchError> {
         let nonce = work::nonce(self.sent + 1);
-        work::fill(nonce, &mut self.buffer);
+        // Without a probe the buffer is as long as a request.
+        let end = if PROBED { self.size } else { self.buffer.len() };
+        work::fill(nonce, &mut self.buffer[..end]);
         let connection = self.connections[tag as usize] as usize;
-        let sent = self.target.try_send(connection, &self.buffer, tag);
+        let sent = self.target.try_send(connection, &self.buffer[..end], tag);
         if !sent.map_err(|e| BenchError::peer("sending", e))? {
             return Ok(false);
         }
@@ -466,10 +550,10 @@ impl<'a, T: Target> Generator<'a, T> {
     fn wait_for_pace(&mut self, now: u64) -> Result<(), BenchError> {
         let left = self.next_event_ns().saturating_sub(now);
         let open = matches!(self.pace, Pace::Open { .. });
-        if self.outstanding() == 0 && self.window.phase == Phase::Drain {
+        if self.owed() == 0 && self.window.phase == Phase::Drain {
             return Ok(());
         }
-        if self.outstanding() == 0 && self.refused.is_empty() {
+        if self.owed() == 0 && self.refused.is_empty() {
             // Nobody to wait for. A pause may be overslept, a due time may not.
             let early = if open { WAKE_EARLY_NS } else { 0 };
             if left > early && (self.sleeps || !open) {
@@ -477,10 +561,9 @@ impl<'a, T: Target> Generator<'a, T> {
             }
             return Ok(());
         }
-        if !self.sleeps || !open || left > WAKE_EARLY_NS {
-            return self.wait(left.min(SLEEP_MAX_NS));
-        }
-        Ok(())
+        // Also when the next request is due in a moment: who polls for it would keep the core that a policy
+        // may want to hand over, and would not pay for being woken.
+        self.wait(left.min(SLEEP_MAX_NS))
     }
 
     /// When something is to be done even if no answer comes.
@@ -510,9 +593,13 @@ impl<'a, T: Target> Generator<'a, T> {
     #[cold]
     fn look(&mut self, now: u64) -> Result<(), BenchError> {
         self.see(now);
-        self.silence.check(now, self.answered, self.outstanding())?;
+        let of_probe = self.probe.as_ref().map_or(0, |probe| probe.answered());
+        self.silence.check(now, self.answered + of_probe, self.owed())?;
         if self.window.phase == Phase::Drain {
             return Ok(());
+        }
+        if PROBED {
+            self.send_probe()?;
         }
         self.retry(usize::MAX)?;
         self.send_due(now)?;
@@ -545,8 +632,15 @@ impl<'a, T: Target> Generator<'a, T> {
             in_flight_mean: self.window.level.sum as f64 / window_ns as f64,
             cpu_ns: self.window.cpu_ns,
             latencies: self.latencies.to_sparse(),
+            probe: self.probe.map(|probe| probe.into_result()),
         }
     }
+}
+
+/// Where drawing starts: elsewhere in every process, since no two count from the same request. Never 0, where
+/// xorshift would stay.
+fn seeded(shape: &Shape) -> u64 {
+    (work::nonce(shape.first_request + 1) ^ u64::from(shape.seed) << 20).max(1)
 }
 
 impl Window {
@@ -621,12 +715,13 @@ mod tests {
         served: u64,
         most: usize,
         flushed: bool,
+        waits: u64,
     }
 
     impl Model {
         fn new(room: usize, delay_ns: u64) -> Self {
             let queue = VecDeque::new();
-            Self { queue, room, delay_ns, break_every: u64::MAX, served: 0, most: 0, flushed: true }
+            Self { queue, room, delay_ns, break_every: u64::MAX, served: 0, most: 0, flushed: true, waits: 0 }
         }
     }
 
@@ -659,18 +754,30 @@ mod tests {
             if self.served.is_multiple_of(self.break_every) {
                 reply[0] ^= 1;
             }
-            answer.copy_from_slice(&reply);
+            answer[..reply.len()].copy_from_slice(&reply);
             Ok(Some(Received { tag, len: reply.len(), ok: true }))
         }
 
         fn wait(&mut self, _: u64) -> Result<(), Infallible> {
             assert!(self.flushed, "waiting for what was never flushed");
+            self.waits += u64::from(!self.queue.is_empty());
             Ok(())
         }
     }
 
     fn shape(connections: usize, in_flight: usize) -> Shape {
-        Shape { connections, in_flight, size: 24, think_ns: 0, rate: None, sleeps: false, first_request: 0 }
+        Shape {
+            connections,
+            in_flight,
+            size: 24,
+            think_ns: 0,
+            rate: None,
+            sleeps: false,
+            first_request: 0,
+            think_random: false,
+            seed: 0,
+            probe: None,
+        }
     }
 
     fn drive(model: &mut Model, shape: &Shape) -> (LoadResult, Latencies) {
@@ -727,6 +834,79 @@ mod tests {
         let (result, latencies) = drive(&mut Model::new(1, 0), &paced);
         assert!(result.requests >= 5 && result.requests <= 41, "{}", result.requests);
         assert!(latencies.quantile(0.5).unwrap() < 500_000);
+    }
+
+    /// Goal:   random pauses have the mean asked for, are not all alike, and come again with their seed.
+    /// Method: the generator's own pauses, of many calls at once, which also have to be in order of time.
+    #[test]
+    fn random_pauses_are_spread_around_their_mean_and_come_again_with_their_seed() {
+        let pauses = |seed, first_request| {
+            let mut paced = shape(1000, 1);
+            (paced.think_ns, paced.think_random) = (500, true);
+            (paced.seed, paced.first_request) = (seed, first_request);
+            let mut model = Model::new(1, 0);
+            let mut generator = Generator::<_, false>::new(&mut model, &paced, &Schedule::soon(0, 1));
+            generator.thinking.clear();
+            (0..1000).for_each(|tag| generator.rest(tag, 7));
+            assert!(generator.thinking.iter().is_sorted_by_key(|t| t.ready_ns));
+            let mut pauses: Vec<_> = generator.thinking.iter().map(|t| (t.tag, t.ready_ns - 7)).collect();
+            pauses.sort_unstable();
+            pauses
+        };
+        let first = pauses(1, 0);
+        let mean = first.iter().map(|(_, ns)| ns).sum::<u64>() / 1000;
+        let longest = first.iter().map(|(_, ns)| *ns).max().unwrap();
+        assert!((450..=550).contains(&mean) && (950..=1000).contains(&longest), "{mean} {longest}");
+        assert_eq!(first, pauses(1, 0));
+        assert_ne!(first, pauses(2, 0));
+        assert_ne!(first, pauses(1, 1 << 44), "every process draws for itself");
+    }
+
+    /// Goal:   the probe is one more call, of its own size, and in none of the load's figures.
+    /// Method: a load that uses all the room there is but one, so that the load's calls alone are counted.
+    #[test]
+    fn a_probe_runs_beside_the_load_and_is_counted_for_itself() {
+        for (size, room) in [(8, 5), (100, 5), (24, 2)] {
+            let mut model = Model::new(room, 0);
+            let mut probed = shape(4, 1);
+            probed.probe = Some(size);
+            let (result, latencies) = drive(&mut model, &probed);
+            let probe = result.probe.unwrap();
+            assert_eq!((result.errors, probe.errors, model.most), (0, 0, room));
+            assert!(probe.requests > 100 && result.requests > 100, "{} {}", probe.requests, result.requests);
+            assert!(result.requests + probe.requests <= model.served);
+            assert!(result.in_flight_mean <= 4.0, "{}", result.in_flight_mean);
+            let of_probe = Latencies::from_sparse(&probe.latencies);
+            assert!(of_probe.len() >= probe.requests && latencies.len() < result.requests / 40);
+        }
+    }
+
+    /// Goal:   a probe goes on while the load pauses, and its wrong answers are its own.
+    #[test]
+    fn trap26_a_probe_beside_a_slow_load_goes_on_and_its_errors_are_its_own() {
+        let mut probed = shape(1, 1);
+        (probed.think_ns, probed.probe) = (SECOND, Some(16));
+        let mut model = Model::new(2, 0);
+        model.break_every = 10;
+        let (result, _) = drive(&mut model, &probed);
+        let probe = result.probe.unwrap();
+        assert!(result.requests <= 1 && probe.requests > 1000, "{}", probe.requests);
+        assert_eq!(result.errors + probe.errors, model.served / 10);
+        assert!(probe.errors > 100);
+        assert!(drive(&mut Model::new(1, 0), &shape(1, 1)).0.probe.is_none());
+    }
+
+    /// Goal:   a generator that sleeps waits for outstanding answers however soon the next request is due:
+    ///         who polls instead would keep the core that the server needs.
+    #[test]
+    fn an_open_loop_that_sleeps_waits_while_answers_are_owed() {
+        for (sleeps, rate) in [(true, 1000.0), (true, 50_000.0), (false, 50_000.0)] {
+            let mut paced = shape(4, 1);
+            (paced.sleeps, paced.rate) = (sleeps, Some(rate));
+            let mut model = Model::new(4, 5_000);
+            let (result, _) = drive(&mut model, &paced);
+            assert!(result.requests > 0 && model.waits >= result.requests / 2, "{}", model.waits);
+        }
     }
 
     #[test]

@@ -10,10 +10,12 @@ pub mod doorbell;
 pub mod error;
 pub mod floor;
 pub mod histogram;
+pub mod hog;
 pub mod load;
 pub mod memory;
 pub mod options;
 pub mod placement;
+pub mod probe;
 pub mod procfs;
 pub mod report;
 pub mod server;
@@ -36,7 +38,7 @@ use worker::{ClientJob, Ready};
 
 /// What every load begins with and no figure contains.
 const WARM_UP_NS: u64 = 300_000_000;
-/// The length of each of the two hiccup measurements.
+/// The length of each of the two hiccup measurements, if the window is as long.
 const HICCUP_SECONDS: f64 = 2.0;
 
 /// Runs one benchmark. [`BenchReport::errors`] above 0 is a failure too.
@@ -46,15 +48,21 @@ const HICCUP_SECONDS: f64 = 2.0;
 /// [`BenchError`]: refused options, or whatever stopped the run.
 pub fn run(options: &BenchOptions) -> Result<BenchReport, BenchError> {
     options.validate()?;
-    let cpus = placement::plan(options.placement)?;
+    let options = &with_seed(options);
+    let cpus = placement::plan(options.placement, options.policy, options.reactors())?;
     warn_of_siblings(&cpus);
-    let mut report = BenchReport::new(options);
+    let mut report = BenchReport::new(options, cpus.reactors.count);
     if options.connect_only {
         connect_only(options, &cpus, &mut report)?;
         return Ok(report);
     }
+    if options.idle {
+        measure_idle(options, &cpus, &mut report)?;
+        return Ok(report);
+    }
     progress("how long does the machine take a core away");
-    let before = clock::hiccup(cpus.client(0), HICCUP_SECONDS)?;
+    let hiccup_seconds = HICCUP_SECONDS.min(options.seconds);
+    let before = clock::hiccup(cpus.client(0), hiccup_seconds)?;
     if options.peer == PeerKind::Floor {
         floor_alone(options, &cpus, &mut report)?;
     } else {
@@ -66,8 +74,17 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, BenchError> {
         measure_peer(options, &cpus, &mut report)?;
     }
     progress("hiccups again");
-    report.hiccup_max_ns = Some(before.max(clock::hiccup(cpus.client(0), HICCUP_SECONDS)?));
+    report.hiccup_max_ns = Some(before.max(clock::hiccup(cpus.client(0), hiccup_seconds)?));
     Ok(report)
+}
+
+/// Draws a seed where one is needed and none was given.
+fn with_seed(options: &BenchOptions) -> BenchOptions {
+    let mut options = options.clone();
+    if options.think_random && options.seed.is_none() {
+        options.seed = Some(now_ns() as u32);
+    }
+    options
 }
 
 /// Prints a report as the options want it.
@@ -207,15 +224,48 @@ fn measure_peer(options: &BenchOptions, cpus: &Cpus, report: &mut BenchReport) -
     let sampler = probe.map(Sampler::start);
 
     progress("the load");
+    let hogs = start_hogs(options)?;
     let schedule = Schedule::soon(WARM_UP_NS, window_ns(options));
     let (results, usage) = connected.drive(&schedule)?;
     let peak = sampler.and_then(Sampler::stop);
+    drop(hogs);
 
     report.add_load(&results);
     report.add_server_cpu(usage.cpu_ns, usage.wall_ns);
-    report.server_wakeups = usage.counters.wakeups;
-    report.server_sweeps = usage.counters.sweeps;
-    report.server_syscalls = usage.counters.syscalls;
+    report.add_counters(&usage.counters);
     report.add_memory(peak, idle, has_segments);
     Ok(())
+}
+
+/// Connects everything and leaves it alone: the client processes sleep in a read of their standard input for
+/// the whole window. No hiccups and no floor, which are about calls.
+fn measure_idle(options: &BenchOptions, cpus: &Cpus, report: &mut BenchReport) -> Result<(), BenchError> {
+    let mut connected = Connected::start(options, cpus)?;
+    report.connect_last_ms = Some(connected.connect_last_ns as f64 / 1e6);
+    let segments = connected.segments();
+    let has_segments = !segments.is_empty();
+    let mut probe = connected.server.pid.map(|pid| Probe::new(pid, segments));
+    let before = probe.as_mut().and_then(Probe::sample);
+
+    progress("idling");
+    let hogs = start_hogs(options)?;
+    // So that whatever asking for the first time takes is over when the window opens.
+    (connected.server.counters)();
+    let schedule = Schedule::soon(WARM_UP_NS, window_ns(options));
+    let usage = watch(connected.server.pid, &schedule, &mut connected.server.counters);
+    let after = probe.as_mut().and_then(Probe::sample);
+    drop(hogs);
+
+    connected.clients.iter_mut().try_for_each(Process::check_alive)?;
+    let all = options.connections as u64;
+    report.errors = usage.counters.connections.map_or(0, |open| all.saturating_sub(open));
+    report.add_server_cpu(usage.cpu_ns, usage.wall_ns);
+    report.add_counters(&usage.counters);
+    report.add_memory(after, before, has_segments);
+    Ok(())
+}
+
+/// The busy processes of `--hogs`. Only the load has to bear them: hiccups and floor are the bare machine's.
+fn start_hogs(options: &BenchOptions) -> Result<Vec<Process>, BenchError> {
+    if options.hogs { hog::start() } else { Ok(Vec::new()) }
 }

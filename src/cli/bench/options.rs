@@ -12,6 +12,9 @@ pub const FLOOR_SIZE_MAX: usize = 64 << 10;
 /// The largest payload of the unix-socket peer, bytes.
 const UDS_SIZE_MAX: usize = 1 << 20;
 
+/// More reactors than any machine has cores.
+const REACTORS_MAX: usize = 1024;
+
 /// How each side waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -44,7 +47,7 @@ pub enum Placement {
     Apart,
     /// All on the first allowed core.
     Same,
-    /// Wherever the scheduler likes.
+    /// Wherever the scheduler likes, but for the reactors of handoff, which stay one on each core.
     Unpinned,
 }
 
@@ -69,6 +72,12 @@ pub struct BenchOptions {
     /// Pause between an answer and the next request of that call, microseconds.
     #[arg(long, value_name = "T", default_value_t = 0)]
     pub think_us: u64,
+    /// Pauses of random length, evenly spread between 0 and twice `--think-us`, instead of all alike.
+    #[arg(long)]
+    pub think_random: bool,
+    /// Where --think-random starts [default: taken from the clock, and reported].
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u32>,
     /// Requests per second in all, sent when due whether answers came or not; without it, as fast as answers come.
     #[arg(long, value_name = "R")]
     pub rate: Option<f64>,
@@ -84,9 +93,15 @@ pub struct BenchOptions {
     /// Which cores server and clients are pinned to.
     #[arg(long, value_enum, default_value_t = Placement::Apart)]
     pub placement: Placement,
-    /// Reactors of the server.
-    #[arg(long, value_name = "R", default_value_t = 1)]
-    pub reactors: usize,
+    /// Reactors of the server; 0 means one for every core that it may use [default: 0 with handoff, else 1].
+    #[arg(long, value_name = "R")]
+    pub reactors: Option<usize>,
+    /// Keep one busy process on every allowed core while the load runs.
+    #[arg(long)]
+    pub hogs: bool,
+    /// Measure one interactive call of BYTES, always in flight, beside the load, whose connections are then bulk.
+    #[arg(long, value_name = "BYTES")]
+    pub probe: Option<usize>,
     /// Connect, send nothing for the whole window, and report what idling costs.
     #[arg(long)]
     pub idle: bool,
@@ -107,6 +122,12 @@ impl BenchOptions {
         self.connections * self.in_flight
     }
 
+    /// Reactors asked for, 0 for one on every core. Handing a core over needs a reactor there; the other
+    /// policies are compared with the floor, which has one thread.
+    pub fn reactors(&self) -> usize {
+        self.reactors.unwrap_or(if self.policy == Policy::Handoff { 0 } else { 1 })
+    }
+
     /// Whether the floor is measured too: it has no pacing, and slots up to a limit.
     pub fn wants_floor(&self) -> bool {
         self.size <= FLOOR_SIZE_MAX && self.rate.is_none() && !self.connect_only && !self.idle
@@ -121,22 +142,34 @@ impl BenchOptions {
         self.check_not_honoured_yet()?;
         self.check_counts()?;
         self.check_pace()?;
-        self.check_peer()
+        self.check_beside()?;
+        self.check_peer()?;
+        self.check_waiting()
     }
 
     /// Options that are known but do nothing yet. Whoever makes one work deletes its line here.
     fn check_not_honoured_yet(&self) -> Result<(), BenchError> {
         let doorbell = self.peer == PeerKind::Doorbell;
-        let refused = [
-            (self.policy == Policy::Handoff, "policy", "handoff".to_owned()),
-            (self.reactors != 1, "reactors", self.reactors.to_string()),
-            (self.idle, "idle", String::new()),
-            (doorbell && self.size > SLOT_MAX, "size", format!("{} (above {SLOT_MAX})", self.size)),
-        ];
-        for (asked, option, value) in refused {
+        let too_long = |size: usize| (doorbell && size > SLOT_MAX, format!("{size} (above {SLOT_MAX})"));
+        let sizes = [("size", self.size), ("probe", self.probe.unwrap_or_default())];
+        let refused = sizes.map(|(option, size)| (option, too_long(size)));
+        for (option, (asked, value)) in refused {
             if asked {
                 return Err(BenchError::NotHonoured { option, value });
             }
+        }
+        Ok(())
+    }
+
+    /// One process that sleeps on the answers of several sessions: not until a client can be waited for
+    /// together with others. Connecting and idling wait for nothing.
+    fn check_waiting(&self) -> Result<(), BenchError> {
+        let waits = self.peer == PeerKind::Doorbell && self.policy != Policy::Spin;
+        let most = self.sessions.div_ceil(self.processes);
+        if waits && most > 1 && !self.idle && !self.connect_only {
+            let policy = format!("{:?}", self.policy).to_lowercase();
+            let value = format!("{policy} with {most} sessions in one process");
+            return Err(BenchError::NotHonoured { option: "policy", value });
         }
         Ok(())
     }
@@ -148,6 +181,7 @@ impl BenchOptions {
             ("processes", self.processes),
             ("in-flight", self.in_flight),
             ("size", self.size),
+            ("probe", self.probe.unwrap_or(1)),
         ];
         if let Some((option, _)) = counts.iter().find(|(_, n)| *n == 0) {
             return Err(BenchError::option(option, "must be at least 1"));
@@ -161,6 +195,9 @@ impl BenchOptions {
             let reason =
                 format!("{} processes for {} sessions: each needs one", self.processes, self.sessions);
             return Err(BenchError::option("processes", reason));
+        }
+        if self.reactors() > REACTORS_MAX {
+            return Err(BenchError::option("reactors", format!("must be at most {REACTORS_MAX}")));
         }
         match self.connections.checked_mul(self.in_flight) {
             Some(total) if total <= 1 << 20 => Ok(()),
@@ -178,8 +215,35 @@ impl BenchOptions {
         if self.rate.is_some() && self.think_us > 0 {
             return Err(BenchError::option("think-us", "has no meaning with --rate, which sends when due"));
         }
+        if self.think_random && self.think_us == 0 {
+            return Err(BenchError::option("think-random", "needs --think-us: the mean of the pauses"));
+        }
+        if self.seed.is_some() && !self.think_random {
+            return Err(BenchError::option("seed", "belongs to --think-random: nothing else is random"));
+        }
         if self.idle && self.connect_only {
             return Err(BenchError::option("idle", "and --connect-only exclude each other"));
+        }
+        if self.idle && (self.rate.is_some() || self.think_us > 0) {
+            let option = if self.rate.is_some() { "rate" } else { "think-us" };
+            return Err(BenchError::option(option, "has no meaning with --idle, which sends nothing"));
+        }
+        Ok(())
+    }
+
+    /// What goes on beside the load.
+    fn check_beside(&self) -> Result<(), BenchError> {
+        if self.probe.is_some() && (self.idle || self.connect_only) {
+            return Err(BenchError::option("probe", "needs a load: leave out --idle and --connect-only"));
+        }
+        if self.hogs && self.connect_only {
+            return Err(BenchError::option("hogs", "has no meaning with --connect-only: no load runs"));
+        }
+        if self.reactors.is_some() && self.socket.is_some() {
+            return Err(BenchError::option(
+                "reactors",
+                "of the server at --socket were chosen where it started",
+            ));
         }
         Ok(())
     }
@@ -193,14 +257,28 @@ impl BenchOptions {
         if self.size > limit {
             return Err(BenchError::option("size", format!("this peer takes at most {limit} bytes")));
         }
-        if self.peer != PeerKind::Doorbell && self.socket.is_some() {
-            return Err(BenchError::option(
-                "socket",
-                "belongs to --peer doorbell: other peers start their own server",
-            ));
+        if self.peer != PeerKind::Doorbell {
+            self.check_other_peers()?;
         }
         if self.peer == PeerKind::Floor {
             self.check_floor()?;
+        }
+        Ok(())
+    }
+
+    /// What only this transport has.
+    fn check_other_peers(&self) -> Result<(), BenchError> {
+        let refused = [
+            (self.socket.is_some(), "socket", "other peers start their own server"),
+            (self.reactors.is_some(), "reactors", "other peers have none"),
+            (self.probe.is_some(), "probe", "other peers know no interactive and bulk connections"),
+        ];
+        if let Some((_, option, why)) = refused.iter().find(|(asked, ..)| *asked) {
+            return Err(BenchError::option(option, format!("belongs to --peer doorbell: {why}")));
+        }
+        if self.peer == PeerKind::Uds && self.policy == Policy::Handoff {
+            let reason = "handoff needs a reactor on the caller's core, which --peer uds has not: take block";
+            return Err(BenchError::option("policy", reason));
         }
         Ok(())
     }
@@ -213,6 +291,7 @@ impl BenchOptions {
             (self.rate.is_some(), "rate"),
             (self.think_us != 0, "think-us"),
             (self.connect_only, "connect-only"),
+            (self.idle, "idle"),
         ];
         match refused.iter().find(|(asked, _)| *asked) {
             Some((_, option)) => Err(BenchError::option(
@@ -253,15 +332,19 @@ mod tests {
         parse("").validate().unwrap();
         parse("--peer uds --policy block --connections 1000 --sessions 1000").validate().unwrap();
         parse("--peer floor --size 65536 --in-flight 64").validate().unwrap();
+        parse("--policy handoff --think-us 1000 --think-random --seed 7 --hogs").validate().unwrap();
+        parse("--policy handoff --idle --connections 1000 --sessions 1000").validate().unwrap();
+        parse("--connections 999 --size 4096 --probe 1024").validate().unwrap();
+        parse("--policy block --connections 4 --sessions 4 --processes 4").validate().unwrap();
     }
 
     #[test]
     fn what_is_not_honoured_yet_is_refused_by_name() {
         for (line, name) in [
-            ("--policy handoff", "--policy handoff"),
-            ("--reactors 2", "--reactors 2"),
-            ("--idle", "--idle"),
             ("--size 16385", "--size 16385"),
+            ("--probe 16385", "--probe 16385"),
+            ("--policy block --connections 5 --sessions 3 --processes 2", "--policy block with 2 sessions"),
+            ("--policy handoff --connections 2 --sessions 2", "--policy handoff with 2 sessions"),
         ] {
             let refusal = refusal(line);
             assert!(refusal.contains(name) && refusal.contains("not honoured"), "{refusal}");
@@ -285,9 +368,39 @@ mod tests {
             ("--peer floor --policy block", "policy"),
             ("--peer floor --size 65537", "size"),
             ("--peer uds --socket /run/x", "socket"),
+            ("--peer uds --policy handoff", "policy"),
+            ("--peer uds --reactors 2", "reactors"),
+            ("--peer uds --probe 64", "probe"),
+            ("--peer floor --probe 64", "probe"),
+            ("--peer floor --idle", "idle"),
+            ("--reactors 1025", "reactors"),
+            ("--socket /run/x --reactors 1", "reactors"),
+            ("--probe 0", "probe"),
+            ("--probe 64 --idle", "probe"),
+            ("--probe 64 --connect-only", "probe"),
+            ("--hogs --connect-only", "hogs"),
+            ("--think-random", "think-random"),
+            ("--rate 100 --think-random", "think-random"),
+            ("--seed 5", "seed"),
+            ("--idle --rate 5", "rate"),
+            ("--idle --think-us 5", "think-us"),
+            ("--idle --connect-only", "idle"),
         ] {
             let refusal = refusal(line);
             assert!(refusal.starts_with(&format!("--{name}")), "{line}: {refusal}");
+        }
+    }
+
+    #[test]
+    fn handoff_has_a_reactor_on_every_core_unless_told_otherwise() {
+        for (line, reactors) in [
+            ("", 1),
+            ("--policy block", 1),
+            ("--policy handoff", 0),
+            ("--policy handoff --reactors 1", 1),
+            ("--reactors 0", 0),
+        ] {
+            assert_eq!(parse(line).reactors(), reactors, "{line}");
         }
     }
 

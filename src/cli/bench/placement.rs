@@ -2,7 +2,7 @@
 //! scheduler puts both on one core or on two as it likes.
 
 use super::error::BenchError;
-use super::options::Placement;
+use super::options::{Placement, Policy};
 use rustix::thread::CpuSet;
 
 /// Where everybody runs; `None` and empty mean wherever the scheduler likes.
@@ -14,6 +14,8 @@ pub struct Cpus {
     pub clients: Vec<usize>,
     /// Whether server and client share one core: then whoever polls must yield.
     pub shared: bool,
+    /// Where the reactors of a doorbell server run.
+    pub reactors: Reactors,
 }
 
 impl Cpus {
@@ -23,24 +25,61 @@ impl Cpus {
     }
 }
 
-/// Chooses cores for this process and those it starts.
+/// Where the reactors of a doorbell server run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reactors {
+    /// How many there are.
+    pub count: usize,
+    /// Their cores, in turn; empty means that the scheduler chooses.
+    pub cores: Vec<usize>,
+    /// Whether each stays on its core.
+    pub pinned: bool,
+}
+
+impl Reactors {
+    /// Chooses among the allowed cores for so many reactors, 0 for one on each; the first on the server's.
+    fn plan(server: Option<usize>, policy: Policy, asked: usize, mut allowed: Vec<usize>) -> Self {
+        let count = if asked == 0 { allowed.len() } else { asked };
+        // Handing over the core is a matter of one reactor on each: there, unpinned means the client alone.
+        if server.is_none() && policy != Policy::Handoff {
+            return Self { count, cores: Vec::new(), pinned: false };
+        }
+        let first = server.and_then(|server| allowed.iter().position(|cpu| *cpu == server));
+        allowed.rotate_left(first.unwrap_or_default());
+        if count == 1 {
+            allowed.truncate(1);
+        }
+        Self { count, cores: allowed, pinned: true }
+    }
+
+    /// Whether a client on `cpu` shares its core with one of them: then whoever polls must yield.
+    pub fn share(&self, cpu: Option<usize>) -> bool {
+        cpu.is_some_and(|cpu| self.cores.iter().take(self.count).any(|core| *core == cpu))
+    }
+}
+
+/// Chooses cores for this process and those it starts, and for so many reactors (0: one on every core).
 ///
 /// # Errors
 ///
 /// [`BenchError::Option`] if two cores are needed and one is allowed.
-pub fn plan(placement: Placement) -> Result<Cpus, BenchError> {
-    plan_among(placement, &allowed_cpus()?, siblings)
+pub fn plan(placement: Placement, policy: Policy, reactors: usize) -> Result<Cpus, BenchError> {
+    let allowed = allowed_cpus()?;
+    let (server, clients) = choose(placement, &allowed, siblings)?;
+    let shared = server.is_some_and(|server| clients.contains(&server));
+    Ok(Cpus { server, clients, shared, reactors: Reactors::plan(server, policy, reactors, allowed) })
 }
 
-fn plan_among(
+/// The server's core and those of the clients.
+fn choose(
     placement: Placement,
     allowed: &[usize],
     siblings: impl Fn(usize) -> Vec<usize>,
-) -> Result<Cpus, BenchError> {
+) -> Result<(Option<usize>, Vec<usize>), BenchError> {
     let first = allowed[0];
     match placement {
-        Placement::Unpinned => Ok(Cpus { server: None, clients: Vec::new(), shared: false }),
-        Placement::Same => Ok(Cpus { server: Some(first), clients: vec![first], shared: true }),
+        Placement::Unpinned => Ok((None, Vec::new())),
+        Placement::Same => Ok((Some(first), vec![first])),
         Placement::Apart => {
             // A core, not its second hyperthread (trap 26): that one is taken only if nothing else is left.
             let threads = siblings(first);
@@ -52,7 +91,7 @@ fn plan_among(
                 let reason = "one core alone is allowed here: take `same` or `unpinned`";
                 return Err(BenchError::option("placement apart", reason));
             }
-            Ok(Cpus { server: Some(first), clients, shared: false })
+            Ok((Some(first), clients))
         }
     }
 }
@@ -123,9 +162,15 @@ mod tests {
         vec![cpu]
     }
 
+    fn cpus(placement: Placement, allowed: &[usize]) -> Cpus {
+        let (server, clients) = choose(placement, allowed, alone).unwrap();
+        let reactors = Reactors::plan(server, Policy::Spin, 1, allowed.to_vec());
+        Cpus { server, clients, shared: placement == Placement::Same, reactors }
+    }
+
     #[test]
     fn apart_takes_the_first_and_the_second_allowed_core() {
-        let cpus = plan_among(Placement::Apart, &[2, 5, 7], alone).unwrap();
+        let cpus = cpus(Placement::Apart, &[2, 5, 7]);
         assert_eq!(
             (cpus.server, cpus.client(0), cpus.client(1), cpus.client(2)),
             (Some(2), Some(5), Some(7), Some(5))
@@ -135,17 +180,49 @@ mod tests {
     #[test]
     fn a_hyperthread_of_the_servers_core_is_passed_over_unless_nothing_else_is_left() {
         let pairs = |cpu: usize| vec![cpu & !1, cpu | 1];
-        let cpus = plan_among(Placement::Apart, &[0, 1, 2, 3], pairs).unwrap();
-        assert_eq!(cpus.clients, [2, 3]);
-        assert_eq!(plan_among(Placement::Apart, &[0, 1], pairs).unwrap().clients, [1]);
+        assert_eq!(choose(Placement::Apart, &[0, 1, 2, 3], pairs).unwrap(), (Some(0), vec![2, 3]));
+        assert_eq!(choose(Placement::Apart, &[0, 1], pairs).unwrap(), (Some(0), vec![1]));
     }
 
     #[test]
     fn one_core_cannot_be_two() {
-        assert!(plan_among(Placement::Apart, &[4], alone).is_err());
-        let same = plan_among(Placement::Same, &[4], alone).unwrap();
-        assert_eq!((same.server, same.client(3), same.shared), (Some(4), Some(4), true));
-        assert_eq!(plan_among(Placement::Unpinned, &[4], alone).unwrap().client(0), None);
+        assert!(choose(Placement::Apart, &[4], alone).is_err());
+        let same = cpus(Placement::Same, &[4]);
+        assert_eq!((same.server, same.client(3)), (Some(4), Some(4)));
+        assert_eq!(cpus(Placement::Unpinned, &[4]).client(0), None);
+    }
+
+    /// Goal:   one reactor sits where the server always sat; more go round all cores from there.
+    #[test]
+    fn reactors_start_on_the_servers_core_and_go_round() {
+        let plan = |server, policy, asked| Reactors::plan(Some(server), policy, asked, vec![2, 5, 7]);
+        let pinned = |count, cores: &[usize]| Reactors { count, cores: cores.to_vec(), pinned: true };
+        assert_eq!(plan(2, Policy::Spin, 1), pinned(1, &[2]));
+        assert_eq!(plan(2, Policy::Block, 2), pinned(2, &[2, 5, 7]));
+        assert_eq!(plan(2, Policy::Handoff, 0), pinned(3, &[2, 5, 7]));
+        let rotated = plan(5, Policy::Handoff, 2);
+        assert_eq!(rotated, pinned(2, &[5, 7, 2]));
+        assert!(rotated.share(Some(7)) && !rotated.share(Some(2)) && !rotated.share(None));
+    }
+
+    /// Goal:   unpinned frees the reactors of policies that do not need one on each core, and no others.
+    #[test]
+    fn unpinned_leaves_reactors_pinned_where_callers_hand_over_their_core() {
+        let plan = |policy, asked| Reactors::plan(None, policy, asked, vec![0, 1]);
+        assert_eq!(plan(Policy::Spin, 1), Reactors { count: 1, cores: vec![], pinned: false });
+        assert_eq!(plan(Policy::Block, 0), Reactors { count: 2, cores: vec![], pinned: false });
+        assert_eq!(plan(Policy::Handoff, 0), Reactors { count: 2, cores: vec![0, 1], pinned: true });
+        assert_eq!(plan(Policy::Handoff, 1), Reactors { count: 1, cores: vec![0], pinned: true });
+    }
+
+    /// Goal:   only who shares a core with the server has to yield.
+    #[test]
+    fn a_plan_for_this_machine_says_who_shares() {
+        let same = plan(Placement::Same, Policy::Spin, 1).unwrap();
+        assert!(same.shared && same.reactors.share(same.client(0)));
+        let unpinned = plan(Placement::Unpinned, Policy::Handoff, 0).unwrap();
+        assert!(!unpinned.shared && !unpinned.reactors.share(unpinned.client(0)));
+        assert_eq!(unpinned.reactors.cores, allowed_cpus().unwrap());
     }
 
     #[test]

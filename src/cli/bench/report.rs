@@ -5,6 +5,8 @@ use super::load::LoadResult;
 use super::memory::Memory;
 use super::options::{BenchOptions, PeerKind, Placement, Policy};
 use super::placement;
+use super::probe::ProbeResult;
+use super::server::Counters;
 use serde::Serialize;
 use std::fmt;
 
@@ -50,12 +52,26 @@ pub struct BenchReport {
     pub floor_p50_ns: Option<u64>,
     pub floor_p99_ns: Option<u64>,
     pub floor_per_second: Option<f64>,
+    pub floor_p999_ns: Option<u64>,
+    pub floor_max_ns: Option<u64>,
+    pub idle: bool,
+    pub hogs: bool,
+    pub think_random: bool,
+    pub seed: Option<u32>,
+    pub probe_size: Option<u64>,
+    pub probe_requests: Option<u64>,
+    pub probe_p50_ns: Option<u64>,
+    pub probe_p99_ns: Option<u64>,
+    pub probe_p999_ns: Option<u64>,
+    pub probe_max_ns: Option<u64>,
+    pub probe_errors: Option<u64>,
 }
 
 impl BenchReport {
-    /// What is known before anything ran: the options.
-    pub fn new(options: &BenchOptions) -> Self {
+    /// What is known before anything ran: the options, and how many reactors the server has if it is ours.
+    pub fn new(options: &BenchOptions, reactors: usize) -> Self {
         let doorbell = options.peer == PeerKind::Doorbell;
+        let ours = doorbell && options.socket.is_none();
         Self {
             peer: options.peer,
             policy: options.policy,
@@ -63,7 +79,7 @@ impl BenchReport {
             connections: options.connections as u64,
             sessions: doorbell.then_some(options.sessions as u64),
             processes: options.processes as u64,
-            reactors: doorbell.then_some(options.reactors as u64),
+            reactors: ours.then_some(reactors as u64),
             size: options.size as u64,
             in_flight: options.in_flight as u64,
             think_us: options.think_us,
@@ -94,6 +110,19 @@ impl BenchReport {
             floor_p50_ns: None,
             floor_p99_ns: None,
             floor_per_second: None,
+            floor_p999_ns: None,
+            floor_max_ns: None,
+            idle: options.idle,
+            hogs: options.hogs,
+            think_random: options.think_random,
+            seed: options.seed.filter(|_| options.think_random),
+            probe_size: options.probe.map(|size| size as u64),
+            probe_requests: None,
+            probe_p50_ns: None,
+            probe_p99_ns: None,
+            probe_p999_ns: None,
+            probe_max_ns: None,
+            probe_errors: None,
         }
     }
 
@@ -110,6 +139,31 @@ impl BenchReport {
         self.max_ns = summary.latencies.max();
         self.in_flight_mean = Some(summary.in_flight_mean);
         self.client_cpu_percent = Some(summary.cpu_percent);
+        if let Some(probe) = results.iter().find_map(|result| result.probe.as_ref()) {
+            self.add_probe(probe);
+        }
+    }
+
+    fn add_probe(&mut self, probe: &ProbeResult) {
+        let latencies = Latencies::from_sparse(&probe.latencies);
+        self.probe_requests = Some(probe.requests);
+        self.probe_errors = Some(probe.errors);
+        self.probe_p50_ns = latencies.quantile(0.5);
+        self.probe_p99_ns = latencies.quantile(0.99);
+        self.probe_p999_ns = latencies.quantile(0.999);
+        self.probe_max_ns = latencies.max();
+    }
+
+    /// What the server counted over the window.
+    pub fn add_counters(&mut self, counters: &Counters) {
+        self.server_wakeups = counters.wakeups;
+        self.server_sweeps = counters.sweeps;
+        self.server_syscalls = counters.syscalls;
+    }
+
+    /// Errors of the load and of what ran beside it.
+    pub fn all_errors(&self) -> u64 {
+        self.errors + self.probe_errors.unwrap_or_default()
     }
 
     /// The floor of the same run.
@@ -119,6 +173,8 @@ impl BenchReport {
         self.floor_p50_ns = summary.latencies.quantile(0.5);
         self.floor_p99_ns = summary.latencies.quantile(0.99);
         self.floor_per_second = Some(summary.per_second);
+        self.floor_p999_ns = summary.latencies.quantile(0.999);
+        self.floor_max_ns = summary.latencies.max();
     }
 
     /// The server's processor time over `wall_ns`.
@@ -195,6 +251,7 @@ impl BenchReport {
         };
         row("answered", self.per_second.map(answered));
         row("latency", self.latency());
+        row("probe", self.probe());
         row("in flight", self.in_flight_mean.map(|n| format!("{n:.1} on average")));
         row("server", self.server());
         row(
@@ -219,7 +276,10 @@ impl BenchReport {
             self.sessions.map(|n| format!("{n} sessions")),
             Some(format!("{} client processes", self.processes)),
             (self.think_us > 0).then(|| format!("{} µs between calls", self.think_us)),
+            self.seed.map(|seed| format!("at random from seed {seed}")),
             self.rate.map(|rate| format!("{rate} per second in all")),
+            self.hogs.then(|| "a busy process on every core".to_owned()),
+            self.idle.then(|| format!("nothing sent for {} s", self.seconds)),
         ];
         parts.into_iter().flatten().for_each(|part| load += &format!(", {part}"));
         load
@@ -227,15 +287,14 @@ impl BenchReport {
 
     fn latency(&self) -> Option<String> {
         let names = ["p50", "p90", "p99", "p99.9", "max"];
-        let values = [self.p50_ns?, self.p90_ns?, self.p99_ns?, self.p999_ns?, self.max_ns?];
-        Some(
-            names
-                .iter()
-                .zip(values)
-                .map(|(name, ns)| format!("{name} {}", time(ns)))
-                .collect::<Vec<_>>()
-                .join(", "),
-        )
+        times(&names, &[self.p50_ns, self.p90_ns, self.p99_ns, self.p999_ns, self.max_ns])
+    }
+
+    fn probe(&self) -> Option<String> {
+        let values = [self.probe_p50_ns, self.probe_p99_ns, self.probe_p999_ns, self.probe_max_ns];
+        let (answered, errors, size) = (self.probe_requests?, self.probe_errors?, self.probe_size?);
+        let times = times(&["p50", "p99", "p99.9", "max"], &values).unwrap_or_default();
+        Some(format!("{answered} interactive calls of {size} bytes, {errors} errors, {times}"))
     }
 
     fn server(&self) -> Option<String> {
@@ -264,7 +323,9 @@ impl BenchReport {
 
     fn floor(&self) -> Option<String> {
         let (p50, p99) = (self.floor_p50_ns?, self.floor_p99_ns?);
-        Some(format!("p50 {}, p99 {}, {} per second", time(p50), time(p99), count(self.floor_per_second?)))
+        let max = time(self.floor_max_ns?);
+        let n = count(self.floor_per_second?);
+        Some(format!("p50 {}, p99 {}, max {max}, {n} per second", time(p50), time(p99)))
     }
 
     fn against_floor(&self) -> Option<String> {
@@ -274,6 +335,12 @@ impl BenchReport {
         let throughput = self.per_second? / self.floor_per_second.filter(|n| *n > 0.0)?;
         Some(format!("p50 x {p50:.2}, p99 x {p99:.2}, throughput x {throughput:.2}"))
     }
+}
+
+/// Times with their names, if all are known.
+fn times(names: &[&str], values: &[Option<u64>]) -> Option<String> {
+    let each = names.iter().zip(values).map(|(name, ns)| Some(format!("{name} {}", time((*ns)?))));
+    each.collect::<Option<Vec<_>>>().map(|each| each.join(", "))
 }
 
 /// A time with three or more significant digits.
@@ -306,14 +373,19 @@ mod tests {
     }
 
     fn report() -> BenchReport {
-        BenchReport::new(&Cli::parse_from(["bench"]).bench)
+        report_of(&[])
+    }
+
+    fn report_of(arguments: &[&str]) -> BenchReport {
+        BenchReport::new(&Cli::parse_from([&["bench"], arguments].concat()).bench, 2)
     }
 
     fn result(requests: u64, window_ns: u64, latency: u64) -> LoadResult {
         let mut latencies = Latencies::new();
         latencies.record(latency);
         let latencies = latencies.to_sparse();
-        LoadResult { requests, window_ns, errors: 1, in_flight_mean: 2.0, cpu_ns: window_ns / 2, latencies }
+        let (in_flight_mean, cpu_ns) = (2.0, window_ns / 2);
+        LoadResult { requests, window_ns, errors: 1, in_flight_mean, cpu_ns, latencies, probe: None }
     }
 
     /// Goal:   the JSON object has exactly the keys of the interface, in order, strings first.
@@ -323,7 +395,9 @@ mod tests {
             seconds requests errors per_second p50_ns p90_ns p99_ns p999_ns max_ns in_flight_mean \
             server_cpu_percent client_cpu_percent machine_cores server_cpu_ns_per_request server_wakeups \
             server_sweeps server_syscalls server_rss_bytes shared_bytes footprint_bytes footprint_idle_bytes \
-            connect_last_ms hiccup_max_ns floor_p50_ns floor_p99_ns floor_per_second";
+            connect_last_ms hiccup_max_ns floor_p50_ns floor_p99_ns floor_per_second \
+            floor_p999_ns floor_max_ns idle hogs think_random seed probe_size probe_requests probe_p50_ns \
+            probe_p99_ns probe_p999_ns probe_max_ns probe_errors";
         let json = report().to_json();
         let written: Vec<&str> =
             json.trim_matches(['{', '}']).split(',').map(|field| field.split('"').nth(1).unwrap()).collect();
@@ -332,6 +406,28 @@ mod tests {
             json.starts_with(r#"{"peer":"doorbell","policy":"spin","placement":"apart","connections":1,"#)
         );
         assert!(json.contains(r#""rate":null"#));
+    }
+
+    #[test]
+    fn only_a_server_of_ours_has_a_known_number_of_reactors() {
+        assert_eq!(report().reactors, Some(2));
+        assert_eq!(report_of(&["--peer", "uds"]).reactors, None);
+        assert_eq!(report_of(&["--socket", "/run/x"]).reactors, None);
+    }
+
+    #[test]
+    fn the_probe_is_reported_for_itself_and_its_errors_fail_the_run() {
+        let mut report = report_of(&["--probe", "100"]);
+        let mut with_probe = result(1000, 1_000_000_000, 500);
+        let probe = ProbeResult { requests: 7, errors: 2, latencies: result(0, 1, 900).latencies };
+        with_probe.probe = Some(probe);
+        report.add_load(&[result(10, 1_000_000_000, 100), with_probe]);
+        assert_eq!(
+            (report.max_ns, report.probe_max_ns, report.probe_p50_ns),
+            (Some(500), Some(900), Some(900))
+        );
+        assert_eq!((report.errors, report.probe_errors, report.all_errors()), (2, Some(2), 4));
+        assert!(report.to_string().contains("7 interactive calls of 100 bytes, 2 errors, p50 900 ns"));
     }
 
     #[test]

@@ -12,16 +12,19 @@ pub struct Counters {
     pub sweeps: Option<u64>,
     /// System calls.
     pub syscalls: Option<u64>,
+    /// Connections of clients that are open now: a state, not a count.
+    pub connections: Option<u64>,
 }
 
 impl Counters {
-    /// What was counted since `earlier`.
+    /// What was counted since `earlier`; the state is the later one.
     pub fn since(&self, earlier: &Self) -> Self {
         let since = |now: Option<u64>, then: Option<u64>| Some(now?.saturating_sub(then?));
         Self {
             wakeups: since(self.wakeups, earlier.wakeups),
             sweeps: since(self.sweeps, earlier.sweeps),
             syscalls: since(self.syscalls, earlier.syscalls),
+            connections: self.connections,
         }
     }
 }
@@ -63,8 +66,9 @@ mod tests {
 
     #[test]
     fn only_what_is_counted_at_both_times_has_a_difference() {
-        let earlier = Counters { wakeups: Some(3), sweeps: None, syscalls: Some(9) };
-        let later = Counters { wakeups: Some(10), sweeps: Some(5), syscalls: Some(9) };
-        assert_eq!(later.since(&earlier), Counters { wakeups: Some(7), sweeps: None, syscalls: Some(0) });
+        let earlier = Counters { wakeups: Some(3), sweeps: None, syscalls: Some(9), connections: Some(4) };
+        let later = Counters { wakeups: Some(10), sweeps: Some(5), syscalls: Some(9), connections: Some(2) };
+        let since = Counters { wakeups: Some(7), sweeps: None, syscalls: Some(0), connections: Some(2) };
+        assert_eq!(later.since(&earlier), since);
     }
 }

@@ -514,8 +514,12 @@ mod tests {
                 rate: None,
                 sleeps: policy != Policy::Spin,
                 first_request: 0,
+                think_random: false,
+                seed: 0,
+                probe: None,
             },
             policy,
+            bulk: false,
             cpu: None,
             shares_core: true,
         }

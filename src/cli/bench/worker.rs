@@ -10,6 +10,7 @@ use super::placement::{self, Cpus};
 use super::{doorbell, uds};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Write};
+use std::num::NonZeroU64;
 use std::process::Stdio;
 
 /// What one client process is to do.
@@ -25,6 +26,8 @@ pub struct ClientJob {
     pub shape: Shape,
     /// How to wait.
     pub policy: Policy,
+    /// Whether the connections of the load are bulk ones.
+    pub bulk: bool,
     /// The core to run on.
     pub cpu: Option<usize>,
     /// Whether the server runs on the same core: then whoever spins must yield.
@@ -49,10 +52,18 @@ impl ClientJob {
                 rate: options.rate.map(|rate| rate * part),
                 sleeps: options.policy != Policy::Spin,
                 first_request: (index as u64) << 44,
+                think_random: options.think_random,
+                seed: options.seed.unwrap_or_default(),
+                // The first connection of the first process.
+                probe: options.probe.filter(|_| index == 0),
             },
             policy: options.policy,
+            bulk: options.probe.is_some(),
             cpu: cpus.client(index),
-            shares_core: cpus.shared,
+            shares_core: match options.peer {
+                PeerKind::Doorbell => cpus.reactors.share(cpus.client(index)),
+                _ => cpus.shared,
+            },
         }
     }
 }
@@ -87,6 +98,9 @@ pub fn start(job: &ClientJob) -> Result<Process, BenchError> {
 /// Whatever stops it.
 pub fn run(job: &ClientJob) -> Result<(), BenchError> {
     placement::pin(job.cpu)?;
+    // Pauses and due times are the load: the 50 µs that the kernel may add to every sleep would be another one.
+    rustix::thread::set_current_timer_slack(NonZeroU64::new(1))
+        .map_err(|e| BenchError::os("prctl(PR_SET_TIMERSLACK)", e))?;
     match job.peer {
         PeerKind::Uds => drive(job, uds::Connector::new(job)?),
         PeerKind::Doorbell => drive(job, doorbell::Connector::new(job)?),
