@@ -2,8 +2,8 @@
 //!
 //! Rule:   a connection changes its lane only while none of its calls is in flight (P6), so its calls start in
 //!         order. Under `handoff` a call that may have to wait takes the lane of the reactor whose core it runs on,
-//!         unless the reactor of its present lane is polling on another core. Under `spin` a caller stays off its
-//!         own core's reactor.
+//!         unless the reactor of its present lane is polling on another core, or so many calls are in flight that
+//!         two cores do them sooner than one. Under `spin` a caller stays off its own core's reactor.
 
 use super::session::{Session, Target};
 use crate::config::WaitPolicy;
@@ -12,6 +12,9 @@ use crate::protocol::CONNECTION_INDEX_BITS;
 use crate::protocol::handshake::{LaneChoice, NO_CORE};
 use doorbell_shm::entry::{Submission, flag, kind};
 use doorbell_uring::current_cpu;
+
+/// Calls in flight from which on a client does not wait for one of them, but keeps a reactor busy: on another core.
+const PIPELINED: usize = 4;
 
 /// What is known of one connection.
 #[derive(Debug, Clone, Copy, Default)]
@@ -30,6 +33,8 @@ pub(super) struct Routes {
     records: Vec<Route>,
     /// Cores whose reactor gave no lane.
     refused: Vec<u32>,
+    /// Cores that there was no lane away from.
+    refused_away: Vec<u32>,
     /// The lane of a client that spins.
     spins_on: Option<u32>,
 }
@@ -46,7 +51,10 @@ impl Routes {
             WaitPolicy::Spin => home_core == current_cpu(),
             WaitPolicy::Block => false,
         };
-        needed.then(|| Box::new(Self { policy, records: Vec::new(), refused: Vec::new(), spins_on: None }))
+        needed.then(|| {
+            let (records, refused, refused_away) = (Vec::new(), Vec::new(), Vec::new());
+            Box::new(Self { policy, records, refused, refused_away, spins_on: None })
+        })
     }
 
     fn record(&mut self, number: u32) -> &mut Route {
@@ -69,6 +77,7 @@ impl Routes {
         if in_flight == 0 {
             lane = match self.policy {
                 WaitPolicy::Spin => self.away_from_home(session)?,
+                _ if session.in_flight() >= PIPELINED => self.of_another_core(session, lane, cpu)?,
                 WaitPolicy::Handoff | WaitPolicy::Block => self.of_this_core(session, lane, cpu)?,
             };
         }
@@ -109,6 +118,23 @@ impl Routes {
             }
             granted => Ok(granted),
         }
+    }
+
+    fn of_another_core(&mut self, session: &mut Session, lane: u32, cpu: u32) -> Result<u32> {
+        if session.lane(lane).core != cpu {
+            return Ok(lane);
+        }
+        if let Some(other) = session.lanes().position(|lane| lane.core != cpu) {
+            return Ok(other as u32);
+        }
+        if self.refused_away.contains(&cpu) {
+            return Ok(lane);
+        }
+        let granted = session.request_lane(LaneChoice::NotOn(cpu))?;
+        if session.lane(granted).core == cpu {
+            self.refused_away.push(cpu);
+        }
+        Ok(granted)
     }
 
     fn away_from_home(&mut self, session: &mut Session) -> Result<u32> {

@@ -1,6 +1,7 @@
 //! The peer `doorbell`: this transport, against a server process with the bench handler.
 
 use super::child::{self, Role};
+use super::clock::timespec;
 use super::error::BenchError;
 use super::load::{Received, Target};
 use super::options::{BenchOptions, Policy};
@@ -13,7 +14,11 @@ use doorbell::{
     IpcServer, MessageType, Reply, ServerConfig, Status, WaitPolicy,
 };
 use doorbell_shm::entry::codec;
+use rustix::event::epoll;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -282,7 +287,9 @@ impl worker::Connector for Connector {
         // The probe's connection is the one behind those of the load.
         connections.extend(probe.map(|id| (0, id)));
         let policy = config.policy;
-        Ok(DoorbellTarget { clients, connections, dirty, cursor: 0, policy, shares_core })
+        let sleeps_on_several = policy != WaitPolicy::Spin && clients.len() > 1;
+        let sockets = if sleeps_on_several { Some(watch_all(&clients)?) } else { None };
+        Ok(DoorbellTarget { clients, connections, dirty, cursor: 0, policy, shares_core, sockets })
     }
 }
 
@@ -297,6 +304,19 @@ pub struct DoorbellTarget {
     cursor: usize,
     policy: WaitPolicy,
     shares_core: bool,
+    /// The sockets of all sessions, where there are several to be waited for.
+    sockets: Option<OwnedFd>,
+}
+
+/// An epoll instance that is readable when one of the clients' sockets is.
+fn watch_all(clients: &[IpcClient]) -> Result<OwnedFd, BenchError> {
+    let sockets =
+        epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| BenchError::os("epoll_create", e))?;
+    for client in clients {
+        epoll::add(&sockets, client, epoll::EventData::new_u64(0), epoll::EventFlags::IN)
+            .map_err(|e| BenchError::os("epoll_ctl", e))?;
+    }
+    Ok(sockets)
 }
 
 impl Target for DoorbellTarget {
@@ -362,9 +382,22 @@ impl Target for DoorbellTarget {
 }
 
 impl DoorbellTarget {
-    /// Waits as the client does. `BenchOptions::check_waiting` lets only one session come here.
+    /// Waits as the client does; for several sessions, on all their sockets at once.
     fn sleep(&mut self, at_most_ns: u64) -> Result<(), IpcError> {
-        self.clients[0].wait(Some(Duration::from_nanos(at_most_ns)))?;
-        Ok(())
+        let Some(sockets) = &self.sockets else {
+            self.clients[0].wait(Some(Duration::from_nanos(at_most_ns)))?;
+            return Ok(());
+        };
+        for client in self.clients.iter().filter(|client| client.in_flight() > 0) {
+            if client.prepare_to_wait()? {
+                return Ok(());
+            }
+        }
+        // One that is ready is enough: the generator looks at all of them.
+        let mut ready = [MaybeUninit::uninit()];
+        match epoll::wait(sockets, &mut ready, Some(&timespec(at_most_ns))) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(e) => Err(IpcError::Io { call: "epoll_wait", source: e.into() }),
+        }
     }
 }

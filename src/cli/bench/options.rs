@@ -143,8 +143,7 @@ impl BenchOptions {
         self.check_counts()?;
         self.check_pace()?;
         self.check_beside()?;
-        self.check_peer()?;
-        self.check_waiting()
+        self.check_peer()
     }
 
     /// Options that are known but do nothing yet. Whoever makes one work deletes its line here.
@@ -157,19 +156,6 @@ impl BenchOptions {
             if asked {
                 return Err(BenchError::NotHonoured { option, value });
             }
-        }
-        Ok(())
-    }
-
-    /// One process that sleeps on the answers of several sessions: not until a client can be waited for
-    /// together with others. Connecting and idling wait for nothing.
-    fn check_waiting(&self) -> Result<(), BenchError> {
-        let waits = self.peer == PeerKind::Doorbell && self.policy != Policy::Spin;
-        let most = self.sessions.div_ceil(self.processes);
-        if waits && most > 1 && !self.idle && !self.connect_only {
-            let policy = format!("{:?}", self.policy).to_lowercase();
-            let value = format!("{policy} with {most} sessions in one process");
-            return Err(BenchError::NotHonoured { option: "policy", value });
         }
         Ok(())
     }
