@@ -25,8 +25,15 @@ pub struct Drain {
 }
 
 impl Drain {
+    /// Both rings, in the order in which they are looked at; whoever is about to sleep looks at all of them.
+    pub const ORDER: [usize; 2] = [INTERACTIVE, BULK];
+
     /// Interactive entries in a row before a waiting bulk entry: bulk has at least one entry in 17.
+    #[cfg(not(loom))]
     pub const RUN: u32 = 16;
+    /// A small model has few entries.
+    #[cfg(loom)]
+    pub const RUN: u32 = 1;
 
     /// Interactive entries that may be taken before bulk is looked at; 0 if that has to happen now.
     #[inline(always)]

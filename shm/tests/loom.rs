@@ -12,13 +12,16 @@
 //! whose value it took; so a client may "see" the 0 that it put there itself instead of the server's later
 //! mark, across both fences. The models with a single wake have no such pair and are complete.
 #![cfg(loom)]
+#![allow(unsafe_code)]
 
 use doorbell_shm::bell::{
     ASLEEP, ASLEEP_WANTS_SPACE, ClientBell, Published, ServerBell, WAITER_FUTEX, WAITER_SOCKET,
     fence_before_bell,
 };
+use doorbell_shm::lane::{BULK, Drain, INTERACTIVE};
 use doorbell_shm::ring::{Consumer, Entry, Producer};
 use doorbell_shm::slots::Hints;
+use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
@@ -480,4 +483,190 @@ fn f22_a_reserved_completion_never_finds_the_ring_full() {
         }
         assert_eq!(next, sent + 1);
     });
+}
+
+/// Takes entries of a lane's two rings in the order of [`Drain`] until all `wanted` have come, sleeping when there
+/// is nothing; returns them as (ring, value).
+fn drain_sleeping(mut rings: [Rx; 2], futex: &Futex, wanted: usize) -> Vec<(usize, u64)> {
+    let bell = ServerBell(futex.word.clone());
+    let mut drain = Drain::default();
+    let mut taken = Vec::new();
+    while taken.len() < wanted {
+        let mut found = None;
+        for ring in Drain::ORDER {
+            if ring == INTERACTIVE && drain.interactive_now() == 0 && rings[BULK].is_ready() {
+                continue;
+            }
+            if let Some(words) = rings[ring].pop().unwrap() {
+                found = Some((ring, words[1]));
+                break;
+            }
+        }
+        match found {
+            Some((ring, value)) => {
+                let allowed = ring == BULK || drain.interactive_now() > 0;
+                drain.took(ring, u32::from(allowed));
+                taken.push((ring, value));
+            }
+            None => {
+                bell.mark(ASLEEP);
+                if !Drain::ORDER.iter().any(|ring| rings[*ring].is_ready()) {
+                    futex.wait(ASLEEP);
+                }
+                bell.clear();
+            }
+        }
+    }
+    taken
+}
+
+/// Goal:   R2.8, P5: whatever ring an entry comes on, a sleeping server is woken for it; each ring keeps its order,
+///         and a bulk entry that is there waits for no more than its share of interactive ones.
+/// Method: a client that sends a bulk entry, then two interactive ones, each flushed, to a server that drains and
+///         sleeps. Of the two interactive entries one at most may overtake the bulk entry before them.
+#[test]
+fn r2_8_the_two_priority_drain_loses_nothing_and_starves_nobody() {
+    model(Some(2), || {
+        let (mut interactive, on_interactive) = ring(2);
+        let (mut bulk, on_bulk) = ring(2);
+        let futex = Futex::new();
+        let theirs = futex.clone();
+        let client = thread::spawn(move || {
+            let bell = ServerBell(theirs.word.clone());
+            let flush = || {
+                fence_before_bell();
+                if bell.take(Published::Submissions) {
+                    theirs.wake();
+                }
+            };
+            assert!(bulk.push([0, 7]).unwrap());
+            flush();
+            for id in 1..=2 {
+                assert!(interactive.push([0, id]).unwrap());
+            }
+            flush();
+        });
+        let taken = drain_sleeping([on_interactive, on_bulk], &futex, 3);
+        let of =
+            |ring| taken.iter().filter(move |(r, _)| *r == ring).map(|(_, value)| *value).collect::<Vec<_>>();
+        assert_eq!((of(INTERACTIVE), of(BULK)), (vec![1, 2], vec![7]));
+        // The bulk entry was there before either of the others.
+        let at = taken.iter().position(|(ring, _)| *ring == BULK).unwrap();
+        assert!(at <= Drain::RUN as usize, "{taken:?}");
+        client.join().unwrap();
+    });
+}
+
+/// What a handler keeps about a connection: not shared by design, so any overlap is a race.
+struct Touched(UnsafeCell<u64>);
+
+// SAFETY: loom reports every pair of accesses that is not ordered.
+unsafe impl Sync for Touched {}
+
+impl Touched {
+    /// A handler's work on it: read, then write.
+    fn handle(&self) -> u64 {
+        // SAFETY: loom reports any access that is not ordered before or after this one.
+        self.0.with_mut(|count| unsafe {
+            *count += 1;
+            *count
+        })
+    }
+}
+
+/// A reactor that looks once, and answers the call that it finds with how many calls came before it.
+fn answer_one(mut submissions: Rx, mut completions: Tx, connection: &Touched) {
+    if submissions.pop().unwrap().is_some() {
+        assert!(completions.push([0, connection.handle()]).unwrap());
+    }
+}
+
+/// Two calls of one connection on two lanes, each with a reactor of its own; the second is sent before or after the
+/// answer to the first was taken. Everybody looks once: among all interleavings is the one where all find something.
+fn two_calls_on_two_lanes(waits: bool) {
+    model(None, move || {
+        let connection = Arc::new(Touched(UnsafeCell::new(0)));
+        let lanes = [(ring(1), ring(1)), (ring(1), ring(1))];
+        let [a, b] = lanes.map(|((submissions, theirs), (answers, completions))| {
+            let connection = connection.clone();
+            let reactor = thread::spawn(move || answer_one(theirs, answers, &connection));
+            (submissions, completions, reactor)
+        });
+        let (mut submissions_a, mut completions_a, reactor_a) = a;
+        let (mut submissions_b, mut completions_b, reactor_b) = b;
+        assert!(submissions_a.push([0, 1]).unwrap());
+        let first = completions_a.pop().unwrap();
+        if first.is_some() || !waits {
+            assert!(submissions_b.push([0, 2]).unwrap());
+        }
+        reactor_a.join().unwrap();
+        reactor_b.join().unwrap();
+        if let Some(words) = completions_b.pop().unwrap() {
+            assert_eq!((first.map(|words| words[1]), words[1]), (Some(1), 2), "in order");
+        }
+    });
+}
+
+/// Goal:   P6: a connection that moves to another lane with nothing in flight starts its calls in order, and what
+///         one reactor's handler did happened before the other's looks, without any lock.
+/// Method: two reactors whose handlers touch one race-checked cell; the client moves between two calls.
+#[test]
+fn p6_a_connection_that_moves_with_nothing_in_flight_stays_in_order() {
+    two_calls_on_two_lanes(true);
+}
+
+/// Goal:   the model above is one: a client that moves too early is found out.
+#[test]
+#[should_panic]
+fn p6_the_model_finds_a_connection_that_moves_too_early() {
+    two_calls_on_two_lanes(false);
+}
+
+/// A connection opened at home and used on a further lane as soon as its OPEN was answered; home tells the further
+/// reactor before or after it answers. Everybody looks once.
+fn open_then_attach(tells_first: bool) {
+    model(None, move || {
+        let (mut open, mut opens) = ring(1);
+        let (mut answers, mut answered) = ring(1);
+        let (mut attaches, mut attached) = ring(1);
+        // The inbox: what has been put into it can be seen, and what it is about can be read.
+        let told = Arc::new(AtomicU64::new(0));
+        let inbox = told.clone();
+        let home = thread::spawn(move || {
+            let Some(words) = opens.pop().unwrap() else { return };
+            let number = words[1] + 40;
+            if tells_first {
+                told.store(number, Relaxed);
+                assert!(answers.push([0, number]).unwrap());
+            } else {
+                assert!(answers.push([0, number]).unwrap());
+                told.store(number, Relaxed);
+            }
+        });
+        let further = thread::spawn(move || {
+            let Some(words) = attached.pop().unwrap() else { return };
+            assert_eq!(inbox.load(Relaxed), words[1], "unknown: its session would be ended");
+        });
+        assert!(open.push([0, 2]).unwrap());
+        if let Some(words) = answered.pop().unwrap() {
+            assert!(attaches.push([0, words[1]]).unwrap());
+        }
+        home.join().unwrap();
+        further.join().unwrap();
+    });
+}
+
+/// Goal:   P6: the home reactor tells of a connection before it answers OPEN, so whoever attaches it is known, with
+///         no lock and no wait on the message path.
+/// Method: the client uses the number on a further lane as soon as it has it.
+#[test]
+fn p6_an_opened_connection_is_known_wherever_it_is_used() {
+    open_then_attach(true);
+}
+
+/// Goal:   the model above is one: telling after the answer is found out.
+#[test]
+#[should_panic]
+fn p6_the_model_finds_a_home_that_answers_before_it_tells() {
+    open_then_attach(false);
 }

@@ -485,6 +485,26 @@ mod tests {
             self.lane.slots.advance(grant);
         }
 
+        /// A call with a body of zeros.
+        fn call_of(&mut self, ring: usize, message_type: MessageType, len: u32) -> bool {
+            let Some(grant) = self.lane.slots.take(len as usize) else { return false };
+            let entry = Submission {
+                kind: kind::CALL,
+                flags: flag::END,
+                message_type: message_type.0,
+                connection: self.connections[ring],
+                slot: grant.slot,
+                generation: grant.generation,
+                len,
+                response_count: 1,
+                response_slot: grant.slot,
+                ..Submission::default()
+            };
+            let pushed = self.lane.submissions[ring].push(entry.pack()).unwrap();
+            self.lane.slots.advance(grant);
+            pushed
+        }
+
         fn call(&mut self, ring: usize, deadline: u64) -> bool {
             let Some(grant) = self.lane.slots.take(8) else { return false };
             let entry = Submission {
@@ -583,6 +603,95 @@ mod tests {
             let completion = client.take(BULK).unwrap();
             assert_eq!(client.count_of(completion), expected);
         }
+    }
+
+    /// Goal:   R2.8: bulk has its share however many interactive calls there are.
+    /// Method: an interactive ring kept full for many rounds; bulk calls behind it.
+    #[test]
+    fn r2_8_bulk_entries_have_their_share_beside_a_flood_of_interactive_ones() {
+        let mut core = core(ServerConfig { entries_per_turn: 32, ..ServerConfig::default() });
+        let mut client = Client::join(&mut core);
+        for _ in 0..20 {
+            assert!(client.call(BULK, 0));
+        }
+        let (mut interactive, mut bulk) = (0u32, 0u32);
+        while bulk < 20 {
+            while client.call(INTERACTIVE, 0) {}
+            round(&mut core);
+            interactive += std::iter::from_fn(|| client.take(INTERACTIVE)).count() as u32;
+            bulk += std::iter::from_fn(|| client.take(BULK)).count() as u32;
+            assert!(interactive < 20 * 64, "{bulk} bulk calls beside {interactive} interactive ones");
+        }
+    }
+
+    /// Goal:   R2.8, S7: an interactive call does not wait for the bulk calls of all other sessions.
+    /// Method: six sessions with full bulk rings, one with an interactive call that comes in the middle of it.
+    #[test]
+    fn r2_8_s7_an_interactive_call_waits_for_few_other_lanes_bulk_turns() {
+        let mut core = core(ServerConfig { entries_per_turn: 8, ..ServerConfig::default() });
+        let mut bulk: Vec<Client> = (0..6).map(|_| Client::join(&mut core)).collect();
+        let mut modest = Client::join(&mut core);
+        for client in &mut bulk {
+            for _ in 0..16 {
+                assert!(client.call(BULK, 0));
+            }
+        }
+        round(&mut core);
+        let before = core.state.load(Relaxed);
+        assert!(before <= 2 * 8, "two bulk turns in a round, not {before} calls");
+        assert!(modest.call(INTERACTIVE, 0));
+        round(&mut core);
+        let completion = modest.take(INTERACTIVE).expect("answered in the next round");
+        assert_eq!(modest.count_of(completion), before, "before any other bulk call");
+        for _ in 0..8 {
+            round(&mut core);
+        }
+        assert_eq!(core.state.load(Relaxed), 6 * 16 + 1, "and every bulk ring has its turn");
+    }
+
+    /// Goal:   S7: a turn ends after so many bytes.
+    /// Method: calls of 1000 bytes against a limit of 4000, one round.
+    #[test]
+    fn s7_a_turn_ends_after_its_bytes() {
+        let mut core = core(ServerConfig { bytes_per_turn: 4000, ..ServerConfig::default() });
+        let mut client = Client::join(&mut core);
+        for _ in 0..40 {
+            assert!(client.call_of(INTERACTIVE, MessageType::ECHO, 1000));
+        }
+        // A batch of eight is begun while less than the limit has been used.
+        assert_eq!(round(&mut core), 8);
+        assert_eq!(round(&mut core), 8);
+    }
+
+    /// Goal:   S7: once rounds are longer than a turn may be, turns end by the clock; afterwards it is not asked any
+    ///         more.
+    /// Method: a clock that every call moves on by 150 us, against 200 us a turn; then one that stands still.
+    #[test]
+    fn s7_long_turns_are_ended_by_the_clock() {
+        let config = ServerConfig { entries_per_turn: 64, ..ServerConfig::default() };
+        let mut core = core(config);
+        let mut client = Client::join(&mut core);
+        let state = Arc::clone(&core.state);
+        let mut slow = || 1_000_000 + 150_000 * state.load(Relaxed);
+        let nobody = &mut |_, _| unreachable!("there is one reactor");
+        let mut most_before_timing = 0;
+        // Busy rounds, until two in a row have been timed.
+        for _ in 0..12 {
+            while client.call(INTERACTIVE, 0) {}
+            most_before_timing = core.round(&mut slow, nobody).max(most_before_timing);
+            while client.take(INTERACTIVE).is_some() {}
+        }
+        assert!(most_before_timing > 8, "turns are not timed while nothing is known: {most_before_timing}");
+        while client.call(INTERACTIVE, 0) {}
+        assert_eq!(core.round(&mut slow, nobody), 8, "one batch of 8 x 150 us is a turn");
+        while client.take(INTERACTIVE).is_some() {}
+        let mut taken = 0;
+        for _ in 0..40 {
+            while client.call(INTERACTIVE, 0) {}
+            taken = core.round(&mut || 77_000_000, nobody);
+            while client.take(INTERACTIVE).is_some() {}
+        }
+        assert!(taken > 8, "short rounds are not timed: {taken}");
     }
 
     /// Goal:   R2.9, S11: a call whose deadline has passed is answered so and not run; the clock is asked

@@ -298,7 +298,7 @@ impl SessionLane {
         if self.lane.common.hints.any() {
             return Ok(true);
         }
-        for ring in [INTERACTIVE, BULK] {
+        for ring in Drain::ORDER {
             if self.lane.submissions[ring].is_ready() {
                 self.lane.completions[ring].refresh()?;
                 if self.lane.completions[ring].outstanding() < self.admitted {

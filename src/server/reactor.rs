@@ -210,6 +210,7 @@ impl<S> Reactor<S> {
         let mut idle_rounds = 0u32;
         let mut unfenced = 0u32;
         let mut rounds_since_tick = 0u32;
+        let mut wakes_postponed = false;
         // Until when to poll under the policy `handoff`; 0 while it has not been asked.
         let mut polls_until_ns = 0;
         while !self.stopping {
@@ -219,7 +220,7 @@ impl<S> Reactor<S> {
                 self.tick()?;
             }
             // DEFER_TASKRUN: without this enter a bell rung by a sleeping lane's client is never seen.
-            if self.driver.pending() {
+            if self.driver.pending() && !std::mem::take(&mut wakes_postponed) {
                 self.driver.enter(Wait::No)?;
                 self.events()?;
                 if self.stopping {
@@ -242,8 +243,10 @@ impl<S> Reactor<S> {
                 unfenced += taken;
                 if unfenced >= ENTRIES_PER_FENCE || self.somebody_seems_asleep() {
                     unfenced = 0;
+                    // If the next round finds nothing the wakes go with the wait for more, in one enter (R1.2).
+                    // They are put off for one round, not for as long as there is work.
+                    wakes_postponed = !spins && !self.driver.pending();
                     self.ring_clients()?;
-                    self.submit()?;
                 }
                 continue;
             }
