@@ -557,6 +557,21 @@ fn r2_8_the_two_priority_drain_loses_nothing_and_starves_nobody() {
     });
 }
 
+/// Goal:   R2.8: with everything there, interactive entries go first, and a bulk entry ends their run.
+/// Method: the order of two and two.
+#[test]
+fn r2_8_interactive_and_bulk_entries_take_turns() {
+    model(None, || {
+        let [(mut interactive, on_interactive), (mut bulk, on_bulk)] = [ring(2), ring(2)];
+        for id in [1, 2] {
+            assert!(interactive.push([0, id]).unwrap() && bulk.push([0, 6 + id]).unwrap());
+        }
+        let taken = drain_sleeping([on_interactive, on_bulk], &Futex::new(), 4);
+        let values: Vec<u64> = taken.iter().map(|(_, value)| *value).collect();
+        assert_eq!(values, [1, 7, 2, 8]);
+    });
+}
+
 /// What a handler keeps about a connection: not shared by design, so any overlap is a race.
 struct Touched(UnsafeCell<u64>);
 

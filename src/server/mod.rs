@@ -98,7 +98,7 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     /// Serves until stopped, on the calling thread and one more for each further reactor; returns what was
     /// counted. Clients are told why.
     ///
-    /// A pinned reactor pins its thread, so the calling thread is pinned too.
+    /// A pinned reactor pins its thread, so the calling thread is pinned until this returns.
     ///
     /// # Errors
     ///

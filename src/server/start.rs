@@ -62,7 +62,8 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let totals = Totals::new(0, reactors);
     let plan = Plan { handlers, state, config, totals, wake_ns, shutdown };
     tracing::info!(reactors, wake_ns, "starting");
-    std::thread::scope(|scope| {
+    let before = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
+    let result = std::thread::scope(|scope| {
         become_reactor(pins[0])?;
         let driver = reactor::driver(true)?;
         let home = Home::new(listener, stop, reactors)?;
@@ -80,7 +81,11 @@ pub(super) fn serve<S: Send + Sync + 'static>(
             stop_from_outside(&crew)?;
         }
         join(further.threads, result)
-    })
+    });
+    // The calling thread was pinned while it was a reactor's.
+    rustix::thread::sched_setaffinity(None, &before)
+        .map_err(|e| IpcError::io("sched_setaffinity after serving", e))?;
+    result
 }
 
 /// The reactors beside home.
