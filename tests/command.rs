@@ -334,11 +334,6 @@ fn bench_refuses_what_it_does_not_honour() {
     for (arguments, name) in [
         (&["--size", "16385"][..], "--size 16385"),
         (&["--probe", "16385"], "--probe 16385"),
-        (
-            &["--policy", "handoff", "--connections", "2", "--sessions", "2"],
-            "--policy handoff with 2 sessions",
-        ),
-        (&["--policy", "block", "--connections", "2", "--sessions", "2"], "--policy block with 2 sessions"),
         (&["--peer", "uds", "--policy", "handoff"], "--policy"),
         (&["--peer", "uds", "--probe", "64"], "--probe"),
         (&["--peer", "uds", "--reactors", "2"], "--reactors"),

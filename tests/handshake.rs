@@ -1,6 +1,8 @@
 //! The handshake's bytes against `shm/LAYOUT.md`.
 
-use doorbell::protocol::handshake::{DisconnectReason, Goodbye, Hello, Welcome, code};
+use doorbell::protocol::handshake::{
+    DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, Welcome, code,
+};
 use doorbell_shm::layout::Geometry;
 use std::mem::offset_of;
 use zerocopy::IntoBytes;
@@ -44,6 +46,10 @@ fn trap20_the_handshake_is_as_drawn() {
     assert_eq!(Hello::read(&golden("hello")).unwrap().display_name(), Some("test"));
     assert_eq!(Goodbye::new(DisconnectReason::Draining).as_bytes(), golden("goodbye"));
     assert_eq!(Goodbye::read(&golden("goodbye")), Some(DisconnectReason::Draining));
+    assert_eq!(LaneRequest::new(LaneChoice::On(3)).as_bytes(), golden("lane_request"));
+    assert_eq!(LaneRequest::read(&golden("lane_request")), Some(LaneChoice::On(3)));
+    assert_eq!(LaneGrant::new(2, 5).as_bytes(), golden("lane_grant"));
+    assert_eq!(LaneGrant::read(&golden("lane_grant")), Some(LaneGrant::new(2, 5)));
 }
 
 #[test]

@@ -68,7 +68,8 @@ impl Golden {
             let known = ["submission", "completion", "client_word", "server_word", "header"];
             // The handshake's are read by the test of the code that writes them.
             assert!(
-                known.contains(&of) || ["hello", "welcome", "goodbye"].contains(&of),
+                known.contains(&of)
+                    || ["hello", "welcome", "goodbye", "lane_request", "lane_grant"].contains(&of),
                 "nobody reads {of}"
             );
             if of == kind {

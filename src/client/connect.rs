@@ -128,8 +128,8 @@ pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     let segment = Segment::attach(memory.as_fd(), granted, welcome.lanes, welcome.identity())?;
     let took_ns = monotonic_ns() - sent_ns;
     let clock_offset_ns = clock_offset(welcome.clock_offset_ns, took_ns);
-    let (home_core, policy) = (welcome.home_core, config.policy);
-    Session::new(Joined { segment, socket, memory, clock_offset_ns, home_core, policy })
+    let (home_core, reactors, policy) = (welcome.home_core, welcome.reactors, config.policy);
+    Session::new(Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, policy })
 }
 
 /// The server's CLOCK_MONOTONIC minus ours, ns. The server measured it when it read the hello, which may

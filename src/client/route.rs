@@ -44,11 +44,12 @@ fn index(number: u32) -> usize {
 }
 
 impl Routes {
-    /// `None` if all connections stay on the home lane, whose reactor is pinned to `home_core`.
-    pub fn new(policy: WaitPolicy, home_core: u32) -> Option<Box<Self>> {
+    /// `None` if all connections stay on the home lane, whose reactor, one of so many, is pinned to `home_core`.
+    pub fn new(policy: WaitPolicy, home_core: u32, reactors: u32) -> Option<Box<Self>> {
         let needed = match policy {
             WaitPolicy::Handoff => home_core != NO_CORE,
-            WaitPolicy::Spin => home_core == current_cpu(),
+            // Where there are many reactors, clients that keep one busy are spread over them.
+            WaitPolicy::Spin => home_core == current_cpu() || reactors > 2,
             WaitPolicy::Block => false,
         };
         needed.then(|| {
@@ -76,7 +77,7 @@ impl Routes {
         let Route { in_flight, mut lane, .. } = *self.record(target.connection);
         if in_flight == 0 {
             lane = match self.policy {
-                WaitPolicy::Spin => self.away_from_home(session)?,
+                WaitPolicy::Spin => self.where_it_spins(session, cpu)?,
                 _ if session.in_flight() >= PIPELINED => self.of_another_core(session, lane, cpu)?,
                 WaitPolicy::Handoff | WaitPolicy::Block => self.of_this_core(session, lane, cpu)?,
             };
@@ -137,11 +138,11 @@ impl Routes {
         Ok(granted)
     }
 
-    fn away_from_home(&mut self, session: &mut Session) -> Result<u32> {
+    fn where_it_spins(&mut self, session: &mut Session, cpu: u32) -> Result<u32> {
         if let Some(lane) = self.spins_on {
             return Ok(lane);
         }
-        let lane = session.request_lane(LaneChoice::NotOn(session.home.core))?;
+        let lane = session.request_lane(LaneChoice::NotOn(cpu))?;
         self.spins_on = Some(lane);
         Ok(lane)
     }

@@ -70,17 +70,19 @@ pub(super) struct Joined {
     pub clock_offset_ns: u64,
     /// Core of the home lane's reactor.
     pub home_core: u32,
+    /// Reactors of the server.
+    pub reactors: u32,
     pub policy: WaitPolicy,
 }
 
 impl Session {
     pub fn new(joined: Joined) -> Result<Self> {
-        let Joined { segment, socket, memory, clock_offset_ns, home_core, policy } = joined;
+        let Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, policy } = joined;
         let geometry = *segment.geometry();
         let lane = ClientLane::open(segment.mapping(), &geometry, &LaneLayout::home(&geometry))?;
         let home = Lane::new(lane, 0, home_core);
         let kept = VecDeque::with_capacity(home.slots());
-        let routes = (segment.lanes() > 1).then(|| Routes::new(policy, home_core)).flatten();
+        let routes = (segment.lanes() > 1).then(|| Routes::new(policy, home_core, reactors)).flatten();
         Ok(Self {
             home,
             further: Vec::new(),

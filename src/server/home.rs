@@ -58,7 +58,7 @@ pub(crate) struct Home {
     half_open_count: u32,
     generation: u32,
     epoch: u64,
-    /// Lanes of each reactor, of sessions that live.
+    /// Lanes of each reactor, of sessions that live; home lanes too.
     lanes_of: Vec<u32>,
 }
 
@@ -290,6 +290,7 @@ impl Home {
         reactor.driver.poll(socket.as_fd(), events, Source::Socket(id).token())?;
         reactor.driver.poll(half.process.as_fd(), PollFlags::IN, Source::Process(id).token())?;
         reactor.add_peer(id, Arc::clone(&socket));
+        self.lanes_of[0] += 1;
         let index = id.index as usize;
         if self.members.len() <= index {
             self.members.resize_with(index + 1, || None);
@@ -344,7 +345,7 @@ impl Home {
     ) -> Result<bool> {
         let chosen = self.choose(&reactor.crew, choice);
         let most = reactor.core.config().max_further_lanes;
-        let used: u32 = self.lanes_of.iter().sum();
+        let used: u32 = self.lanes_of[1..].iter().sum();
         let Some(member) = self.member(id) else { return Ok(false) };
         member.lane_requests += 1;
         if member.lane_requests > LANE_REQUESTS_MAX {
@@ -432,6 +433,7 @@ impl Home {
         let Some(member) = self.members.get_mut(id.index as usize).and_then(Option::take) else {
             return Ok(());
         };
+        self.lanes_of[0] -= 1;
         for at in member.further {
             let at = usize::from(at);
             self.lanes_of[at] -= 1;

@@ -41,6 +41,8 @@ const ROUNDS_PER_YIELD: u32 = 32;
 /// Sweeps that a client has between taking the bell's mark and waking before it is healed: it may have been
 /// preempted between the two.
 const MARK_TAKEN_SWEEPS: u32 = 3;
+/// Handed-over calls between two sweeps (50 ms) up to which they are rare: 5000 a second.
+const RARE_PER_SWEEP: u32 = 250;
 /// How long a lane is left alone whose wait the kernel had no memory for (F37).
 const ARM_AGAIN_NS: u64 = 10_000_000;
 
@@ -167,6 +169,10 @@ pub(crate) struct Reactor<S: 'static> {
     /// When the earliest timeout on the ring ends; `u64::MAX` if there is none. One timeout serves many sleeps: a
     /// timeout of each sleep's own would cost a third of a cold call.
     timer_ns: u64,
+    /// Times that work ran out behind a caller that had handed its core over, since the last sweep.
+    handed_over_calls: u32,
+    /// They were few between the last two sweeps.
+    handed_over_rarely: bool,
     /// Lanes that are being put to sleep.
     arming: Vec<SessionId>,
     stopping: bool,
@@ -197,6 +203,8 @@ impl<S> Reactor<S> {
             spin: SpinBudget::new(wake_ns, percent),
             next_sweep_ns: 0,
             timer_ns: u64::MAX,
+            handed_over_calls: 0,
+            handed_over_rarely: true,
             arming: Vec::new(),
             stopping: false,
             core,
@@ -211,6 +219,7 @@ impl<S> Reactor<S> {
         let mut unfenced = 0u32;
         let mut rounds_since_tick = 0u32;
         let mut wakes_postponed = false;
+        let mut handed_over = false;
         // Until when to poll under the policy `handoff`; 0 while it has not been asked.
         let mut polls_until_ns = 0;
         while !self.stopping {
@@ -252,14 +261,20 @@ impl<S> Reactor<S> {
             }
             idle_rounds = idle_rounds.wrapping_add(1);
             if idle_rounds == 1 {
-                polls_until_ns = self.poll_budget();
+                handed_over = self.core.take_handed_over();
+                polls_until_ns = self.poll_budget(handed_over);
             }
             let polls = !self.core.all_cold() && (spins || polls_until_ns != 0);
             if (!polls || idle_rounds == QUIET_ROUNDS) && !self.core.touched().is_empty() {
                 unfenced = 0;
                 self.ring_clients()?;
             }
-            if polls {
+            if handed_over && idle_rounds == 1 && self.hand_back() {
+                // The caller has its answer, and its core back, before we arm and sleep: that takes as long as
+                // the call. We go on when it sleeps, or calls again.
+                self.submit()?;
+                std::thread::yield_now();
+            } else if polls {
                 self.submit()?;
                 if idle_rounds.is_multiple_of(ROUNDS_PER_YIELD) {
                     std::thread::yield_now();
@@ -290,13 +305,20 @@ impl<S> Reactor<S> {
 
     /// There is nothing to do any more: until when to poll, 0 for not at all.
     #[inline(always)]
-    fn poll_budget(&mut self) -> u64 {
+    fn poll_budget(&mut self, handed_over: bool) -> u64 {
         // A caller that has handed its core over waits on this very core: no poll, and no clock.
-        if self.core.take_handed_over() || self.spin.is_zero() {
+        if handed_over || self.spin.is_zero() {
             self.spin.leave_untimed();
             return 0;
         }
         self.spin.idle(monotonic_ns())
+    }
+
+    /// Whether to let the caller run before arming and sleeping: while calls are so rare that nobody minds the
+    /// switch that this costs.
+    fn hand_back(&mut self) -> bool {
+        self.handed_over_calls += 1;
+        self.handed_over_rarely
     }
 
     /// Does something that only the home reactor does, with the rest of it at hand.
@@ -599,6 +621,8 @@ impl<S> Reactor<S> {
     /// nothing has been taken meanwhile, it is healed and counted.
     fn sweep(&mut self) -> Result<()> {
         self.core.metrics.sweeps += 1;
+        self.handed_over_rarely = self.handed_over_calls < RARE_PER_SWEEP;
+        self.handed_over_calls = 0;
         for index in 0..self.peers.len() {
             let Some(peer) = &mut self.peers[index] else { continue };
             let id = peer.id;
@@ -706,7 +730,10 @@ impl<S> Reactor<S> {
 
     /// Takes leave of every client; returns what was counted.
     fn stop(mut self) -> Result<Metrics> {
-        self.core.drain();
+        if self.crew.is_home() {
+            // Home alone writes the state of a session: another reactor could take back that one is closed.
+            self.core.drain();
+        }
         let ids: Vec<SessionId> = self.core.ids().collect();
         for id in ids {
             match self.crew.is_home() {
