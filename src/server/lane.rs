@@ -255,18 +255,20 @@ impl SessionLane {
         filled: Filled,
         bench: &mut Bench<'_, S>,
     ) -> Result<(), PeerFault> {
+        let mut flags_seen = 0;
         for i in 0..filled.len {
             // Published before the entry is run: after our death the client knows which calls were not
             // started (FAULTS §5).
             self.lane.submissions[ring].publish_at(filled.first + i as u64 + 1);
             let words = bench.batch.entries[i];
-            bench.flags_seen |= words[0];
+            flags_seen |= words[0];
             match Submission::plain(&words) {
                 // The same code with most of its conditions known: half the instructions.
                 Some(call) => self.call(id, ring, &call, bench)?,
                 None => self.other(id, ring, words, bench)?,
             }
         }
+        bench.flags_seen |= flags_seen;
         // What came before a broken entry has run; nothing after it will.
         filled.fault.map_or(Ok(()), Err)
     }
