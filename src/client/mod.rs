@@ -390,6 +390,10 @@ impl Connection<'_> {
         // A guard that is dropped inside a callback of the same client waits for the next flush.
         if let Ok(mut session) = self.client.session.try_borrow_mut() {
             session.close_later(self.id.number, self.id.bulk);
+            // Nobody may come to flush it. Where the kernel refuses the wake, the server's sweep finds the entry.
+            if let Err(error) = session.flush() {
+                tracing::debug!(%error, "the server could not be woken for a CLOSE");
+            }
         }
     }
 }
