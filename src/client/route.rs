@@ -147,10 +147,15 @@ impl Routes {
         Ok(lane)
     }
 
+    #[inline(always)]
+    fn known(&mut self, number: u32) -> Option<&mut Route> {
+        self.records.get_mut(index(number)).filter(|record| record.number == number)
+    }
+
     /// A call of this connection has been submitted.
     #[inline(always)]
     pub fn started(&mut self, number: u32) {
-        if let Some(record) = self.records.get_mut(index(number)) {
+        if let Some(record) = self.known(number) {
             record.in_flight += 1;
         }
     }
@@ -158,7 +163,8 @@ impl Routes {
     /// A call of this connection has been answered.
     #[inline(always)]
     pub fn ended(&mut self, number: u32) {
-        if let Some(record) = self.records.get_mut(index(number)) {
+        // A late answer on a connection that has been closed is none of the one that has its index now.
+        if let Some(record) = self.known(number) {
             record.in_flight = record.in_flight.saturating_sub(1);
         }
     }
