@@ -652,3 +652,30 @@ fn trap11_many_idle_sessions_cost_no_thread_and_no_wake_up() {
     assert_eq!(watcher.stat("sweeps_healed"), 0);
     drop(connections);
 }
+
+/// Goal:   F24: a client that was left alone for its needless ringing and goes away meanwhile leaves a server that
+///         sleeps.
+/// Method: a storm until the only session rests, then its end; the server's processor time has to stand still.
+#[test]
+fn f24_a_stormer_that_leaves_while_it_rests_leaves_a_sleeping_server() {
+    let server = ServerProcess::start(&["--reactors", "1"]);
+    let tasks = || std::fs::read_dir(format!("/proc/{}/task", server.process.0.id())).unwrap();
+    let used = || {
+        let time = |task: std::io::Result<std::fs::DirEntry>| {
+            let text = std::fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap();
+            text.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+        };
+        tasks().map(time).sum::<u64>()
+    };
+    for _ in 0..5 {
+        let raw = Raw::connect(server.path());
+        for _ in 0..2000 {
+            raw.ring();
+        }
+        drop(raw);
+        eventually("the server sleeps", || {
+            let before = used();
+            (0..500).all(|_| used() == before)
+        });
+    }
+}

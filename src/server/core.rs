@@ -97,6 +97,10 @@ impl Served<'_> {
     ) {
         let seat = &mut seats[index as usize];
         let Some(lane) = seat.lane.as_deref_mut() else { return };
+        // Its other ring is served no more either.
+        if self.faults.iter().any(|(id, _)| id.index == index) {
+            return;
+        }
         match turn(lane) {
             Ok(0) => {}
             Ok(taken) => {
@@ -725,7 +729,9 @@ mod tests {
         assert!(bad.call(INTERACTIVE, 0) && good.call(INTERACTIVE, 0));
         let broken = Submission { kind: 99, ..Submission::default() };
         assert!(bad.lane.submissions[INTERACTIVE].push(broken.pack()).unwrap());
+        assert!(bad.call(BULK, 0));
         round(&mut core);
+        assert!(bad.take(BULK).is_none(), "nothing runs after a broken entry, on whichever ring");
         assert_eq!(core.take_fault(), Some((bad.id, PeerFault::Kind { kind: 99 })));
         assert!(bad.take(INTERACTIVE).is_some(), "what came before the broken entry was answered");
         assert!(good.take(INTERACTIVE).is_some());

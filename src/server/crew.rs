@@ -42,6 +42,8 @@ pub(crate) enum Message {
     End(SessionId),
     /// To home: this session broke the protocol on a further lane.
     Fault(SessionId, PeerFault),
+    /// To home: the bell of a lane of this session cannot be armed.
+    Unarmed(SessionId),
     /// To home: this session rings without cause.
     Abuse(SessionId, Abuse),
     /// From home: the server stops.

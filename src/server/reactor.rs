@@ -167,7 +167,7 @@ pub(crate) struct Reactor<S: 'static> {
     spin: SpinBudget,
     next_sweep_ns: u64,
     /// When the earliest timeout on the ring ends; `u64::MAX` if there is none. One timeout serves many sleeps: a
-    /// timeout of each sleep's own would cost a third of a cold call.
+    /// timeout of each sleep's own would have to be armed and cancelled in every cold call.
     timer_ns: u64,
     /// Times that work ran out behind a caller that had handed its core over, since the last sweep.
     handed_over_calls: u32,
@@ -426,7 +426,7 @@ impl<S> Reactor<S> {
             AfterWait::Nothing => {}
             AfterWait::End(error) => {
                 tracing::error!(session = id.index, %error, "a bell could not be armed");
-                self.give_up(id, Message::End(id))?;
+                self.give_up(id, Message::Unarmed(id))?;
             }
         }
         Ok(())
@@ -477,10 +477,8 @@ impl<S> Reactor<S> {
                 Message::Lane { id, number, segment, socket } => {
                     self.take_lane(id, number, segment, socket)?
                 }
-                Message::End(id) if self.crew.is_home() => {
-                    self.end(id, DisconnectReason::ProtocolViolation)?
-                }
                 Message::End(id) => self.let_go(id)?,
+                Message::Unarmed(id) => self.end(id, DisconnectReason::ProtocolViolation)?,
                 Message::Fault(id, fault) => self.fault(id, fault)?,
                 Message::Abuse(id, abuse) => self.abuse(id, abuse)?,
                 Message::Stop => self.stopping = true,
@@ -592,6 +590,7 @@ impl<S> Reactor<S> {
     /// What is due by the clock: half-open sockets, the sweep, accepting again, rests that are over.
     fn tick(&mut self) -> Result<()> {
         let home_waits = self.home.as_ref().is_some_and(Home::waits);
+        // A lane may have gone while it rested: the end of its rest is due all the same.
         if self.core.live() == 0 && !home_waits {
             return Ok(());
         }

@@ -82,7 +82,10 @@ pub(super) fn serve<S: Send + Sync + 'static>(
         }
         join(further.threads, result)
     });
-    // The calling thread was pinned while it was a reactor's.
+    // The calling thread was pinned, with short turns, while it was a reactor's.
+    if let Err(error) = doorbell_uring::ask_for_short_turns(0) {
+        tracing::info!(%error, "the scheduler's own turns could not be had back");
+    }
     rustix::thread::sched_setaffinity(None, &before)
         .map_err(|e| IpcError::io("sched_setaffinity after serving", e))?;
     result
@@ -172,11 +175,12 @@ fn join(threads: Vec<ScopedJoinHandle<'_, Result<Metrics>>>, home: Result<Metric
 
 /// Tells the other reactors to stop, over a ring made for that.
 fn stop_from_outside(crew: &Crew) -> Result<()> {
+    // All of them first: whoever has sessions looks into its inbox at every sweep.
+    let told: Vec<&Address> =
+        crew.addresses[1..].iter().filter(|address| address.put(Message::Stop)).collect();
     let mut driver = reactor::driver(false)?;
-    for address in &crew.addresses[1..] {
-        if address.put(Message::Stop) {
-            driver.msg_ring(address.ring(), 0, Source::Mail.token())?;
-        }
+    for address in told {
+        driver.msg_ring(address.ring(), 0, Source::Mail.token())?;
     }
     Ok(driver.enter(Wait::No)?)
 }
@@ -189,7 +193,7 @@ fn duplicate(driver: &Driver) -> Result<OwnedFd> {
 fn cores(config: &ServerConfig) -> Result<Vec<usize>> {
     let set = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
     let allowed: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|core| set.is_set(*core)).collect();
-    match config.cores.iter().find(|core| config.pinned && !allowed.contains(core)) {
+    match config.cores.iter().find(|core| !allowed.contains(core)) {
         Some(core) => Err(IpcError::Config(format!(
             "core {core} may not be used, allowed are {allowed:?}: choose among these, or change the affinity \
              (taskset) that the server is started with"

@@ -33,7 +33,7 @@ struct SchedAttr {
 /// that compute, at the price of being interrupted sooner. Needs no privilege; its share of the core and its
 /// nice value stay what they are. Kernels before 6.12 accept it and do nothing.
 ///
-/// Shape:  `slice_ns` from 100 000 to 100 000 000; the kernel's default is about 3 000 000.
+/// Shape:  `slice_ns` from 100 000 to 100 000 000; 0 for the kernel's default, about 3 000 000.
 /// Source: sched_setattr(2), `sched_runtime` of SCHED_OTHER.
 ///
 /// # Errors
@@ -83,5 +83,6 @@ mod tests {
         let before = nice();
         ask_for_short_turns(100_000).unwrap();
         assert_eq!(nice(), before);
+        ask_for_short_turns(0).unwrap();
     }
 }
