@@ -1,12 +1,13 @@
 //! Every limit of the server, in one place, with its unit (FAULTS S12).
 
 use crate::error::{IpcError, Result};
-use doorbell_shm::layout::{LANES_MAX, SLOT_LARGE};
+use crate::server::budget::BUDGET_MIN;
+use doorbell_shm::layout::LANES_MAX;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// Longest message, bytes: one slot of the largest class, until bodies travel as frames.
-pub const MESSAGE_MAX: usize = SLOT_LARGE;
+/// Longest message unless a server is configured otherwise, bytes (R1.5).
+pub const MESSAGE_MAX: u64 = 10 << 20;
 
 /// How a side waits when there is nothing to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -57,6 +58,14 @@ pub struct ServerConfig {
     pub max_lanes: u32,
     /// Lanes of all sessions beside their home lanes.
     pub max_further_lanes: u32,
+    /// Longest request and longest answer, bytes (R1.5).
+    pub max_message_size: u64,
+    /// Memory of the server and of everything shared with it, bytes (DESIGN §5). Each session beyond the first hundred
+    /// adds 10 KiB to it. What is left over is leased to sessions that carry long bodies.
+    pub memory_budget: u64,
+    /// Memory, beside the budget, in which each reactor puts requests together for handlers that want them whole,
+    /// bytes. One request always has room.
+    pub body_memory: u64,
     /// Entries taken from one lane before the next has its turn (S7).
     pub entries_per_turn: u32,
     /// Bytes of requests and answers of one lane before the next has its turn (S7).
@@ -92,6 +101,9 @@ impl Default for ServerConfig {
             max_slot_pages: 1024,
             max_lanes: 4,
             max_further_lanes: 256,
+            max_message_size: MESSAGE_MAX,
+            memory_budget: 3 << 20,
+            body_memory: 64 << 20,
             entries_per_turn: 32,
             bytes_per_turn: 64 << 10,
             turn_time: Duration::from_micros(200),
@@ -134,6 +146,9 @@ impl ServerConfig {
         range("max_slot_pages", self.max_slot_pages.into(), 1, 1024)?;
         range("max_lanes", self.max_lanes.into(), 1, LANES_MAX.into())?;
         range("max_further_lanes", self.max_further_lanes.into(), 0, CONNECTIONS_LIMIT.into())?;
+        range("max_message_size", self.max_message_size, 1, 1 << 31)?;
+        range("memory_budget", self.memory_budget, BUDGET_MIN, 1 << 40)?;
+        range("body_memory", self.body_memory, 1, 1 << 40)?;
         range("entries_per_turn", self.entries_per_turn.into(), 1, 1024)?;
         range("bytes_per_turn", self.bytes_per_turn, 1, 1 << 30)?;
         range("turn_time (us)", self.turn_time.as_micros() as u64, 1, 1_000_000)?;

@@ -23,16 +23,28 @@ pub enum IpcError {
         #[source]
         source: io::Error,
     },
-    /// A request is longer than the limit given here, bytes. Nothing was sent, nothing else is lost.
-    #[error(
-        "the message is longer than the limit of {0} bytes: send less, or ask for larger slots when connecting"
-    )]
+    /// A request, or its answer, is longer than the limit given here, bytes. Nothing else is lost.
+    #[error("the message is longer than the limit of {0} bytes: send less, or raise the server's limit")]
     MessageTooLarge(usize),
-    /// The answer did not fit into the slot lent for it, which holds this many bytes.
-    #[error(
-        "the answer is longer than the {0} bytes lent for it: lend more with `CallOptions::reply_capacity`"
-    )]
+    /// The answer is longer than the memory that the caller gave for it, bytes.
+    #[error("the answer is longer than the {0} bytes given for it: give more, or use a call that allocates")]
     ReplyTooLarge(usize),
+    /// A request is not as long as it was announced. What was written last was not sent.
+    #[error(
+        "a request of {announced} bytes was announced, {sent} were sent: announce the right length, or none"
+    )]
+    BodyLength {
+        /// Bytes announced.
+        announced: u64,
+        /// Bytes sent so far.
+        sent: u64,
+    },
+    /// More of a request was sent after its end.
+    #[error("the request has been finished: nothing more can be sent in it")]
+    BodyFinished,
+    /// The call named is none of those in flight whose request is sent piece by piece.
+    #[error("there is no such call in flight: it has been answered, or was never started piece by piece")]
+    NoSuchCall,
     /// The server has no handler for this type. The connection goes on.
     #[error(
         "the server has no handler for message type {0}: check the number, or register a handler in its table"
@@ -59,6 +71,12 @@ pub enum IpcError {
         /// Milliseconds to wait.
         retry_ms: u64,
     },
+    /// Memory that the call used was taken back, because this client did nothing with it while others waited for it. The
+    /// call may or may not have been executed.
+    #[error(
+        "the server took back the memory of this call, which stood still while others waited: send it again"
+    )]
+    MemoryTakenBack,
     /// The handler reported a failure of its own.
     #[error("the handler failed: {0}")]
     Handler(String),

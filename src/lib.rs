@@ -27,6 +27,6 @@ pub use error::{IpcError, Result};
 pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};
 pub use server::{
-    BoundServer, BufferPool, ConnectionPool, Context, Handler, HandlerError, HandlerTable, IpcServer, Reply,
-    ShutdownHandle, TABLE_LEN,
+    BoundServer, BufferPool, ConnectionPool, Context, Handler, HandlerError, HandlerTable, IpcServer,
+    MakePieces, Pieces, Progress, Reply, ShutdownHandle, TABLE_LEN,
 };

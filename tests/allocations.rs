@@ -110,7 +110,7 @@ fn echo_pipelined(client: &IpcClient, total: u64) {
         }
         client.wait(None).unwrap();
         while let Some(reply) = client.poll().unwrap() {
-            assert!(reply.is_ok() && reply.copy_to(&mut answer) == 200);
+            assert!(reply.is_ok() && reply.copy_to(&mut answer).unwrap() == 200);
             assert_eq!(answer[..8], reply.tag().to_le_bytes());
             received += 1;
         }

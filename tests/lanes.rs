@@ -105,7 +105,7 @@ fn p6_a_connection_with_a_call_in_flight_stays_on_its_lane() {
     let mut answers = Vec::new();
     while answers.len() < 3 {
         match client.poll().unwrap() {
-            Some(answer) => answers.push(number(&answer.to_vec())),
+            Some(answer) => answers.push(number(&answer.to_vec().unwrap())),
             None => assert!(client.wait(None).unwrap()),
         }
     }
@@ -135,7 +135,7 @@ fn p6_a_close_does_not_overtake_calls_on_another_lane() {
     assert_eq!(stat(&other, "connections_open"), 2);
     server.open_gate();
     assert!(client.wait(None).unwrap());
-    assert_eq!(number(&client.poll().unwrap().unwrap().to_vec()), 1);
+    assert_eq!(number(&client.poll().unwrap().unwrap().to_vec().unwrap()), 1);
     eventually("the dropped connection is closed", || stat(&other, "connections_open") == 1);
 }
 
@@ -162,7 +162,7 @@ fn r1_2_a_client_waits_for_several_lanes_at_once() {
                 assert!(client.wait(None).unwrap());
             });
             let answer = client.poll().unwrap().expect("waited for");
-            assert_eq!(number(&answer.to_vec()), 2 * round + answered);
+            assert_eq!(number(&answer.to_vec().unwrap()), 2 * round + answered);
         }
     }
     assert_eq!(server.stop().sweeps_healed, 0);
@@ -187,7 +187,7 @@ fn p5_the_descriptor_tells_of_answers_on_every_lane() {
             let mut answer = None;
             while answer.is_none() {
                 poll(&mut [PollFd::new(&client.as_fd(), PollFlags::IN)], None).unwrap();
-                answer = client.poll().unwrap().map(|answer| number(&answer.to_vec()));
+                answer = client.poll().unwrap().map(|answer| number(&answer.to_vec().unwrap()));
                 if answer.is_none() {
                     client.prepare_to_wait().unwrap();
                 }

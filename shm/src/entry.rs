@@ -26,6 +26,10 @@ pub mod kind {
     pub const REPLY: u8 = 6;
     /// Completion: a call that the server starts (reserved).
     pub const CALLBACK: u8 = 7;
+    /// Submission: asks for leased slots: `response_count` of `len` bytes each.
+    pub const LEASE: u8 = 8;
+    /// Submission: gives a lease back, named by its first slot and its epoch.
+    pub const RETURN: u8 = 9;
 }
 
 /// Flags of entries.
@@ -42,8 +46,10 @@ pub mod flag {
     pub const META: u16 = 1 << 4;
     /// Submission OPEN and ATTACH: the connection uses the bulk rings.
     pub const BULK: u16 = 1 << 5;
+    /// Submission: payload or answer window lies in leased memory; word 7 says where and in which epoch.
+    pub const LEASED: u16 = 1 << 6;
     /// Every flag a submission may carry.
-    pub const SUBMISSION: u16 = MORE | END | HANDOFF | IDEMPOTENT | META | BULK;
+    pub const SUBMISSION: u16 = MORE | END | HANDOFF | IDEMPOTENT | META | BULK | LEASED;
     /// Every flag a completion may carry.
     pub const COMPLETION: u16 = MORE | END;
 }
@@ -88,6 +94,9 @@ pub enum Status {
     Overloaded = 7,
     /// The handler failed in a way of its own; the answer may say why.
     Internal = 8,
+    /// Memory that the call had leased was taken back, because its holder did nothing with it while others
+    /// waited for it (F59).
+    TakenBack = 9,
 }
 
 impl Status {
@@ -104,6 +113,7 @@ impl Status {
             Cancelled,
             Overloaded,
             Internal,
+            TakenBack,
         ]
         .into_iter()
         .find(|s| *s as u8 == code)
@@ -141,10 +151,14 @@ pub struct Submission {
     pub body_len: u64,
     /// Nanoseconds of the server's CLOCK_MONOTONIC after which the call must not start; 0 for none.
     pub deadline: u64,
+    /// Slot that holds this frame, where that is not `slot`: of a FRAME, or with [`flag::LEASED`].
+    pub payload_slot: u32,
+    /// Epoch of the leases that the entry uses, with [`flag::LEASED`].
+    pub lease_epoch: u32,
 }
 
-/// Word 7, and bits without meaning, must be zero.
-const RESERVED_WORD: usize = 7;
+/// Word 7, which says where a payload lies that does not lie in the slot which names its call.
+const PLACE: usize = 7;
 
 impl Submission {
     /// The entry's words; the lap's half of word 0 is zero.
@@ -158,7 +172,7 @@ impl Submission {
             u64::from(self.response_slot) | u64::from(self.frame) << 32,
             self.body_len,
             self.deadline,
-            0,
+            u64::from(self.payload_slot) | u64::from(self.lease_epoch) << 32,
         ]
     }
 
@@ -189,6 +203,8 @@ impl Submission {
             frame: 0,
             body_len: words[5],
             deadline: 0,
+            payload_slot: 0,
+            lease_epoch: 0,
         })
     }
 
@@ -200,11 +216,18 @@ impl Submission {
     #[inline(always)]
     pub fn unpack(words: [u64; SUBMISSION_WORDS]) -> Result<Self, PeerFault> {
         let flags = (words[0] >> 40) as u16;
-        if words[RESERVED_WORD] != 0 {
-            return Err(PeerFault::Reserved { word: RESERVED_WORD as u32, value: words[RESERVED_WORD] });
-        }
         if flags & !flag::SUBMISSION != 0 {
             return Err(PeerFault::Reserved { word: 0, value: words[0] });
+        }
+        // A FRAME says where it lies; the epoch is told where leases are used, and nowhere else.
+        let is_frame = (words[0] >> 32) as u8 == kind::FRAME;
+        let told = match (flags & flag::LEASED != 0, is_frame) {
+            (true, _) => u64::MAX,
+            (false, true) => u64::from(u32::MAX),
+            (false, false) => 0,
+        };
+        if words[PLACE] & !told != 0 {
+            return Err(PeerFault::Reserved { word: PLACE as u32, value: words[PLACE] });
         }
         Ok(Self {
             kind: (words[0] >> 32) as u8,
@@ -221,6 +244,8 @@ impl Submission {
             frame: (words[4] >> 32) as u32,
             body_len: words[5],
             deadline: words[6],
+            payload_slot: words[PLACE] as u32,
+            lease_epoch: (words[PLACE] >> 32) as u32,
         })
     }
 }

@@ -90,6 +90,46 @@ pub enum PeerFault {
         /// The number of slots of the lane.
         slots: u32,
     },
+    /// A frame that does not follow the one before it, or comes after the last one.
+    #[error("frame {theirs} of the call in slot {slot}, where only {expected} can come")]
+    Frame {
+        /// The slot that names the call.
+        slot: u32,
+        /// The frame number read.
+        theirs: u32,
+        /// The number of the next frame; [`u32::MAX`] after the last one.
+        expected: u32,
+    },
+    /// A body that is not as long as its first frame announced.
+    #[error("a body of {announced} bytes was announced in slot {slot}, {sent} were sent")]
+    Body {
+        /// The slot that names the call.
+        slot: u32,
+        /// Bytes announced.
+        announced: u64,
+        /// Bytes sent, up to and including the frame that shows it.
+        sent: u64,
+    },
+    /// Frames of an answer released that were not sent, or taken back after they had been released.
+    #[error("{theirs} frames released of the call in slot {slot}, possible are {oldest} to {newest}")]
+    Credit {
+        /// The slot that names the call.
+        slot: u32,
+        /// The count read.
+        theirs: u32,
+        /// The count known before.
+        oldest: u32,
+        /// Frames sent.
+        newest: u32,
+    },
+    /// A lease given back while one of its slots is still lent, or that does not exist.
+    #[error("the lease at slot {slot} of epoch {epoch} cannot be given back: it does not exist or is in use")]
+    Lease {
+        /// The first slot of the lease.
+        slot: u32,
+        /// The epoch read.
+        epoch: u32,
+    },
     /// A header or segment that does not say what the handshake said.
     #[error("segment header field {field} holds {theirs:#x}, expected {expected:#x}")]
     Header {

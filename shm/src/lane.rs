@@ -3,8 +3,9 @@
 use crate::bell::{ClientBell, ServerBell};
 use crate::bytes::SharedBytes;
 use crate::entry::{COMPLETION_WORDS, SUBMISSION_WORDS};
-use crate::error::SegmentError;
-use crate::layout::{Geometry, LaneLayout, SLOTS_PER_PAGE};
+use crate::error::{PeerFault, SegmentError};
+use crate::layout::{Geometry, LaneLayout};
+use crate::lease::{LeaseAllocator, LeaseTable, LeaseWords};
 use crate::map::{Mapping, PAGE, Shared};
 use crate::ring::{Consumer, Entry, Producer};
 use crate::slots::{Hints, SlotAllocator, SlotTable};
@@ -59,6 +60,8 @@ pub struct Common {
     pub server_bell: ServerBell<Shared<AtomicU32>>,
     /// The word that clients sleep on.
     pub client_bell: ClientBell<Shared<AtomicU32>>,
+    /// How leases are taken back.
+    pub leases: LeaseWords<Shared<AtomicU32>>,
     /// Which slot words to look at.
     pub hints: Hints<Shared<[AtomicU64]>>,
     /// The client's slot words, one per base slot number.
@@ -71,14 +74,18 @@ pub struct Common {
 
 impl Common {
     fn open(map: &Arc<Mapping>, geometry: &Geometry, layout: &LaneLayout) -> Result<Self, SegmentError> {
-        let base_numbers = (geometry.base_pages() * SLOTS_PER_PAGE) as usize;
-        let numbers = geometry.slot_pages() * SLOTS_PER_PAGE;
+        let names = geometry.base_numbers();
         Ok(Self {
             server_bell: ServerBell(map.object(layout.server_bell)?),
             client_bell: ClientBell(map.object(layout.client_bell)?),
-            hints: Hints::new(map.slice(layout.hints, 1 + layout.hint_words)?, numbers),
-            client_words: map.slice(layout.client_words, base_numbers)?,
-            server_words: map.slice(layout.server_words, base_numbers)?,
+            leases: LeaseWords::new(
+                map.object(layout.void_before)?,
+                map.object(layout.gone_before)?,
+                map.object(layout.using)?,
+            ),
+            hints: Hints::new(map.slice(layout.hints, 1 + layout.hint_words)?, names),
+            client_words: map.slice(layout.client_words, names as usize)?,
+            server_words: map.slice(layout.server_words, names as usize)?,
             payload: SharedBytes::new(map, layout.slots, geometry.slot_pages() as usize * PAGE)?,
         })
     }
@@ -91,13 +98,38 @@ pub struct ServerLane {
     pub submissions: [Consumer<Submissions, Position, SUBMISSION_WORDS>; 2],
     /// Completion rings.
     pub completions: [Producer<Completions, Position, COMPLETION_WORDS>; 2],
-    /// The private record of the slots.
+    /// The private record of the base slots.
     pub slots: SlotTable,
+    /// The private record of the leases.
+    pub leases: LeaseTable,
     /// Bells, hints, slot words, payload.
     pub common: Common,
 }
 
 impl ServerLane {
+    /// Lends a slot that carries payload and names no call: base or leased. Returns its capacity in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`PeerFault::Slot`] or [`PeerFault::SlotBusy`]; nothing is changed.
+    pub fn lend_payload(&mut self, slot: u32) -> Result<u32, PeerFault> {
+        if self.leases.is_leased(slot) { self.leases.lend(slot) } else { self.slots.lend_for_answer(slot) }
+    }
+
+    /// A slot that carried payload is lent no more.
+    pub fn give_back_payload(&mut self, slot: u32) {
+        if self.leases.is_leased(slot) { self.leases.free(slot) } else { self.slots.give_back(slot) }
+    }
+
+    /// Bytes that a slot holds, base or leased.
+    ///
+    /// # Errors
+    ///
+    /// [`PeerFault::Slot`] if there is no such slot.
+    pub fn capacity(&mut self, slot: u32) -> Result<u32, PeerFault> {
+        if self.leases.is_leased(slot) { self.leases.capacity(slot) } else { self.slots.capacity(slot) }
+    }
+
     /// The server's end of the lane at `layout` in `map`, everything at position 0.
     ///
     /// # Errors
@@ -115,6 +147,7 @@ impl ServerLane {
             submissions: [submission(INTERACTIVE)?, submission(BULK)?],
             completions: [completion(INTERACTIVE)?, completion(BULK)?],
             slots: SlotTable::new(geometry),
+            leases: LeaseTable::new(geometry),
             common: Common::open(map, geometry, layout)?,
         })
     }
@@ -127,8 +160,10 @@ pub struct ClientLane {
     pub submissions: [Producer<Submissions, Position, SUBMISSION_WORDS>; 2],
     /// Completion rings.
     pub completions: [Consumer<Completions, Position, COMPLETION_WORDS>; 2],
-    /// The private allocator of the slots.
+    /// The private allocator of the base slots.
     pub slots: SlotAllocator,
+    /// The private allocator of the leases.
+    pub leases: LeaseAllocator,
     /// Bells, hints, slot words, payload.
     pub common: Common,
 }
@@ -151,6 +186,7 @@ impl ClientLane {
             submissions: [submission(INTERACTIVE)?, submission(BULK)?],
             completions: [completion(INTERACTIVE)?, completion(BULK)?],
             slots: SlotAllocator::new(geometry),
+            leases: LeaseAllocator::default(),
             common: Common::open(map, geometry, layout)?,
         })
     }

@@ -1,8 +1,8 @@
 //! Where everything lies in a segment. Drawn in `shm/LAYOUT.md`; `tests/layout.rs` holds the two together.
 //!
 //! A segment is a header, the home lane behind it in the same page, and further lanes on pages of their
-//! own. A lane is a *head* (positions, bells, hints, slot words of the base slots, four rings), the slot
-//! words of lease pages, and slot pages. With the default geometry header and head fill one page.
+//! own. A lane is a *head* (positions, bells, hints, lease words, slot words of the base slots, four rings)
+//! and slot pages, base and lease. With the default geometry header and head fill one page.
 
 use crate::error::SegmentError;
 use crate::map::PAGE;
@@ -80,9 +80,10 @@ pub struct Geometry {
 }
 
 impl Default for Geometry {
-    /// 16 entries, one slot of 16 KiB, one of 4 KiB, four of 1 KiB: one page of head, six of slots.
+    /// 16 entries, four slots of 1 KiB, 64 pages that may be leased: one page of head, one of slots, 256 KiB of
+    /// holes.
     fn default() -> Self {
-        Self { ring_order: 4, large: 1, medium: 1, small: 4, lease_pages: 0 }
+        Self { lease_pages: 64, ..Self::SMALLEST }
     }
 }
 
@@ -129,6 +130,11 @@ impl Geometry {
     /// Pages of base slots.
     pub fn base_pages(&self) -> u32 {
         4 * u32::from(self.large) + u32::from(self.medium) + u32::from(self.small) / SLOTS_PER_PAGE
+    }
+
+    /// Numbers of base slots: four a page, whether or not each is a slot.
+    pub fn base_numbers(&self) -> u32 {
+        self.base_pages() * SLOTS_PER_PAGE
     }
 
     /// Base and lease pages.
@@ -181,14 +187,20 @@ pub struct LaneLayout {
     pub published: [usize; 2],
     /// u32 per ring: completions that the client has taken. Written by the client.
     pub consumed: [usize; 2],
+    /// u32: whether the client uses leased memory. Written by the client, see [`crate::lease::LeaseWords`].
+    pub using: usize,
     /// u32, see [`crate::bell::ServerBell`].
     pub server_bell: usize,
     /// u32, see [`crate::bell::ClientBell`].
     pub client_bell: usize,
-    /// u64 summary, then one bit per slot number.
+    /// u64 summary, then one bit per base slot number.
     pub hints: usize,
     /// u64s of hints behind the summary.
     pub hint_words: usize,
+    /// u32: leases of earlier epochs must not be begun to be used. Written by the server.
+    pub void_before: usize,
+    /// u32: the memory of leases of earlier epochs is gone. Written by the server.
+    pub gone_before: usize,
     /// u64 per base slot number. Written by the client.
     pub client_words: usize,
     /// u64 per base slot number. Written by the server.
@@ -197,9 +209,7 @@ pub struct LaneLayout {
     pub submissions: [usize; 2],
     /// Completion rings, 32 bytes an entry.
     pub completions: [usize; 2],
-    /// u64 per lease slot number, the client's, then the server's on a page of their own.
-    pub lease_words: usize,
-    /// Slot pages: base, then lease.
+    /// Slot pages: base, then lease. Also the end of the head, on a page boundary.
     pub slots: usize,
     /// First byte behind the lane; a page boundary.
     pub end: usize,
@@ -231,32 +241,33 @@ impl LaneLayout {
             here
         };
         let ring_len = geometry.ring_len() as usize;
-        let base_numbers = (geometry.base_pages() * SLOTS_PER_PAGE) as usize;
-        let lease_numbers = usize::from(geometry.lease_pages) * SLOTS_PER_PAGE as usize;
-        let hint_words = (base_numbers + lease_numbers).div_ceil(64);
+        let base_numbers = geometry.base_numbers() as usize;
+        let hint_words = base_numbers.div_ceil(64);
         let published = lines(8);
-        let consumed = lines(8);
+        let consumed = lines(12);
         let server_bell = lines(4);
         let client_bell = lines(4);
         let hints = lines(8 + 8 * hint_words);
+        let lease_words = lines(8);
         let client_words = lines(8 * base_numbers);
         let server_words = lines(8 * base_numbers);
         let interactive = (lines(64 * ring_len), lines(32 * ring_len));
         let bulk = (lines(64 * ring_len), lines(32 * ring_len));
-        let lease_words = next.next_multiple_of(PAGE);
-        let slots = lease_words + 2 * (8 * lease_numbers).next_multiple_of(PAGE);
+        let slots = next.next_multiple_of(PAGE);
         Self {
             published: [published, published + 4],
             consumed: [consumed, consumed + 4],
+            using: consumed + 8,
             server_bell,
             client_bell,
             hints,
             hint_words,
+            void_before: lease_words,
+            gone_before: lease_words + 4,
             client_words,
             server_words,
             submissions: [interactive.0, bulk.0],
             completions: [interactive.1, bulk.1],
-            lease_words,
             slots,
             end: slots + geometry.slot_pages() as usize * PAGE,
         }

@@ -18,6 +18,7 @@ pub mod error;
 pub mod hooked;
 pub mod lane;
 pub mod layout;
+pub mod lease;
 pub mod map;
 pub mod ring;
 pub mod segment;

@@ -28,7 +28,7 @@ pub struct Mapping {
 #[derive(Debug)]
 enum Backing {
     /// Unmapped on drop. Never a slice: `MmapRaw` promises nothing about the bytes.
-    File(MmapRaw),
+    File(#[expect(dead_code, reason = "held to be unmapped")] MmapRaw),
     Heap(Layout),
 }
 
@@ -103,26 +103,6 @@ impl Mapping {
         }
         // SAFETY: `offset <= len`, so the result lies inside or one past the same allocation.
         Ok(unsafe { self.base.add(offset) })
-    }
-
-    /// Makes the pages of a range exist, zeroed where they were holes, or fails now rather than with SIGBUS
-    /// later (F34). Heap memory always exists.
-    ///
-    /// # Errors
-    ///
-    /// [`SegmentError::OutOfBounds`] for a range outside the mapping; [`SegmentError::Os`] if the kernel has no
-    /// memory.
-    pub fn populate(&self, offset: usize, len: usize) -> Result<(), SegmentError> {
-        self.check::<u8>(offset, len)?;
-        match &self.backing {
-            Backing::File(map) => {
-                map.advise_range(memmap2::Advice::PopulateWrite, offset, len).map_err(|e| {
-                    let errno = rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::NOMEM);
-                    SegmentError::os("madvise(MADV_POPULATE_WRITE)", len, errno)
-                })
-            }
-            Backing::Heap(_) => Ok(()),
-        }
     }
 
     /// A raw range for `bytes.rs`, checked.

@@ -36,21 +36,21 @@ pub struct Segment {
     /// Lanes there is room for.
     lanes: u32,
     words: Shared<[AtomicU64]>,
+    /// Server: the memfd, to back and to punch pages; `None` of one on the heap.
+    memory: Option<OwnedFd>,
+    /// Server: bytes that have been granted, of all lanes. Never less than what the server has backed.
+    granted: AtomicU64,
 }
 
 impl Segment {
     /// Makes, seals, fills in and maps a segment for one client, with room for `lanes` lanes of which the
-    /// home lane exists. The descriptor goes to that client and can be closed then.
+    /// home lane exists. Its descriptor ([`Segment::memory`]) goes to that client.
     ///
     /// # Errors
     ///
     /// [`SegmentError::Geometry`] for a geometry or a number of lanes outside the limits; [`SegmentError::Os`]
     /// naming the call that the kernel refused. Whatever had been made is gone again (F33).
-    pub fn create(
-        geometry: Geometry,
-        lanes: u32,
-        identity: Identity,
-    ) -> Result<(Self, OwnedFd), SegmentError> {
+    pub fn create(geometry: Geometry, lanes: u32, identity: Identity) -> Result<Self, SegmentError> {
         let (geometry, len) = checked(geometry, lanes)?;
         let layout = LaneLayout::home(&geometry);
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
@@ -58,16 +58,14 @@ impl Segment {
             .map_err(|e| SegmentError::os("memfd_create", len, e))?;
         rustix::fs::ftruncate(&fd, len as u64).map_err(|e| SegmentError::os("ftruncate", len, e))?;
         let base_end = layout.slots + geometry.base_pages() as usize * PAGE;
-        for (from, to) in [(0, layout.lease_words), (layout.slots, base_end)] {
-            rustix::fs::fallocate(&fd, FallocateFlags::empty(), from as u64, (to - from) as u64)
-                .map_err(|e| SegmentError::os("fallocate", to - from, e))?;
-        }
+        rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, base_end as u64)
+            .map_err(|e| SegmentError::os("fallocate", base_end, e))?;
         rustix::fs::fcntl_add_seals(&fd, SEALS)
             .map_err(|e| SegmentError::os("fcntl(F_ADD_SEALS)", len, e))?;
         let map = Mapping::of_file(map_shared(fd.as_fd(), len)?);
-        let segment = Self::on(map, geometry, lanes)?;
+        let segment = Self { memory: Some(fd), ..Self::on(map, geometry, lanes)? };
         segment.write_header(identity);
-        Ok((segment, fd))
+        Ok(segment)
     }
 
     /// The same on the heap: for tests and simulations, where both ends live in one process.
@@ -117,7 +115,70 @@ impl Segment {
 
     fn on(map: Arc<Mapping>, geometry: Geometry, lanes: u32) -> Result<Self, SegmentError> {
         let words = map.slice(0, HEADER_LEN / 8)?;
-        Ok(Self { map, geometry, lanes, words })
+        let granted = AtomicU64::new(granted_bytes(&geometry) as u64);
+        Ok(Self { map, geometry, lanes, words, memory: None, granted })
+    }
+
+    /// Server: the memfd; `None` of a segment on the heap.
+    pub fn memory(&self) -> Option<BorrowedFd<'_>> {
+        self.memory.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Server: makes the pages of a range exist, or fails now rather than with SIGBUS later (F34). They are zero where
+    /// they were holes, and count as granted.
+    ///
+    /// Shape:  whole pages inside the segment.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Os`] if the kernel has no memory; nothing is granted then.
+    pub fn back(&self, offset: usize, len: usize) -> Result<(), SegmentError> {
+        self.granted.fetch_add(len as u64, Relaxed);
+        let Some(memory) = &self.memory else { return Ok(()) };
+        rustix::fs::fallocate(memory, FallocateFlags::empty(), offset as u64, len as u64).map_err(|e| {
+            self.granted.fetch_sub(len as u64, Relaxed);
+            SegmentError::os("fallocate", len, e)
+        })
+    }
+
+    /// Server: gives the pages of a range that was granted back to the kernel. Whoever touches them finds zeros, and
+    /// makes them exist again.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Os`] if the kernel refuses; the range still counts as granted.
+    pub fn give_back(&self, offset: usize, len: usize) -> Result<(), SegmentError> {
+        self.punch(offset, len)?;
+        self.granted.fetch_sub(len as u64, Relaxed);
+        Ok(())
+    }
+
+    /// Server: makes holes of the pages of a range that nobody was granted.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Os`] if the kernel refuses.
+    pub fn punch(&self, offset: usize, len: usize) -> Result<(), SegmentError> {
+        let Some(memory) = &self.memory else { return Ok(()) };
+        if len == 0 {
+            return Ok(());
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(memory, flags, offset as u64, len as u64)
+            .map_err(|e| SegmentError::os("fallocate(FALLOC_FL_PUNCH_HOLE)", len, e))
+    }
+
+    /// Server: bytes that exist beyond what has been granted, made by a client that touches what is not its own; 0
+    /// for a segment on the heap.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Os`] if the kernel refuses fstat.
+    pub fn excess(&self) -> Result<u64, SegmentError> {
+        let Some(memory) = &self.memory else { return Ok(0) };
+        let stat = rustix::fs::fstat(memory).map_err(|e| SegmentError::os("fstat", self.len(), e))?;
+        // Asked after the blocks: a grant made meanwhile counts for the client.
+        Ok((stat.st_blocks as u64 * 512).saturating_sub(self.granted.load(Relaxed)))
     }
 
     /// Server: makes the pages of lane `lane` (at least 1) exist and enters it in the directory. The server's
@@ -134,8 +195,7 @@ impl Segment {
         }
         let layout = LaneLayout::nth(&self.geometry, lane);
         let start = LaneLayout::nth(&self.geometry, lane - 1).end;
-        self.map.populate(start, layout.lease_words - start)?;
-        self.map.populate(layout.slots, self.geometry.base_pages() as usize * PAGE)?;
+        self.back(start, lane_bytes(&self.geometry))?;
         let (word, shift) = directory_place(lane);
         // Written by the home reactor only. Release pairs with the Acquire in `lane`.
         let entries = self.words[word].load(Relaxed) | ((start / PAGE) as u64) << shift;
@@ -247,9 +307,14 @@ fn checked(geometry: Geometry, lanes: u32) -> Result<(Geometry, usize), SegmentE
     Ok((geometry, layout::segment_len(&geometry, lanes)))
 }
 
+/// Bytes that a further lane of this geometry takes from the memory budget: its head and its base slots.
+pub fn lane_bytes(geometry: &Geometry) -> usize {
+    LaneLayout::at(0, geometry).slots + geometry.base_pages() as usize * PAGE
+}
+
 /// Bytes that a new segment of this geometry takes from the memory budget: header, home lane, base slots.
 pub fn granted_bytes(geometry: &Geometry) -> usize {
-    LaneLayout::home(geometry).lease_words + geometry.base_pages() as usize * PAGE
+    LaneLayout::home(geometry).slots + geometry.base_pages() as usize * PAGE
 }
 
 fn map_shared(fd: BorrowedFd<'_>, len: usize) -> Result<MmapRaw, SegmentError> {

@@ -5,10 +5,11 @@
 //!         [`SlotAllocator`]; nobody else's allocation exists in its segment.
 //! Rule:   a slot stays lent until the call's terminal completion has been taken. A local time-out is a
 //!         cancel and a zombie slot, never a free one (P3, F58).
+//! Leased: slots beyond these carry payload only, see [`crate::lease`]. A base slot alone names a call.
 //! Layout: `shm/LAYOUT.md`, sections Slot words and Hints.
 
 use crate::error::PeerFault;
-use crate::layout::{Geometry, SLOT_MEDIUM, SLOT_SMALL, SLOTS_PER_PAGE};
+use crate::layout::{Geometry, SLOT_MEDIUM, SLOT_SMALL};
 use crate::sync::{
     AtomicU64,
     Ordering::{Acquire, Relaxed, Release},
@@ -56,6 +57,20 @@ impl ServerWord {
     /// From a private copy.
     pub fn unpack(word: u64) -> Self {
         Self { generation: word as u32, taken: (word >> 32) as u32 }
+    }
+
+    /// Server: says how many frames have been copied out.
+    #[inline(always)]
+    pub fn publish(self, word: &AtomicU64) {
+        // Release pairs with the Acquire in `read`: the copies are complete.
+        word.store(self.pack(), Release);
+    }
+
+    /// Client: how many frames have been copied out; their slots may be written again.
+    #[inline(always)]
+    pub fn read(word: &AtomicU64) -> Self {
+        // Acquire pairs with the Release in `publish`.
+        Self::unpack(word.load(Acquire))
     }
 }
 
@@ -126,7 +141,7 @@ impl<H: Deref<Target = [AtomicU64]>> Hints<H> {
     }
 }
 
-/// The server's private record of a lane's slots.
+/// The server's private record of a lane's base slots.
 #[derive(Debug)]
 pub struct SlotTable {
     slots: Vec<SlotState>,
@@ -149,7 +164,7 @@ const CAPACITY: u32 = HINTED - 1;
 impl SlotTable {
     /// All base slots of `geometry`, granted and free, at generation 0.
     pub fn new(geometry: &Geometry) -> Self {
-        let slots = (0..geometry.slot_pages() * SLOTS_PER_PAGE)
+        let slots = (0..geometry.base_numbers())
             .map(|slot| SlotState { generation: 0, class: geometry.base_capacity(slot) as u32 })
             .collect();
         Self { slots }
@@ -216,6 +231,30 @@ impl SlotTable {
         None
     }
 
+    /// Generation of the latest call that came in `slot`, and whether that has not ended.
+    ///
+    /// # Errors
+    ///
+    /// [`PeerFault::Slot`] if there is no such slot.
+    pub fn call_in(&self, slot: u32) -> Result<(u32, bool), PeerFault> {
+        match self.slots.get(slot as usize) {
+            Some(state) if state.class & CAPACITY != 0 => Ok((state.generation, state.class & BUSY != 0)),
+            _ => Err(PeerFault::Slot { slot }),
+        }
+    }
+
+    /// Bytes that `slot` holds.
+    ///
+    /// # Errors
+    ///
+    /// [`PeerFault::Slot`] if there is no such slot.
+    pub fn capacity(&self, slot: u32) -> Result<u32, PeerFault> {
+        match self.slots.get(slot as usize).map(|state| state.class & CAPACITY) {
+            Some(capacity) if capacity != 0 => Ok(capacity),
+            _ => Err(PeerFault::Slot { slot }),
+        }
+    }
+
     /// The call in `slot` has ended.
     #[inline(always)]
     pub fn give_back(&mut self, slot: u32) {
@@ -258,7 +297,7 @@ pub struct SlotAllocator {
 impl SlotAllocator {
     /// All base slots of `geometry`, free, at generation 0. The only allocation it ever makes.
     pub fn new(geometry: &Geometry) -> Self {
-        let numbers = geometry.slot_pages() * SLOTS_PER_PAGE;
+        let numbers = geometry.base_numbers();
         let capacities: Vec<u32> = (0..numbers).map(|s| geometry.base_capacity(s) as u32).collect();
         let free = [0, 1, 2].map(|class| {
             (0..numbers)
@@ -326,6 +365,12 @@ impl SlotAllocator {
     /// Free slots of any class.
     pub fn free(&self) -> usize {
         self.free.iter().map(Vec::len).sum()
+    }
+
+    /// Bytes of the smallest class that has a free slot; 0 if none has.
+    pub fn smallest_free(&self) -> usize {
+        let class = self.free.iter().find_map(|free| free.last());
+        class.map_or(0, |slot| self.capacities[*slot as usize] as usize)
     }
 
     /// Slot numbers, granted or not.

@@ -3,12 +3,12 @@
 
 mod common;
 
-use common::{config, steps};
+use common::{MIXED, config, steps};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{self, Published};
 use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
 use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE, ServerLane};
-use doorbell_shm::layout::{Geometry, HEADER_LEN, LaneLayout};
+use doorbell_shm::layout::{HEADER_LEN, LaneLayout};
 use doorbell_shm::map::Shared;
 use doorbell_shm::ring::Consumer;
 use doorbell_shm::segment::{Identity, Segment};
@@ -29,7 +29,7 @@ struct Lane {
 
 impl Lane {
     fn new() -> Self {
-        let segment = Segment::on_heap(Geometry::default(), 1, IDENTITY).unwrap();
+        let segment = Segment::on_heap(MIXED, 1, IDENTITY).unwrap();
         let (map, geometry) = (segment.mapping(), segment.geometry());
         let layout = LaneLayout::home(geometry);
         Self {
@@ -116,7 +116,7 @@ fn f13_every_reserved_bit_is_refused_and_no_other() {
         let (word, value) = (bit / 64, 1u64 << (bit % 64));
         let mut words = [0; 8];
         words[word] = value;
-        let unknown_flag = word == 0 && (40 + 6..56).contains(&bit);
+        let unknown_flag = word == 0 && (40 + 7..56).contains(&bit);
         let found = Submission::unpack(words);
         if word == 7 || unknown_flag {
             assert_eq!(found, Err(PeerFault::Reserved { word: word as u32, value }), "bit {bit}");
@@ -365,7 +365,7 @@ proptest! {
 /// Method: every length in pages below the right one.
 #[test]
 fn a_lane_on_a_short_mapping_is_refused() {
-    let geometry = Geometry::default();
+    let geometry = MIXED;
     let layout = LaneLayout::home(&geometry);
     let pages = layout.end / doorbell_shm::map::PAGE;
     for n in 1..=pages {

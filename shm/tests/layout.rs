@@ -144,6 +144,8 @@ fn submission(get: impl Fn(&str) -> u64) -> Submission {
         frame: get("frame") as u32,
         body_len: get("body_len"),
         deadline: get("deadline"),
+        payload_slot: get("payload_slot") as u32,
+        lease_epoch: get("lease_epoch") as u32,
     }
 }
 
@@ -268,11 +270,11 @@ fn trap20_every_number_of_the_document_is_one_of_the_code_and_the_other_way_roun
     check(
         "kind",
         Some((ENTRY_RS, Some("kind"))),
-        named!(kind { CALL, FRAME, OPEN, CLOSE, ATTACH, REPLY, CALLBACK }),
+        named!(kind { CALL, FRAME, OPEN, CLOSE, ATTACH, REPLY, CALLBACK, LEASE, RETURN }),
     );
     let mut flags = constants(ENTRY_RS, Some("flag"));
     assert!(flags.remove("SUBMISSION") && flags.remove("COMPLETION"), "the two sums");
-    let named_flags = named!(flag { MORE, END, HANDOFF, IDEMPOTENT, META, BULK });
+    let named_flags = named!(flag { MORE, END, HANDOFF, IDEMPOTENT, META, BULK, LEASED });
     assert_eq!(flags, named_flags.keys().cloned().collect());
     check("flag", None, named_flags);
     check("codec", Some((ENTRY_RS, Some("codec"))), named!(codec { RAW, JSON, RKYV }));
@@ -378,12 +380,11 @@ fn trap20_entry_fields_lie_where_the_document_draws_them() {
             let mut packed = vec![0; words];
             if table == "submission" {
                 packed.copy_from_slice(&submission(get).pack());
-                asked.borrow_mut().insert("reserved".to_owned());
             } else {
                 packed.copy_from_slice(&completion(get).pack());
             }
             let mut expected = vec![0; words];
-            if field != "lap" && field != "reserved" {
+            if field != "lap" {
                 expected[word] = mask(&range);
             }
             assert_eq!(packed, expected, "{table}.{field}");
@@ -483,38 +484,39 @@ fn regions(lane: &LaneLayout, geometry: &Geometry) -> Vec<(&'static str, Range<u
     let LaneLayout {
         published,
         consumed,
+        using,
         server_bell,
         client_bell,
         hints,
         hint_words,
+        void_before,
+        gone_before,
         client_words,
         server_words,
         submissions,
         completions,
-        lease_words,
         slots,
         end,
     } = *lane;
     let n = geometry.ring_len() as usize;
     let base = 4 * geometry.base_pages() as usize;
-    let lease = (8 * 4 * usize::from(geometry.lease_pages)).next_multiple_of(PAGE);
     assert_eq!(published[1], published[0] + 4);
-    assert_eq!(consumed[1], consumed[0] + 4);
-    assert_eq!(slots, lease_words + 2 * lease);
+    assert_eq!((consumed[1], using), (consumed[0] + 4, consumed[0] + 8));
+    assert_eq!(gone_before, void_before + 4);
     let at = |start: usize, len: usize| start..start + len;
     vec![
         ("published", at(published[0], 8), Server),
-        ("consumed", at(consumed[0], 8), Client),
+        ("consumed", at(consumed[0], 12), Client),
         ("server_bell", at(server_bell, 4), Both),
         ("client_bell", at(client_bell, 4), Both),
         ("hints", at(hints, 8 + 8 * hint_words), Both),
+        ("lease_epochs", at(void_before, 8), Server),
         ("client_words", at(client_words, 8 * base), Client),
         ("server_words", at(server_words, 8 * base), Server),
         ("submissions[0]", at(submissions[0], 64 * n), Client),
         ("completions[0]", at(completions[0], 32 * n), Server),
         ("submissions[1]", at(submissions[1], 64 * n), Client),
         ("completions[1]", at(completions[1], 32 * n), Server),
-        ("lease_words", at(lease_words, 2 * lease), Both),
         ("slots", slots..end, Both),
     ]
 }
@@ -529,7 +531,6 @@ fn trap20_the_default_lane_lies_where_the_document_draws_it() {
         table("lane").into_iter().map(|r| (r[3].clone(), r[0].parse().unwrap(), r[4].clone())).collect();
     assert_eq!(doc.pop(), Some(("end".to_owned(), lane.end, "–".to_owned())));
     let writer = |name: &str, w: Writer| match (name, w) {
-        ("lease_words", _) => "client, then server",
         ("slots", _) => "holder",
         (_, Writer::Server) => "server",
         (_, Writer::Client) => "client",
@@ -566,9 +567,9 @@ fn header_and_lane_head_of_the_default_and_the_smallest_geometry_fit_one_page() 
     for geometry in [Geometry::default(), Geometry::SMALLEST] {
         assert_eq!(geometry.checked().unwrap(), geometry);
         let lane = LaneLayout::home(&geometry);
-        assert_eq!((lane.lease_words, lane.slots), (PAGE, PAGE));
+        assert_eq!(lane.slots, PAGE);
         assert_eq!(lane.published[0], layout::HEADER_LEN);
-        assert_eq!(lane.end, PAGE * (1 + geometry.base_pages() as usize));
+        assert_eq!(lane.end, PAGE * (1 + geometry.slot_pages() as usize));
     }
 }
 
@@ -607,7 +608,6 @@ proptest! {
         }
         prop_assert_eq!(next, lane.end);
         prop_assert!(lane.end.is_multiple_of(PAGE) && lane.slots.is_multiple_of(PAGE));
-        prop_assert!(lane.lease_words.is_multiple_of(PAGE));
         prop_assert!(lane.hint_words <= 64, "one summary word is enough");
         prop_assert!(geometry.admitted() < geometry.ring_len());
     }

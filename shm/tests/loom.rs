@@ -19,8 +19,9 @@ use doorbell_shm::bell::{
     fence_before_bell,
 };
 use doorbell_shm::lane::{BULK, Drain, INTERACTIVE};
+use doorbell_shm::lease::LeaseWords;
 use doorbell_shm::ring::{Consumer, Entry, Producer};
-use doorbell_shm::slots::Hints;
+use doorbell_shm::slots::{Hints, ServerWord};
 use loom::cell::UnsafeCell;
 use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use loom::sync::{Arc, Condvar, Mutex};
@@ -684,4 +685,126 @@ fn p6_an_opened_connection_is_known_wherever_it_is_used() {
 #[should_panic]
 fn p6_the_model_finds_a_home_that_answers_before_it_tells() {
     open_then_attach(false);
+}
+
+/// The three words of a lane's leases.
+fn lease_words() -> (LeaseWords<Arc<AtomicU32>>, LeaseWords<Arc<AtomicU32>>) {
+    let words = [(); 3].map(|()| Arc::new(AtomicU32::new(0)));
+    let end = || LeaseWords::new(words[0].clone(), words[1].clone(), words[2].clone());
+    (end(), end())
+}
+
+/// Goal:   F59: memory that the server takes because its holder does not use it is used by nobody, and what the
+///         holder did with it before is over.
+/// Method: the client uses a lease twice, each time only if it may; the server takes it as soon as it can and then
+///         touches the memory. Both at once is a race.
+#[test]
+fn f59_an_idle_lease_is_taken_only_while_nobody_uses_it() {
+    model(None, || {
+        let memory = Arc::new(UnsafeCell::new(0u64));
+        let (ours, theirs) = lease_words();
+        let shared = memory.clone();
+        let client = thread::spawn(move || {
+            for _ in 0..2 {
+                if !theirs.begin(1) {
+                    return;
+                }
+                // SAFETY: loom reports any access that is not ordered before or after this one.
+                shared.with_mut(|p| unsafe { *p += 1 });
+                theirs.end();
+            }
+        });
+        for _ in 0..2 {
+            if ours.take_back_idle(2) {
+                // SAFETY: as above.
+                memory.with_mut(|p| unsafe { *p = 0 });
+                break;
+            }
+            thread::yield_now();
+        }
+        client.join().unwrap();
+    });
+}
+
+/// Goal:   F59: who reads memory that was taken from under him knows that it was.
+/// Method: the server takes a lease by force and changes its memory; a client that sees the change must see that
+///         the lease is gone.
+#[test]
+fn f59_what_was_read_from_a_lease_that_was_taken_is_known_to_be_void() {
+    model(None, || {
+        let memory = Arc::new(AtomicU64::new(7));
+        let (ours, theirs) = lease_words();
+        let shared = memory.clone();
+        let client = thread::spawn(move || {
+            let read = shared.load(Relaxed);
+            assert!(read == 7 || theirs.is_gone(1), "zeros were believed");
+        });
+        ours.take_back(2);
+        memory.store(0, Relaxed);
+        client.join().unwrap();
+    });
+}
+
+/// Goal:   P3: the slot of a request's frame is written again only after the frame has been copied out.
+/// Method: two frames through one slot, the second as soon as the server word allows.
+#[test]
+fn p3_a_frames_slot_is_written_again_only_after_it_was_taken() {
+    model(None, || {
+        let slot = Arc::new(UnsafeCell::new(0u64));
+        let word = Arc::new(AtomicU64::new(0));
+        let (mut tx, mut rx) = ring(2);
+        let (shared, taken) = (slot.clone(), word.clone());
+        let server = thread::spawn(move || {
+            for frame in 1..=2u32 {
+                assert_eq!(pop_spinning(&mut rx), u64::from(frame));
+                // SAFETY: loom reports any access that is not ordered before or after this one.
+                assert_eq!(shared.with(|p| unsafe { *p }), u64::from(frame));
+                ServerWord { generation: 1, taken: frame }.publish(&taken);
+            }
+        });
+        for frame in 1..=2u32 {
+            while ServerWord::read(&word).taken < frame - 1 {
+                thread::yield_now();
+            }
+            // SAFETY: as above.
+            slot.with_mut(|p| unsafe { *p = u64::from(frame) });
+            assert!(tx.push([0, frame.into()]).unwrap());
+        }
+        server.join().unwrap();
+    });
+}
+
+/// Goal:   P4: the slot of an answer's frame is written again only after the client has done with the frame.
+/// Method: two frames through one slot: the second once the client's word, which a hint tells of, allows.
+#[test]
+fn p4_an_answers_slot_is_written_again_only_after_it_was_released() {
+    model(None, || {
+        let slot = Arc::new(UnsafeCell::new(0u64));
+        let (set, words) = hints(1);
+        let set = std::sync::Arc::new(set);
+        let (mut tx, mut rx) = ring(2);
+        let client = {
+            let (slot, set, words) = (slot.clone(), set.clone(), words.clone());
+            thread::spawn(move || {
+                for frame in 1..=2 {
+                    assert_eq!(pop_spinning(&mut rx), frame);
+                    // SAFETY: loom reports any access that is not ordered before or after this one.
+                    assert_eq!(slot.with(|p| unsafe { *p }), frame);
+                    words[0].store(frame, Relaxed);
+                    set.set(0);
+                }
+            })
+        };
+        let mut released = 0;
+        for frame in 1..=2 {
+            while released < frame - 1 {
+                set.take(|_| released = words[0].load(Relaxed)).unwrap();
+                thread::yield_now();
+            }
+            // SAFETY: as above.
+            slot.with_mut(|p| unsafe { *p = frame });
+            assert!(tx.push([0, frame]).unwrap());
+        }
+        client.join().unwrap();
+    });
 }

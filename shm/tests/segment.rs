@@ -14,17 +14,21 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
+/// A slot of each larger class and four small ones: six pages.
+const MIXED: Geometry = Geometry { ring_order: 4, large: 1, medium: 1, small: 4, lease_pages: 0 };
 const IDENTITY: Identity = Identity { epoch: 11, session: [22, 33] };
 const REQUIRED: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
 fn default_segment() -> (Segment, OwnedFd) {
-    Segment::create(Geometry::default(), 1, IDENTITY).unwrap()
+    let segment = Segment::create(MIXED, 1, IDENTITY).unwrap();
+    let fd = segment.memory().unwrap().try_clone_to_owned().unwrap();
+    (segment, fd)
 }
 
 /// A memfd of `len` bytes with a correct header of the default geometry and these seals.
 fn forged(len: usize, seals: SealFlags) -> OwnedFd {
     let fd = rustix::fs::memfd_create("forged", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-    let good = Segment::on_heap(Geometry::default(), 1, IDENTITY).unwrap();
+    let good = Segment::on_heap(MIXED, 1, IDENTITY).unwrap();
     let words = good.mapping().slice::<AtomicU64>(0, HEADER_LEN / 8).unwrap();
     let bytes: Vec<u8> = words.iter().flat_map(|w| w.load(Relaxed).to_le_bytes()).collect();
     assert_eq!(rustix::io::pwrite(&fd, &bytes, 0), Ok(HEADER_LEN));
@@ -34,7 +38,7 @@ fn forged(len: usize, seals: SealFlags) -> OwnedFd {
 }
 
 fn attach_default(fd: &OwnedFd) -> Result<Segment, SegmentError> {
-    Segment::attach(fd.as_fd(), Geometry::default(), 1, IDENTITY)
+    Segment::attach(fd.as_fd(), MIXED, 1, IDENTITY)
 }
 
 /// Goal:   both sides see one memory.
@@ -45,7 +49,7 @@ fn a_segment_is_shared_by_the_two_that_map_it() {
     let client = attach_default(&fd).unwrap();
     drop(fd);
     assert_eq!((server.len(), client.len()), (7 * PAGE, 7 * PAGE));
-    assert_eq!((client.geometry(), client.state()), (&Geometry::default(), (state::RUNNING, 0)));
+    assert_eq!((client.geometry(), client.state()), (&MIXED, (state::RUNNING, 0)));
     server.set_state(state::DRAINING, 4);
     assert_eq!(client.state(), (state::DRAINING, 4));
     let last = |s: &Segment| s.mapping().object::<AtomicU64>(7 * PAGE - 8).unwrap();
@@ -140,11 +144,11 @@ fn f48_attach_refuses_a_header_that_contradicts_the_handshake() {
     let (_server, fd) = default_segment();
     let fd = fd.as_fd();
     let other = Identity { epoch: 12, ..IDENTITY };
-    assert_eq!(named(Segment::attach(fd, Geometry::default(), 1, other)), "epoch");
+    assert_eq!(named(Segment::attach(fd, MIXED, 1, other)), "epoch");
     let other = Identity { session: [22, 34], ..IDENTITY };
-    assert_eq!(named(Segment::attach(fd, Geometry::default(), 1, other)), "session.1");
+    assert_eq!(named(Segment::attach(fd, MIXED, 1, other)), "session.1");
     assert_eq!(named(Segment::attach(fd, Geometry::SMALLEST, 1, IDENTITY)), "size");
-    let same_size = Geometry { large: 0, medium: 5, ..Geometry::default() };
+    let same_size = Geometry { large: 0, medium: 5, ..MIXED };
     assert_eq!(layout::segment_len(&same_size, 1), 7 * PAGE);
     assert_eq!(named(Segment::attach(fd, same_size, 1, IDENTITY)), "geometry");
 }
@@ -166,7 +170,7 @@ fn f20_attach_refuses_what_is_no_memfd() {
 /// Method: a ring order of 11.
 #[test]
 fn a_geometry_outside_the_limits_makes_no_segment() {
-    let bad = Geometry { ring_order: 11, ..Geometry::default() };
+    let bad = Geometry { ring_order: 11, ..MIXED };
     let is_geometry = |e: SegmentError| matches!(e, SegmentError::Geometry { what: "ring order", .. });
     assert!(is_geometry(Segment::create(bad, 1, IDENTITY).unwrap_err()));
     assert!(is_geometry(Segment::on_heap(bad, 1, IDENTITY).unwrap_err()));
@@ -213,19 +217,16 @@ fn f09_the_mapping_of_a_client_is_not_inherited_by_a_fork() {
 /// Method: blocks of the file for geometries with and without lease pages.
 #[test]
 fn f34_exactly_the_granted_pages_are_backed() {
-    let leases = Geometry { lease_pages: 64, ..Geometry::default() };
+    let leases = Geometry { lease_pages: 64, ..MIXED };
     let large = Geometry { ring_order: 10, large: 4, medium: 10, small: 100, lease_pages: 7 };
-    for geometry in [Geometry::SMALLEST, Geometry::default(), leases, large] {
-        let (server, fd) = Segment::create(geometry, 1, IDENTITY).unwrap();
-        let stat = rustix::fs::fstat(&fd).unwrap();
+    for geometry in [Geometry::SMALLEST, MIXED, leases, large] {
+        let server = Segment::create(geometry, 1, IDENTITY).unwrap();
+        let stat = rustix::fs::fstat(server.memory().unwrap()).unwrap();
         assert_eq!(stat.st_blocks as usize * 512, segment::granted_bytes(&geometry), "{geometry:?}");
         assert_eq!(stat.st_size as usize, server.len());
         assert_eq!(
             server.len() - segment::granted_bytes(&geometry),
-            match geometry.lease_pages {
-                0 => 0,
-                pages => PAGE * usize::from(pages) + 2 * PAGE,
-            }
+            PAGE * usize::from(geometry.lease_pages)
         );
     }
 }
@@ -235,7 +236,7 @@ fn f34_exactly_the_granted_pages_are_backed() {
 #[test]
 fn f18_a_hole_punched_into_the_rings_is_a_violation() {
     let (server, fd) = default_segment();
-    let lane = LaneLayout::home(&Geometry::default());
+    let lane = LaneLayout::home(&MIXED);
     let entries = server.mapping().slice::<Entry<8>>(lane.submissions[0], 16).unwrap();
     let position = || server.mapping().object::<AtomicU32>(lane.published[0]).unwrap();
     let mut tx = doorbell_shm::ring::Producer::starting_at(entries.clone(), position(), 32);
@@ -265,15 +266,16 @@ fn scratch_memory_is_shared() {
 #[test]
 fn p6_f34_a_further_lane_is_a_hole_until_it_is_granted() {
     let geometry = Geometry::SMALLEST;
-    let (server, fd) = Segment::create(geometry, 3, IDENTITY).unwrap();
-    let client = Segment::attach(fd.as_fd(), geometry, 3, IDENTITY).unwrap();
-    let blocks = || rustix::fs::fstat(&fd).unwrap().st_blocks as usize * 512;
+    let server = Segment::create(geometry, 3, IDENTITY).unwrap();
+    let client = Segment::attach(server.memory().unwrap(), geometry, 3, IDENTITY).unwrap();
+    let blocks = || rustix::fs::fstat(server.memory().unwrap()).unwrap().st_blocks as usize * 512;
     assert_eq!(blocks(), segment::granted_bytes(&geometry));
     assert_eq!(client.lane(1), Ok(None));
 
     let layout = server.grant_lane(1).unwrap();
-    let head = layout.lease_words - layout::segment_len(&geometry, 1);
-    assert_eq!(blocks() - segment::granted_bytes(&geometry), head + PAGE, "its head and its base slots");
+    let new = blocks() - segment::granted_bytes(&geometry);
+    assert_eq!(new, segment::lane_bytes(&geometry), "its head and its base slots");
+    assert_eq!((new, layout.slots - layout::segment_len(&geometry, 1)), (2 * PAGE, PAGE));
     assert_eq!(client.lane(1), Ok(Some(layout)));
     assert_eq!((client.lane(2), client.lane(3), client.lane(0)), (Ok(None), Ok(None), Ok(None)));
     let mut ours = ServerLane::open(server.mapping(), &geometry, &layout).unwrap();
@@ -298,9 +300,39 @@ fn p6_a_lane_out_of_range_or_a_forged_directory_is_refused() {
         assert!(Segment::create(Geometry::SMALLEST, lanes, IDENTITY).is_err(), "{lanes}");
     }
     // The directory holds 16 bits of a page number: large lanes are fewer.
-    let large = Geometry { large: 256, medium: 0, small: 0, ..Geometry::default() };
+    let large = Geometry { large: 256, medium: 0, small: 0, ..MIXED };
     let most = layout::lanes_max(&large);
     assert!(most < layout::LANES_MAX && most > 1, "{most}");
     assert!(LaneLayout::nth(&large, most - 2).end / PAGE <= 0xffff);
     assert_eq!(layout::lanes_max(&Geometry::default()), layout::LANES_MAX);
+}
+
+/// Goal:   F34, F59: leased memory exists from its grant until it is given back, and what a client makes exist
+///         beyond it is seen.
+/// Method: the kernel counts; the client touches a page before the grant, and again after it was given back.
+#[test]
+fn f34_f59_leased_pages_exist_while_they_are_granted_and_foreign_ones_are_seen() {
+    let geometry = Geometry { lease_pages: 8, ..Geometry::SMALLEST };
+    let server = Segment::create(geometry, 1, IDENTITY).unwrap();
+    let client = Segment::attach(server.memory().unwrap(), geometry, 1, IDENTITY).unwrap();
+    let blocks = || rustix::fs::fstat(server.memory().unwrap()).unwrap().st_blocks as usize * 512;
+    let (before, lease) = (blocks(), LaneLayout::home(&geometry).slots + PAGE);
+    assert_eq!((before, server.excess().unwrap()), (2 * PAGE, 0));
+    let touch = |page: usize| {
+        client.mapping().object::<AtomicU64>(lease + page * PAGE).unwrap().store(1, Relaxed);
+    };
+    touch(7);
+    assert_eq!(server.excess().unwrap(), PAGE as u64);
+    server.punch(lease + 7 * PAGE, PAGE).unwrap();
+    server.back(lease, 4 * PAGE).unwrap();
+    touch(3);
+    assert_eq!((blocks(), server.excess().unwrap()), (before + 4 * PAGE, 0));
+    server.give_back(lease, 4 * PAGE).unwrap();
+    assert_eq!((blocks(), server.excess().unwrap()), (before, 0));
+    touch(3);
+    assert_eq!(server.excess().unwrap(), PAGE as u64);
+    let heap = Segment::on_heap(geometry, 1, IDENTITY).unwrap();
+    heap.back(lease, PAGE).unwrap();
+    heap.give_back(lease, PAGE).unwrap();
+    assert_eq!(heap.excess().unwrap(), 0);
 }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{config, steps};
+use common::{MIXED, config, steps};
 use doorbell_shm::PeerFault;
 use doorbell_shm::layout::{Geometry, LaneLayout, SLOT_LARGE, SLOT_MEDIUM, SLOT_SMALL};
 use doorbell_shm::map::{Mapping, PAGE, Shared};
@@ -90,7 +90,7 @@ proptest! {
     fn allocator_and_table_agree_with_a_map_of_slots(geometry in geometries(), ops in prop::collection::vec(op(), 1..steps(120))) {
         let mut client = SlotAllocator::new(&geometry);
         let mut server = SlotTable::new(&geometry);
-        prop_assert_eq!(client.numbers(), 4 * geometry.slot_pages());
+        prop_assert_eq!(client.numbers(), 4 * geometry.base_pages());
         prop_assert_eq!(server.len(), client.numbers());
         prop_assert!(!server.is_empty());
         let mut model: HashMap<u32, Model> = (0..client.numbers())
@@ -252,7 +252,7 @@ fn hints(slots: u32) -> (Hints<Shared<[AtomicU64]>>, Shared<[AtomicU64]>) {
 
 /// The default geometry: slot 0 is large, 16 is medium, 20 to 23 are small; no other number is a slot.
 fn table() -> SlotTable {
-    SlotTable::new(&Geometry { lease_pages: 2, ..Geometry::default() })
+    SlotTable::new(&Geometry { lease_pages: 2, ..MIXED })
 }
 
 /// Goal:   F12: a slot number that was not granted is refused, wherever it points.

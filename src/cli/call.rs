@@ -48,7 +48,7 @@ pub fn run(options: &CallOptions) -> Result<(), Box<dyn Error>> {
         reply_capacity: client.max_message_size(),
         ..doorbell::CallOptions::default()
     };
-    let answer = connection.call_with(options.message_type, &body, &call, |reply| reply.to_vec())?;
+    let answer = connection.call_with(options.message_type, &body, &call, |reply| reply.to_vec())??;
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(&answer)?;
     stdout.write_all(b"\n")?;

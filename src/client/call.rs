@@ -6,7 +6,6 @@ use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::entry::Status;
-use doorbell_shm::layout::LaneLayout;
 use std::time::Duration;
 
 /// Names a call for as long as it is in flight: a slot and its generation, so that a late answer or a late
@@ -34,10 +33,15 @@ pub struct CallOptions {
     pub timeout: Option<Duration>,
     /// From now: if the server has not started the call by then it answers `DeadlineExceeded`.
     pub deadline: Option<Duration>,
-    /// Bytes that the answer may have, where it may be longer than the request.
+    /// Bytes that the answer is expected to have at most, where it may be longer than the request: it then gets room to
+    /// come quickly. A longer one comes all the same.
     pub reply_capacity: usize,
     /// The call may be executed more than once: its request stays untouched in a slot of its own.
     pub idempotent: bool,
+    /// The answer is handed out by [`IpcClient::poll`] frame by frame as it comes, each with the call's tag, the last
+    /// one being the one that [`Reply::is_last`]; the server sends more as frames are dropped. Otherwise an answer of
+    /// several frames is put together in memory of the client's own first.
+    pub pieces: bool,
 }
 
 /// Writes a request into the slot that carries it.
@@ -47,9 +51,16 @@ pub struct SlotWriter<'a> {
     pub(super) offset: usize,
     pub(super) capacity: usize,
     pub(super) len: usize,
+    /// Where the request of a call goes that no slot holds, and how long it may become.
+    pub(super) owned: Option<(&'a mut Vec<u8>, usize)>,
 }
 
-impl SlotWriter<'_> {
+impl<'a> SlotWriter<'a> {
+    /// A writer of at most `capacity` bytes into private memory.
+    pub(super) fn owned(bytes: &'a mut Vec<u8>, capacity: usize, payload: &'a SharedBytes) -> Self {
+        Self { payload, offset: 0, capacity: 0, len: 0, owned: Some((bytes, capacity)) }
+    }
+
     /// Appends `bytes` to the request.
     ///
     /// # Errors
@@ -58,16 +69,31 @@ impl SlotWriter<'_> {
     #[inline(always)]
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         if bytes.len() > self.capacity - self.len {
-            return Err(IpcError::MessageTooLarge(self.capacity));
+            return self.write_owned(bytes);
         }
         self.payload.write(self.offset + self.len, bytes);
         self.len += bytes.len();
         Ok(())
     }
 
+    #[cold]
+    fn write_owned(&mut self, bytes: &[u8]) -> Result<()> {
+        match &mut self.owned {
+            Some((owned, capacity)) if bytes.len() <= *capacity - owned.len() => {
+                owned.extend_from_slice(bytes);
+                Ok(())
+            }
+            Some((_, capacity)) => Err(IpcError::MessageTooLarge(*capacity)),
+            None => Err(IpcError::MessageTooLarge(self.capacity)),
+        }
+    }
+
     /// Bytes that still fit.
     pub fn remaining(&self) -> usize {
-        self.capacity - self.len
+        match &self.owned {
+            Some((owned, capacity)) => *capacity - owned.len(),
+            None => self.capacity - self.len,
+        }
     }
 }
 
@@ -88,13 +114,14 @@ impl Taken {
         let (status, len) = match answered.outcome {
             Outcome::Reply { status, len, .. } if status == Status::Ok as u8 => (Some(Status::Ok), len),
             Outcome::Reply { status, len, .. } => (Status::from_code(status), len),
+            Outcome::Piece(piece) => (Status::from_code(piece.status), piece.len),
             Outcome::Lost { .. } => (None, 0),
         };
         Self { tag: answered.tag, len: len as usize, status }
     }
 }
 
-/// The answer of a call, still in its slot. Dropping it gives the slot back.
+/// The answer of a call, or a frame of it. Dropping it gives its slot back.
 #[derive(Debug)]
 pub struct Reply<'c> {
     pub(super) client: &'c IpcClient,
@@ -118,8 +145,14 @@ impl Reply<'_> {
     pub fn len(&self) -> usize {
         match self.answered.outcome {
             Outcome::Reply { len, .. } => len as usize,
+            Outcome::Piece(_) => self.client.session.borrow().body_len(&self.answered),
             Outcome::Lost { .. } => 0,
         }
+    }
+
+    /// Whether this ends the call: always, unless the answer is handed out in [pieces](CallOptions::pieces).
+    pub fn is_last(&self) -> bool {
+        !matches!(self.answered.outcome, Outcome::Piece(piece) if !piece.last)
     }
 
     /// Whether the answer has no bytes.
@@ -130,7 +163,11 @@ impl Reply<'_> {
     /// Whether the call was executed and answered.
     #[inline(always)]
     pub fn is_ok(&self) -> bool {
-        matches!(self.answered.outcome, Outcome::Reply { status, .. } if status == Status::Ok as u8)
+        match self.answered.outcome {
+            Outcome::Reply { status, .. } => status == Status::Ok as u8,
+            Outcome::Piece(piece) => piece.status == Status::Ok as u8,
+            Outcome::Lost { .. } => false,
+        }
     }
 
     /// The length of the answer, or why there is none.
@@ -144,39 +181,59 @@ impl Reply<'_> {
     }
 
     /// Copies the answer into `target` and returns how many bytes that were: the shorter of the two.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::MemoryTakenBack`] if the answer lay in memory that the server has taken back, because this process
+    /// stood still while others waited for it. `target` may hold anything then.
     #[inline(always)]
-    pub fn copy_to(&self, target: &mut [u8]) -> usize {
+    pub fn copy_to(&self, target: &mut [u8]) -> Result<usize> {
         let len = self.len().min(target.len());
-        let session = self.client.session.borrow();
-        let payload = session.payload(self.answered.lane);
-        payload.read(LaneLayout::slot_offset(self.answered.response_slot), &mut target[..len]);
-        len
+        self.client.session.borrow().read(&self.answered, &mut target[..len])?;
+        Ok(len)
     }
 
     /// The answer in memory of its own.
-    pub fn to_vec(&self) -> Vec<u8> {
+    ///
+    /// # Errors
+    ///
+    /// As for [`Reply::copy_to`].
+    pub fn to_vec(&self) -> Result<Vec<u8>> {
         let mut bytes = vec![0; self.len()];
-        self.copy_to(&mut bytes);
-        bytes
+        self.copy_to(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The answer in memory of its own, without a copy if it has been put together there.
+    pub(super) fn into_vec(self) -> Result<Vec<u8>> {
+        if matches!(self.answered.outcome, Outcome::Piece(_))
+            && let Some(bytes) = self.client.session.borrow_mut().take_assembled(&self.answered)
+        {
+            return Ok(bytes);
+        }
+        self.to_vec()
     }
 
     #[cold]
     fn error(&self) -> IpcError {
         let (status, detail) = match self.answered.outcome {
             Outcome::Reply { status, detail, .. } => (status, detail),
+            Outcome::Piece(piece) => (piece.status, piece.detail),
             Outcome::Lost { started: false } => return IpcError::NotExecuted,
             Outcome::Lost { started: true } => return IpcError::ConnectionLost,
         };
-        let text = || String::from_utf8_lossy(&self.to_vec()).into_owned();
+        // A text that could not be read any more is none.
+        let text = || String::from_utf8_lossy(&self.to_vec().unwrap_or_default()).into_owned();
         match Status::from_code(status) {
             Some(Status::UnknownType) => IpcError::UnknownMessageType(MessageType(detail as u32)),
-            Some(Status::TooLarge) => IpcError::ReplyTooLarge(detail as usize),
+            Some(Status::TooLarge) => IpcError::MessageTooLarge(detail as usize),
             Some(Status::DecodeError) => IpcError::Decode(text()),
             Some(Status::HandlerPanic) => IpcError::HandlerPanic,
             Some(Status::DeadlineExceeded) => IpcError::DeadlineExceeded,
             Some(Status::Cancelled) => IpcError::Cancelled,
             Some(Status::Overloaded) => IpcError::Overloaded { retry_ms: detail },
             Some(Status::Internal) => IpcError::Handler(text()),
+            Some(Status::TakenBack) => IpcError::MemoryTakenBack,
             Some(Status::Ok) | None => IpcError::Handshake("the server answered with an unknown status"),
         }
     }
@@ -185,6 +242,6 @@ impl Reply<'_> {
 impl Drop for Reply<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        self.client.session.borrow_mut().release(self.answered.lane, self.answered.slot);
+        self.client.session.borrow_mut().release(&self.answered);
     }
 }

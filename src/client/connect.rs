@@ -30,6 +30,9 @@ pub struct ClientConfig {
     pub medium_slots: u16,
     /// Slots of 16 KiB.
     pub large_slots: u16,
+    /// Pages of 4 KiB that each lane may lease at once, beyond its slots, to carry longer requests and answers. They
+    /// exist, and count, only while they are leased.
+    pub lease_pages: u16,
     /// How this client waits.
     pub policy: WaitPolicy,
     /// Most lanes, the home lane included, from 1 to 64: under `handoff` one for each core that the client calls
@@ -42,13 +45,14 @@ pub struct ClientConfig {
 }
 
 impl Default for ClientConfig {
-    /// 16 entries, four slots of 1 KiB, one of 4 KiB, one of 16 KiB: 28 KiB of shared memory.
+    /// 16 entries, four slots of 1 KiB, 64 pages to lease: 8 KiB of shared memory, and up to 256 KiB more in use.
     fn default() -> Self {
         Self {
             ring_entries: 16,
             small_slots: 4,
-            medium_slots: 1,
-            large_slots: 1,
+            medium_slots: 0,
+            large_slots: 0,
+            lease_pages: 64,
             policy: WaitPolicy::default(),
             lanes: 4,
             connect_timeout: Duration::from_secs(5),
@@ -58,18 +62,18 @@ impl Default for ClientConfig {
 }
 
 impl ClientConfig {
-    /// The smallest session: 8 KiB, four slots of 1 KiB.
+    /// The smallest session: 8 KiB, four slots of 1 KiB, nothing to lease. Longer requests go through these.
     pub fn smallest() -> Self {
-        Self { medium_slots: 0, large_slots: 0, ..Self::default() }
+        Self { lease_pages: 0, ..Self::default() }
     }
 
-    /// A session that carries `in_flight` calls of `len` bytes at once.
+    /// A session that carries `in_flight` calls of `len` bytes at once, up to 16 KiB each.
     pub fn for_load(in_flight: u32, len: usize) -> Self {
         use doorbell_shm::layout::{SLOT_MEDIUM, SLOT_SMALL};
         // One in 64 entries, at least one, is left to frames.
         let ring_entries = (in_flight + (in_flight / 63).max(1)).next_power_of_two().clamp(16, 1024);
         let slots = in_flight.min(4096) as u16;
-        let empty = Self { ring_entries, small_slots: 0, medium_slots: 0, large_slots: 0, ..Self::default() };
+        let empty = Self { ring_entries, small_slots: 0, lease_pages: 0, ..Self::default() };
         match len {
             _ if len <= SLOT_SMALL => Self { small_slots: slots, ..empty },
             _ if len <= SLOT_MEDIUM => Self { medium_slots: slots, small_slots: 4, ..empty },
@@ -89,7 +93,7 @@ impl ClientConfig {
             large: self.large_slots,
             medium: self.medium_slots,
             small: self.small_slots,
-            lease_pages: 0,
+            lease_pages: self.lease_pages,
         };
         Ok(geometry.checked()?)
     }
@@ -129,7 +133,10 @@ pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     let took_ns = monotonic_ns() - sent_ns;
     let clock_offset_ns = clock_offset(welcome.clock_offset_ns, took_ns);
     let (home_core, reactors, policy) = (welcome.home_core, welcome.reactors, config.policy);
-    Session::new(Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, policy })
+    let max_message = welcome.max_message_size;
+    let joined =
+        Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, max_message, policy };
+    Session::new(joined)
 }
 
 /// The server's CLOCK_MONOTONIC minus ours, ns. The server measured it when it read the hello, which may

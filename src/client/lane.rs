@@ -7,11 +7,13 @@ use super::call::{CallId, SlotWriter};
 use crate::error::{IpcError, Result};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{AWAKE, Published, fence_before_bell};
-use doorbell_shm::entry::{Completion, Submission, kind};
+use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
 use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE};
-use doorbell_shm::layout::LaneLayout;
+use doorbell_shm::layout::{Geometry, LaneLayout};
+use doorbell_shm::lease::Run;
 use doorbell_shm::slots::{ClientWord, Grant};
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
 
 /// Empty polls after which the server's bell is looked at behind a fence.
 const QUIET_POLLS: u32 = 8;
@@ -19,11 +21,30 @@ const QUIET_POLLS: u32 = 8;
 /// Calls of no connection: OPEN and CLOSE.
 pub(super) const NO_CONNECTION: u32 = u32::MAX;
 
+/// Stands for the answer slot of a call of several frames: its tag is then the index of its record.
+pub(super) const BODY: u32 = u32::MAX;
+/// Stands for the answer slot of a LEASE.
+const LEASE: u32 = u32::MAX - 1;
+/// How long no lease is asked for after the lane was found full.
+const FULL_REST: Duration = Duration::from_millis(100);
+
+/// One frame of an answer that has several.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub status: u8,
+    pub last: bool,
+    pub len: u32,
+    pub frame: u32,
+    pub detail: u64,
+}
+
 /// What became of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// The server answered.
     Reply { status: u8, len: u32, detail: u64 },
+    /// A frame of the answer of a call that may have several, whose record is [`Answered::response_slot`].
+    Piece(Piece),
     /// The session ended first. Not `started`: provably not executed (FAULTS §5).
     Lost { started: bool },
 }
@@ -101,13 +122,42 @@ pub(super) struct Lane {
     quiet_polls: u32,
     /// Position behind the last CLOSE in the bulk ring.
     bulk_closes_end: u64,
+    geometry: Geometry,
+    /// LEASEs and RETURNs among those in flight.
+    controls: usize,
+    /// The LEASE that has not been answered: bytes of each slot, and since when.
+    wish: Option<(u32, Instant)>,
+    /// No lease is asked for before.
+    refused_until: Option<Instant>,
 }
 
 impl Lane {
-    pub fn new(lane: ClientLane, index: u32, core: u32) -> Self {
+    pub fn new(lane: ClientLane, geometry: Geometry, index: u32, core: u32) -> Self {
         let calls = vec![NO_CALL; lane.slots.numbers() as usize];
-        let (in_flight, unrung, quiet_polls, bulk_closes_end) = (0, None, 0, 0);
-        Self { lane, index, core, calls, in_flight, unrung, quiet_polls, bulk_closes_end }
+        Self {
+            lane,
+            index,
+            core,
+            calls,
+            in_flight: 0,
+            unrung: None,
+            quiet_polls: 0,
+            bulk_closes_end: 0,
+            geometry,
+            controls: 0,
+            wish: None,
+            refused_until: None,
+        }
+    }
+
+    /// Calls in flight.
+    pub fn calls_in_flight(&self) -> usize {
+        self.in_flight - self.controls
+    }
+
+    /// Since when this lane waits for memory.
+    pub fn waits_since(&self) -> Option<Instant> {
+        self.wish.map(|(_, since)| since)
     }
 
     /// Slots there are, free or not.
@@ -130,11 +180,18 @@ impl Lane {
     /// A writer for the request in a slot.
     #[inline(always)]
     pub fn writer(&self, grant: &Grant) -> SlotWriter<'_> {
+        self.writer_at(grant.slot, grant.capacity as usize)
+    }
+
+    /// A writer of at most `capacity` bytes into a slot.
+    #[inline(always)]
+    pub fn writer_at(&self, slot: u32, capacity: usize) -> SlotWriter<'_> {
         SlotWriter {
             payload: &self.lane.common.payload,
-            offset: LaneLayout::slot_offset(grant.slot),
-            capacity: grant.capacity as usize,
+            offset: LaneLayout::slot_offset(slot),
+            capacity,
             len: 0,
+            owned: None,
         }
     }
 
@@ -146,7 +203,7 @@ impl Lane {
         if !self.lane.submissions[ring].push(entry.pack()).map_err(IpcError::ServerFault)? {
             self.lane.slots.put_back(grant.slot);
             if entry.response_slot != grant.slot && entry.kind == kind::CALL {
-                self.lane.slots.put_back(entry.response_slot);
+                self.put_back(entry.response_slot);
             }
             return Err(IpcError::WouldBlock);
         }
@@ -174,6 +231,245 @@ impl Lane {
             self.unrung = Some(Published::Submissions);
         }
         Ok(sent)
+    }
+
+    /// The slot of a grant names a body that has not begun; its record has this index.
+    pub fn hold_name(&mut self, name: Grant, body: u32, connection: u32, bulk: bool) {
+        self.calls[name.slot as usize] = Call {
+            tag: body.into(),
+            position: u64::MAX,
+            generation: name.generation,
+            response_slot: BODY,
+            connection,
+            phase: Phase::InFlight,
+            bulk,
+        };
+        self.in_flight += 1;
+    }
+
+    /// Publishes the first entry of a body whose name is held; `false` if there is no room.
+    pub fn send_body(&mut self, name: Grant, entry: &Submission, bulk: bool) -> Result<bool> {
+        let position = self.lane.submissions[if bulk { BULK } else { INTERACTIVE }].next();
+        let sent = self.send_bare(entry, bulk)?;
+        if sent {
+            self.lane.slots.advance(name);
+            self.calls[name.slot as usize].position = position;
+        }
+        Ok(sent)
+    }
+
+    /// Whether there is room for an entry.
+    pub fn has_entry(&mut self, bulk: bool) -> Result<bool> {
+        let ring = &mut self.lane.submissions[if bulk { BULK } else { INTERACTIVE }];
+        if ring.outstanding() == ring.capacity() {
+            ring.refresh().map_err(IpcError::ServerFault)?;
+        }
+        Ok(ring.outstanding() < ring.capacity())
+    }
+
+    /// The record of the call that `id` names, if that is one of several frames.
+    pub fn body_of(&self, id: CallId) -> Option<u32> {
+        let call = self.calls.get(id.slot as usize)?;
+        let live = call.generation == id.generation && call.phase == Phase::InFlight;
+        (live && call.response_slot == BODY).then_some(call.tag as u32)
+    }
+
+    /// The slot that named a body is free again.
+    pub fn free_name(&mut self, slot: u32) {
+        self.calls[slot as usize].phase = Phase::Free;
+        self.lane.slots.put_back(slot);
+    }
+
+    /// Takes leased slots next to each other, of at least `bytes` bytes.
+    pub fn take_run(&mut self, bytes: usize, count: u32) -> Option<Run> {
+        if self.lane.leases.is_empty() {
+            return None;
+        }
+        let words = &self.lane.common.leases;
+        let first = !self.lane.leases.in_use();
+        if first {
+            words.enter();
+        }
+        let run = self.lane.leases.take(bytes, count, |epoch| !words.is_void(epoch));
+        if first && run.is_none() {
+            words.end();
+        }
+        run
+    }
+
+    /// A slot that carried payload is free again.
+    pub fn put_back(&mut self, slot: u32) {
+        if slot < self.geometry.base_numbers() {
+            self.lane.slots.put_back(slot);
+        } else if self.lane.leases.put_back(slot) && !self.lane.leases.in_use() {
+            self.lane.common.leases.end();
+        }
+    }
+
+    /// The slots of a window are free again, but for the one that names the call.
+    pub fn put_back_window(&mut self, slots: impl Iterator<Item = u32>, name: u32) {
+        slots.filter(|slot| *slot != name).for_each(|slot| self.put_back(slot));
+    }
+
+    /// Copies from a slot.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::MemoryTakenBack`] if it is a leased one whose memory was taken before or while it was read.
+    pub fn read(&self, slot: u32, epoch: Option<u32>, target: &mut [u8]) -> Result<()> {
+        self.lane.common.payload.read(LaneLayout::slot_offset(slot), target);
+        match epoch {
+            Some(epoch) if self.lane.common.leases.is_gone(epoch) => Err(IpcError::MemoryTakenBack),
+            _ => Ok(()),
+        }
+    }
+
+    /// Copies from the answer slot of a call of one frame.
+    #[cold]
+    pub fn read_leased(&self, slot: u32, target: &mut [u8]) -> Result<()> {
+        self.read(slot, self.lane.leases.of_slot(slot).map(|(epoch, _)| epoch), target)
+    }
+
+    /// Whether a slot is a leased one.
+    #[inline(always)]
+    pub fn is_leased(&self, slot: u32) -> bool {
+        slot as usize >= self.calls.len()
+    }
+
+    /// Asks for a lease of so many slots of `bytes` bytes, unless that has been done; says whether one may come.
+    pub fn wish_for(&mut self, bytes: usize, slots: u32, now: Instant) -> Result<bool> {
+        if self.wish.is_some() {
+            return Ok(true);
+        }
+        let refused = self.refused_until.is_some_and(|until| now < until);
+        if self.geometry.lease_pages == 0 || refused || self.lane.slots.free() < 2 {
+            return Ok(false);
+        }
+        self.return_void_leases()?;
+        let Some(name) = self.lane.slots.take(0).filter(|_| self.lane.slots.free() > 0) else {
+            return Ok(false);
+        };
+        let entry = Submission {
+            kind: kind::LEASE,
+            slot: name.slot,
+            generation: name.generation,
+            len: bytes as u32,
+            response_count: slots as u16,
+            ..Submission::default()
+        };
+        match self.send(name, &entry, 0, false) {
+            Ok(_) => {}
+            Err(IpcError::WouldBlock) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        self.calls[name.slot as usize].response_slot = LEASE;
+        self.controls += 1;
+        self.wish = Some((bytes as u32, now));
+        Ok(true)
+    }
+
+    /// Gives void leases back that nothing uses.
+    pub fn return_void_leases(&mut self) -> Result<()> {
+        while self.lane.slots.free() > 1 && self.has_entry(false)? {
+            let words = &self.lane.common.leases;
+            let Some((first, epoch)) = self.lane.leases.drop_void(|epoch| words.is_void(epoch)) else {
+                break;
+            };
+            let Some(name) = self.lane.slots.take(0) else { break };
+            let entry = Submission {
+                kind: kind::RETURN,
+                flags: flag::LEASED,
+                slot: name.slot,
+                generation: name.generation,
+                payload_slot: first,
+                lease_epoch: epoch,
+                ..Submission::default()
+            };
+            self.send(name, &entry, 0, false)?;
+            self.controls += 1;
+            self.calls[name.slot as usize].response_slot = LEASE;
+            self.orphan(name.slot);
+        }
+        Ok(())
+    }
+
+    /// A LEASE or RETURN has been answered.
+    #[cold]
+    fn control_answered(&mut self, completion: &Completion) -> Result<()> {
+        self.controls -= 1;
+        let slot = completion.slot;
+        let is_return = self.calls[slot as usize].phase == Phase::Zombie;
+        self.free_name(slot);
+        if is_return {
+            return Ok(());
+        }
+        let Some((bytes, _)) = self.wish.take() else { return Ok(()) };
+        match Status::from_code(completion.status) {
+            Some(Status::Ok) => {
+                let (first, slots) = (completion.detail as u32, (completion.detail >> 32) as u32);
+                let geometry = self.geometry;
+                let epoch = completion.frame;
+                self.lane.leases.add(&geometry, first, slots, bytes, epoch).map_err(IpcError::ServerFault)?;
+            }
+            _ => {
+                let rest = Duration::from_millis(completion.detail);
+                self.refused_until = Some(Instant::now() + if rest.is_zero() { FULL_REST } else { rest });
+            }
+        }
+        Ok(())
+    }
+
+    /// A completion of a call whose answer may have several frames.
+    #[cold]
+    fn complete_body(&mut self, completion: &Completion) -> Result<Taken> {
+        let Completion { slot, generation, status, len, frame, detail, .. } = *completion;
+        let call = &mut self.calls[slot as usize];
+        let last = completion.kind == kind::REPLY;
+        if !last && completion.kind != kind::FRAME {
+            return Err(IpcError::ServerFault(PeerFault::Kind { kind: completion.kind }));
+        }
+        if last {
+            self.in_flight -= 1;
+            call.phase = Phase::Answered;
+        }
+        let connection = if last { call.connection } else { NO_CONNECTION };
+        let outcome = Outcome::Piece(Piece { status, last, len, frame, detail });
+        let response_slot = call.tag as u32;
+        let answered = Answered { slot, generation, response_slot, lane: self.index, tag: 0, outcome };
+        Ok(Taken { connection, answered: Some(answered) })
+    }
+
+    /// A frame of an answer that is longer than the slot of its call. Its record is made by the session: until then
+    /// [`BODY`] stands for it.
+    #[cold]
+    fn answer_goes_on(&mut self, completion: Completion) -> Result<Taken> {
+        let Completion { slot, generation, status, len, frame, detail, kind, .. } = completion;
+        let call = &self.calls[slot as usize];
+        if kind != kind::FRAME || call.response_slot == LEASE {
+            return Err(IpcError::ServerFault(PeerFault::Kind { kind }));
+        }
+        if call.phase == Phase::Zombie {
+            // It has been cancelled: its end will come without more credit.
+            return Ok(Taken { connection: NO_CONNECTION, answered: None });
+        }
+        let outcome = Outcome::Piece(Piece { status, last: false, len, frame, detail });
+        let (lane, tag) = (self.index, call.tag);
+        let answered = Answered { slot, generation, response_slot: BODY, lane, tag, outcome };
+        Ok(Taken { connection: NO_CONNECTION, answered: Some(answered) })
+    }
+
+    /// The call in `slot` is one of several frames from here on; returns its answer slot, that slot's bytes, and its
+    /// connection.
+    pub fn becomes_body(&mut self, slot: u32, body: u32) -> (u32, u32, u32, bool) {
+        let leased = |slot| self.lane.leases.of_slot(slot).map_or(0, |(_, bytes)| bytes);
+        let call = &mut self.calls[slot as usize];
+        let answer = call.response_slot;
+        let capacity = match self.lane.slots.capacity(answer) {
+            0 => leased(answer),
+            base => base,
+        };
+        (call.tag, call.response_slot) = (body.into(), BODY);
+        (answer, capacity, call.connection, call.bulk)
     }
 
     /// Submits an OPEN or CLOSE; returns the slot that names it.
@@ -292,14 +588,27 @@ impl Lane {
         let Some(call) = self.calls.get_mut(slot as usize) else {
             return Err(IpcError::ServerFault(PeerFault::Slot { slot }));
         };
-        if completion.kind != kind::REPLY {
-            return Err(IpcError::ServerFault(PeerFault::Kind { kind: completion.kind }));
-        }
         if call.generation != generation || !matches!(call.phase, Phase::InFlight | Phase::Zombie) {
             let (theirs, expected) = (generation, call.generation);
             return Err(IpcError::ServerFault(PeerFault::Generation { slot, theirs, expected }));
         }
-        let capacity = self.lane.slots.capacity(call.response_slot);
+        if call.response_slot == BODY {
+            return self.complete_body(&completion);
+        }
+        if completion.kind != kind::REPLY {
+            return self.answer_goes_on(completion);
+        }
+        let response_slot = call.response_slot;
+        let mut capacity = self.lane.slots.capacity(response_slot);
+        if capacity == 0 {
+            if response_slot == LEASE {
+                self.in_flight -= 1;
+                self.control_answered(&completion)?;
+                return Ok(Taken { connection: NO_CONNECTION, answered: None });
+            }
+            capacity = self.lane.leases.of_slot(response_slot).map_or(0, |(_, bytes)| bytes);
+        }
+        let call = &mut self.calls[slot as usize];
         if len > capacity {
             return Err(IpcError::ServerFault(PeerFault::Length { len, slot, capacity }));
         }
@@ -322,7 +631,7 @@ impl Lane {
         call.phase = Phase::Free;
         let response_slot = call.response_slot;
         if response_slot != slot {
-            self.lane.slots.put_back(response_slot);
+            self.put_back(response_slot);
         }
         self.lane.slots.put_back(slot);
     }
@@ -355,26 +664,39 @@ impl Lane {
 
     /// The session is over and every completion has been taken: what is in flight is classified by the server's
     /// published position (FAULTS §5).
-    pub fn classify(&mut self, mut lost: impl FnMut(Answered)) -> Result<()> {
+    pub fn classify(&mut self, mut lost: impl FnMut(Answered, bool)) -> Result<()> {
         for ring in [INTERACTIVE, BULK] {
             self.lane.submissions[ring].refresh().map_err(IpcError::ServerFault)?;
         }
         for slot in 0..self.calls.len() as u32 {
             let call = &mut self.calls[slot as usize];
             match call.phase {
+                Phase::InFlight if call.response_slot == LEASE => {
+                    self.wish = None;
+                    self.free_name(slot);
+                }
                 Phase::InFlight => {
                     let ring = if call.bulk { BULK } else { INTERACTIVE };
                     let started = call.position < self.lane.submissions[ring].passed();
                     call.phase = Phase::Answered;
                     let Call { tag, generation, response_slot, .. } = *call;
+                    let is_body = response_slot == BODY;
+                    if is_body {
+                        // Nothing of its answer is kept: it ends as any call does.
+                        call.response_slot = slot;
+                    }
+                    let response_slot = call.response_slot;
                     let outcome = Outcome::Lost { started };
-                    lost(Answered { slot, generation, response_slot, lane: self.index, tag, outcome });
+                    let answered =
+                        Answered { slot, generation, response_slot, lane: self.index, tag, outcome };
+                    lost(answered, is_body);
                 }
+                Phase::Zombie if call.response_slot == LEASE => self.free_name(slot),
                 Phase::Zombie => self.release(slot),
                 Phase::Free | Phase::Answered => {}
             }
         }
-        self.in_flight = 0;
+        (self.in_flight, self.controls) = (0, 0);
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! The client: a session with a server, cheap connections inside it, blocking and pipelined calls.
 
+mod body;
 mod call;
 mod connect;
 mod lane;
@@ -13,7 +14,6 @@ pub use connect::ClientConfig;
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use doorbell_shm::entry::{Status, codec, flag};
-use doorbell_shm::layout::LaneLayout;
 use lane::{Answered, Outcome};
 use session::Session;
 use std::cell::RefCell;
@@ -79,7 +79,7 @@ impl IpcClient {
         let flags = if bulk { flag::BULK } else { 0 };
         let slot = self.retry(|session| session.submit_open(codec, flags))?;
         let answered = self.wait_for(0, slot, None)?;
-        self.session.borrow_mut().release(0, slot);
+        self.session.borrow_mut().release(&answered);
         match answered.outcome {
             Outcome::Reply { status, detail, .. } if status == Status::Ok as u8 => {
                 let id = ConnectionId { number: detail as u32, codec, bulk };
@@ -88,7 +88,7 @@ impl IpcClient {
             Outcome::Reply { status, detail, .. } if status == Status::Overloaded as u8 => {
                 Err(IpcError::TooMany { scope: "connections", limit: detail, retry_ms: 100 })
             }
-            Outcome::Reply { .. } => {
+            Outcome::Reply { .. } | Outcome::Piece(_) => {
                 Err(IpcError::Handshake("the server answered OPEN with an unknown status"))
             }
             Outcome::Lost { .. } => Err(IpcError::NotExecuted),
@@ -137,11 +137,16 @@ impl IpcClient {
     pub fn poll_into(&self, target: &mut [u8]) -> Result<Option<Taken>> {
         let mut session = self.session.borrow_mut();
         let Some(answered) = session.next()? else { return Ok(None) };
-        let taken = Taken::of(&answered);
+        let mut taken = Taken::of(&answered);
+        if matches!(answered.outcome, Outcome::Piece(_)) {
+            taken.len = session.body_len(&answered);
+        }
         let len = taken.len.min(target.len());
-        let payload = session.payload(answered.lane);
-        payload.read(LaneLayout::slot_offset(answered.response_slot), &mut target[..len]);
-        session.release(answered.lane, answered.slot);
+        match session.read(&answered, &mut target[..len]) {
+            Err(IpcError::MemoryTakenBack) => taken.status = Some(Status::TakenBack),
+            other => other?,
+        }
+        session.release(&answered);
         Ok(Some(taken))
     }
 
@@ -191,9 +196,69 @@ impl IpcClient {
         self.session.borrow().shared_bytes()
     }
 
-    /// Longest request, bytes.
+    /// Longest request and longest answer, bytes.
     pub fn max_message_size(&self) -> usize {
-        self.session.borrow().largest_slot()
+        self.session.borrow().max_message
+    }
+
+    /// For how long this session has been waiting for memory of the server's to carry long requests and answers in;
+    /// `None` if it does not. Its calls go on meanwhile, but more slowly; [`CallOptions::timeout`] bounds them.
+    pub fn waits_for_memory(&self) -> Option<Duration> {
+        self.session.borrow().waits_for_memory_since().map(|since| since.elapsed())
+    }
+
+    /// Sends more of the request of a [started](Connection::start) call: as many of `bytes` as there is room for now;
+    /// returns how many that were. More fits once the server has taken some: [`IpcClient::wait`] returns then too.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::NoSuchCall`] if the call has been answered, [`IpcError::BodyFinished`] after its end,
+    /// [`IpcError::BodyLength`] for more than was announced.
+    pub fn send(&self, call: CallId, bytes: &[u8]) -> Result<usize> {
+        let mut sent = 0;
+        while sent < bytes.len() {
+            let mut written = 0;
+            let write = |writer: &mut SlotWriter<'_>| {
+                written = (bytes.len() - sent).min(writer.remaining());
+                writer.write(&bytes[sent..sent + written])
+            };
+            if !self.session.borrow_mut().send_piece(call, write)? {
+                break;
+            }
+            if written == 0 {
+                let announced = sent as u64;
+                return Err(IpcError::BodyLength {
+                    announced,
+                    sent: announced + (bytes.len() - sent) as u64,
+                });
+            }
+            sent += written;
+        }
+        Ok(sent)
+    }
+
+    /// Sends one more frame of the request of a [started](Connection::start) call, which `write` fills right in its
+    /// slot; `false` if there is no room now, and nothing was written.
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::send`], and whatever `write` returns; then nothing was sent.
+    pub fn send_with(
+        &self,
+        call: CallId,
+        write: impl FnOnce(&mut SlotWriter<'_>) -> Result<()>,
+    ) -> Result<bool> {
+        self.session.borrow_mut().send_piece(call, write)
+    }
+
+    /// The request of a [started](Connection::start) call is complete. Need not be said of one whose length was
+    /// announced.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::BodyLength`] if less was sent than announced, [`IpcError::NoSuchCall`] if the call has been answered.
+    pub fn finish(&self, call: CallId) -> Result<()> {
+        self.session.borrow_mut().finish_body(call)
     }
 
     /// Runs `attempt` until it does not block: while it does, flushes and waits for answers.
@@ -210,6 +275,28 @@ impl IpcClient {
                     session.stash()?;
                 }
                 other => return other,
+            }
+        }
+    }
+
+    /// Waits until the call `id` is answered, or can send more of its request (`None`).
+    fn look_for(&self, id: CallId, deadline: Option<Instant>) -> Result<Option<Answered>> {
+        let mut session = self.session.borrow_mut();
+        loop {
+            while let Some(next) = session.next_completed()? {
+                if (next.lane, next.slot) == (id.lane, id.slot) {
+                    return Ok(Some(next));
+                }
+                session.keep(next);
+            }
+            if session.body_has_room() {
+                return Ok(None);
+            }
+            if !session.wait_for_completion(deadline)? {
+                return Err(IpcError::Timeout);
+            }
+            if session.body_has_room() {
+                return Ok(None);
             }
         }
     }
@@ -242,6 +329,9 @@ impl AsFd for IpcClient {
         self.socket.as_fd()
     }
 }
+
+/// A request beyond this many bytes does not go into a slot, whatever its class.
+const LONG: usize = doorbell_shm::layout::SLOT_LARGE;
 
 /// A numbered, ordered conversation inside a session. Cheap: a number here, 32 bytes at the server.
 /// Dropping it closes it.
@@ -283,7 +373,7 @@ impl<'c> Connection<'c> {
     ///
     /// What the server answered, or what became of the session; see [`IpcError`].
     pub fn call(&self, message_type: MessageType, request: &[u8]) -> Result<Vec<u8>> {
-        self.call_with(message_type, request, &CallOptions::default(), Reply::to_vec)
+        self.call_owned(message_type, request, &CallOptions::default(), Reply::into_vec)?
     }
 
     /// Sends `request`, waits, and copies the answer into `target`; returns its length. Allocates nothing.
@@ -304,7 +394,7 @@ impl<'c> Connection<'c> {
             if reply.len() > target.len() {
                 return Err(IpcError::ReplyTooLarge(target.len()));
             }
-            Ok(reply.copy_to(target))
+            reply.copy_to(target)
         })?
     }
 
@@ -321,8 +411,25 @@ impl<'c> Connection<'c> {
         options: &CallOptions,
         read: impl FnOnce(&Reply<'c>) -> R,
     ) -> Result<R> {
+        self.call_owned(message_type, request, options, |reply| read(&reply))
+    }
+
+    #[inline]
+    fn call_owned<R>(
+        &self,
+        message_type: MessageType,
+        request: &[u8],
+        options: &CallOptions,
+        read: impl FnOnce(Reply<'c>) -> R,
+    ) -> Result<R> {
         let client = self.client;
+        let options = &CallOptions { pieces: false, ..*options };
         let deadline = options.timeout.and_then(|t| Instant::now().checked_add(t));
+        if request.len() > LONG {
+            let reply = self.call_long(message_type, request, options, deadline)?;
+            reply.result()?;
+            return Ok(read(reply));
+        }
         let id = match self.submit(message_type, request, options) {
             Err(IpcError::WouldBlock) => client.retry(|session| {
                 session.submit(self.target(), message_type, request.len(), options, |w| w.write(request))
@@ -339,7 +446,63 @@ impl<'c> Connection<'c> {
         };
         let reply = Reply { client, answered };
         reply.result()?;
-        Ok(read(&reply))
+        Ok(read(reply))
+    }
+
+    /// A call whose request goes out in frames, from where the caller has it.
+    #[cold]
+    fn call_long(
+        &self,
+        message_type: MessageType,
+        request: &[u8],
+        options: &CallOptions,
+        deadline: Option<Instant>,
+    ) -> Result<Reply<'c>> {
+        let client = self.client;
+        let total = Some(request.len() as u64);
+        let id = client.retry(|session| session.start_body(self.target(), message_type, total, options))?;
+        let mut sent = 0;
+        let answered = loop {
+            if sent < request.len() {
+                match client.send(id, &request[sent..]) {
+                    Ok(more) => sent += more,
+                    // Answered before it was complete.
+                    Err(IpcError::NoSuchCall) => sent = request.len(),
+                    Err(error) => return Err(error),
+                }
+            }
+            let wait = if sent < request.len() {
+                client.look_for(id, deadline)
+            } else {
+                client.wait_for(id.lane, id.slot, deadline).map(Some)
+            };
+            match wait {
+                Ok(Some(answered)) => break answered,
+                Ok(None) => {}
+                Err(IpcError::Timeout) => {
+                    client.session.borrow_mut().abandon(id)?;
+                    return Err(IpcError::Timeout);
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        Ok(Reply { client, answered })
+    }
+
+    /// Starts a call whose request is sent piece by piece with [`IpcClient::send`] and ended with
+    /// [`IpcClient::finish`]; its answer comes as that of any submitted call. `body_len` is the length of the request in
+    /// bytes where it is known.
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::WouldBlock`] when all slots are in use; [`IpcError::MessageTooLarge`] naming the limit.
+    pub fn start(
+        &self,
+        message_type: MessageType,
+        body_len: Option<u64>,
+        options: &CallOptions,
+    ) -> Result<CallId> {
+        self.client.session.borrow_mut().start_body(self.target(), message_type, body_len, options)
     }
 
     /// Submits a call without waiting: [`IpcClient::flush`] sends it, [`IpcClient::poll`] brings its answer.

@@ -1,7 +1,8 @@
 //! The client's half of a session: its lanes, and which of them a call takes. One thread at a time, by type.
 
+use super::body::Bodies;
 use super::call::{CallId, CallOptions, SlotWriter};
-use super::lane::{Answered, Lane, NO_CONNECTION};
+use super::lane::{Answered, Lane, NO_CONNECTION, Outcome};
 use super::route::Routes;
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
@@ -51,6 +52,10 @@ pub(super) struct Session {
     pub(super) policy: WaitPolicy,
     /// Which lane each connection uses; `None` while all use the home lane for good.
     pub(super) routes: Option<Box<Routes>>,
+    /// Calls of several frames.
+    pub(super) bodies: Bodies,
+    /// Longest request, bytes.
+    pub(super) max_message: usize,
     /// Calls answered while somebody waited for another one.
     kept: VecDeque<Answered>,
     /// Polls that found nothing, and when one of them last looked at the socket.
@@ -59,7 +64,7 @@ pub(super) struct Session {
     /// Connections to close as soon as a slot is free and nothing of theirs is in flight on another lane.
     closing: Vec<(u32, bool)>,
     pub(super) end: Option<End>,
-    clock_offset_ns: u64,
+    pub(super) clock_offset_ns: u64,
 }
 
 /// What the handshake came to.
@@ -72,15 +77,18 @@ pub(super) struct Joined {
     pub home_core: u32,
     /// Reactors of the server.
     pub reactors: u32,
+    /// Longest message, bytes.
+    pub max_message: u64,
     pub policy: WaitPolicy,
 }
 
 impl Session {
     pub fn new(joined: Joined) -> Result<Self> {
-        let Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, policy } = joined;
+        let Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, max_message, policy } =
+            joined;
         let geometry = *segment.geometry();
         let lane = ClientLane::open(segment.mapping(), &geometry, &LaneLayout::home(&geometry))?;
-        let home = Lane::new(lane, 0, home_core);
+        let home = Lane::new(lane, geometry, 0, home_core);
         let kept = VecDeque::with_capacity(home.slots());
         let routes = (segment.lanes() > 1).then(|| Routes::new(policy, home_core, reactors)).flatten();
         Ok(Self {
@@ -91,6 +99,8 @@ impl Session {
             memory,
             policy,
             routes,
+            bodies: Bodies::default(),
+            max_message: usize::try_from(max_message).unwrap_or(usize::MAX),
             kept,
             empty_polls: 0,
             looked_at: None,
@@ -134,7 +144,7 @@ impl Session {
             return Err(IpcError::Handshake("the server granted a lane that its directory does not have"));
         };
         let lane = ClientLane::open(self.segment.mapping(), self.segment.geometry(), &layout)?;
-        let lane = Lane::new(lane, grant.lane, grant.core);
+        let lane = Lane::new(lane, *self.segment.geometry(), grant.lane, grant.core);
         self.kept.reserve(lane.slots());
         self.further.push(lane);
         Ok(())
@@ -147,11 +157,7 @@ impl Session {
     }
 
     pub fn in_flight(&self) -> usize {
-        self.lanes().map(|lane| lane.in_flight).sum()
-    }
-
-    pub fn largest_slot(&self) -> usize {
-        self.home.lane.slots.largest()
+        self.lanes().map(|lane| lane.calls_in_flight()).sum()
     }
 
     pub fn shared_bytes(&self) -> Result<u64> {
@@ -179,7 +185,10 @@ impl Session {
         let wanted = if options.idempotent { capacity } else { capacity.max(options.reply_capacity) };
         let offset = self.clock_offset_ns;
         let lane = self.lane_mut(index);
-        let Some(grant) = lane.lane.slots.take(wanted) else { return Err(no_slot(lane, capacity, options)) };
+        if wanted.max(options.reply_capacity) > lane.lane.slots.largest() || options.pieces {
+            return self.submit_long(target, message_type, capacity, options, write);
+        }
+        let Some(grant) = lane.lane.slots.take(wanted) else { return Err(IpcError::WouldBlock) };
         let mut writer = lane.writer(&grant);
         if let Err(error) = write(&mut writer) {
             lane.lane.slots.put_back(grant.slot);
@@ -201,6 +210,8 @@ impl Session {
             frame: 0,
             body_len: u64::from(len),
             deadline: 0,
+            payload_slot: 0,
+            lease_epoch: 0,
         };
         if options.deadline.is_some() || options.idempotent {
             add_options(lane, &mut entry, grant, options, offset)?;
@@ -214,7 +225,7 @@ impl Session {
 
     /// The lane of a call on a session that has, or may have, several; and the flags that go with it.
     #[inline(never)]
-    fn choose_lane(&mut self, target: Target) -> Result<(u32, u16)> {
+    pub(super) fn choose_lane(&mut self, target: Target) -> Result<(u32, u16)> {
         let Some(mut routes) = self.routes.take() else { return Ok((0, 0)) };
         let chosen = routes.choose(self, target);
         self.routes = Some(routes);
@@ -256,6 +267,9 @@ impl Session {
     pub fn flush(&mut self) -> Result<()> {
         if !self.closing.is_empty() {
             self.send_closes();
+        }
+        if self.bodies.are_active() {
+            self.pump()?;
         }
         if self.further.is_empty() { self.home.flush() } else { self.flush_all() }
     }
@@ -300,8 +314,14 @@ impl Session {
                     {
                         routes.ended(taken.connection);
                     }
-                    if taken.answered.is_some() {
-                        return Ok(taken.answered);
+                    match taken.answered {
+                        Some(answered) if matches!(answered.outcome, Outcome::Piece(_)) => {
+                            if let Some(answered) = self.body_event(answered)? {
+                                return Ok(Some(answered));
+                            }
+                        }
+                        Some(answered) => return Ok(Some(answered)),
+                        None => {}
                     }
                 }
             }
@@ -319,6 +339,9 @@ impl Session {
     pub fn idle(&mut self) -> Result<()> {
         if !self.closing.is_empty() {
             self.send_closes();
+        }
+        if self.bodies.are_active() {
+            self.pump()?;
         }
         for index in 0..=self.further.len() as u32 {
             self.lane_mut(index).idle()?;
@@ -355,22 +378,57 @@ impl Session {
         !self.kept.is_empty()
     }
 
-    /// The slot of an answered call is free again.
+    /// The slot of an answered call is free again, or that of a frame of its answer.
     #[inline(always)]
-    pub fn release(&mut self, lane: u32, slot: u32) {
-        self.lane_mut(lane).release(slot);
+    pub fn release(&mut self, answered: &Answered) {
+        if matches!(answered.outcome, Outcome::Piece(_)) {
+            return self.release_body(answered);
+        }
+        self.lane_mut(answered.lane).release(answered.slot);
+    }
+
+    /// Copies an answer, or the frame of it that is at hand, to `target`, which is not longer.
+    #[inline(always)]
+    pub fn read(&self, answered: &Answered, target: &mut [u8]) -> Result<()> {
+        let lane = self.lane(answered.lane);
+        if matches!(answered.outcome, Outcome::Reply { .. }) && !lane.is_leased(answered.response_slot) {
+            lane.lane.common.payload.read(LaneLayout::slot_offset(answered.response_slot), target);
+            return Ok(());
+        }
+        self.read_elsewhere(answered, target)
+    }
+
+    #[cold]
+    fn read_elsewhere(&self, answered: &Answered, target: &mut [u8]) -> Result<()> {
+        match answered.outcome {
+            Outcome::Piece(_) => self.read_body(answered, target),
+            Outcome::Reply { .. } => self.lane(answered.lane).read_leased(answered.response_slot, target),
+            Outcome::Lost { .. } => Ok(()),
+        }
+    }
+
+    /// Since when some lane waits for memory.
+    pub fn waits_for_memory_since(&self) -> Option<Instant> {
+        self.lanes().filter_map(Lane::waits_since).min()
     }
 
     /// Says that the answer of a call is not wanted.
     pub fn cancel(&mut self, id: CallId) {
-        if id.lane as usize <= self.further.len() {
-            self.lane_mut(id.lane).cancel(id);
+        if id.lane as usize > self.further.len() {
+            return;
+        }
+        match self.lane(id.lane).body_of(id) {
+            Some(body) => self.cancel_body(body, false),
+            None => self.lane_mut(id.lane).cancel(id),
         }
     }
 
     /// A caller that stops waiting: cancels, and sets the slot aside until its completion has come.
     pub fn abandon(&mut self, id: CallId) -> Result<()> {
-        self.lane_mut(id.lane).abandon(id);
+        match self.lane(id.lane).body_of(id) {
+            Some(body) => self.cancel_body(body, true),
+            None => self.lane_mut(id.lane).abandon(id),
+        }
         self.flush()
     }
 
@@ -379,9 +437,14 @@ impl Session {
     pub fn finish(&mut self, end: End) -> Result<()> {
         self.stash()?;
         self.end = Some(end);
-        let Self { home, further, kept, .. } = self;
+        let Self { home, further, kept, bodies, .. } = self;
         for lane in std::iter::once(home).chain(further) {
-            lane.classify(|lost| kept.push_back(lost))?;
+            lane.classify(|mut lost, is_body| {
+                if is_body {
+                    lost.tag = bodies.lose(lost.tag as u32);
+                }
+                kept.push_back(lost);
+            })?;
         }
         Ok(())
     }
@@ -396,15 +459,13 @@ impl Session {
     }
 }
 
-#[cold]
-fn no_slot(lane: &Lane, capacity: usize, options: &CallOptions) -> IpcError {
-    let largest = lane.lane.slots.largest();
-    if capacity > largest {
-        IpcError::MessageTooLarge(largest)
-    } else if options.reply_capacity > largest {
-        IpcError::ReplyTooLarge(largest)
-    } else {
-        IpcError::WouldBlock
+/// A deadline in the server's clock.
+pub(super) fn add_deadline(entry: &mut Submission, options: &CallOptions, clock_offset_ns: u64) {
+    if let Some(deadline) = options.deadline {
+        let now = monotonic_ns().wrapping_add(clock_offset_ns);
+        let left = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
+        // 0 would mean no deadline.
+        entry.deadline = now.saturating_add(left).max(1);
     }
 }
 
@@ -417,19 +478,14 @@ fn add_options(
     options: &CallOptions,
     clock_offset_ns: u64,
 ) -> Result<()> {
-    if let Some(deadline) = options.deadline {
-        let now = monotonic_ns().wrapping_add(clock_offset_ns);
-        let left = u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX);
-        // 0 would mean no deadline.
-        entry.deadline = now.saturating_add(left).max(1);
-    }
+    add_deadline(entry, options, clock_offset_ns);
     if options.idempotent {
         entry.flags |= flag::IDEMPOTENT;
         match lane.lane.slots.take(options.reply_capacity.max(1)) {
             Some(answer) => entry.response_slot = answer.slot,
             None => {
                 lane.lane.slots.put_back(grant.slot);
-                return Err(no_slot(lane, 0, options));
+                return Err(IpcError::WouldBlock);
             }
         }
     }

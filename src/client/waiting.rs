@@ -68,7 +68,9 @@ impl Session {
 
     #[inline(always)]
     fn is_ready(&self) -> bool {
-        self.home.is_ready() || self.further.iter().any(|lane| lane.is_ready())
+        self.home.is_ready()
+            || self.further.iter().any(|lane| lane.is_ready())
+            || (self.bodies.are_active() && self.body_has_room())
     }
 
     /// Whether a reactor that calls are in flight with is pinned to the core that we run on.
@@ -148,6 +150,11 @@ impl Session {
             if left == Some(Duration::ZERO) {
                 return Ok(self.is_ready());
             }
+            let begins = if self.bodies.are_active() { self.body_begins_at() } else { None };
+            let left = match begins.map(|at| at.saturating_duration_since(now)) {
+                Some(soon) => Some(left.map_or(soon, |left| left.min(soon))),
+                None => left,
+            };
             let over = match self.only_busy_lane() {
                 Some(lane) if slept < FUTEX_SLICE => self.sleep_on_futex(lane, futex_slice(slept, left))?,
                 _ => self.sleep_on_socket(left)?,
@@ -157,6 +164,9 @@ impl Session {
             }
             if over && self.is_over()? {
                 return self.what_is_left();
+            }
+            if begins.is_some() {
+                self.flush()?;
             }
             slept += now.elapsed();
         }

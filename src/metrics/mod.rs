@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 #[derive(Debug, Clone, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct Metrics {
     /// Calls answered, by status code.
-    pub calls: [u64; 9],
+    pub calls: [u64; 10],
     /// Bytes of requests copied in.
     pub bytes_in: u64,
     /// Bytes of answers copied out.
@@ -48,6 +48,24 @@ pub struct Metrics {
     pub storms_damped: u64,
     /// Nanoseconds spent on waiting for calls that were about to come.
     pub spun_ns: u64,
+    /// Leases granted.
+    pub leases_granted: u64,
+    /// Leases that had to wait for memory, and for how long all together, nanoseconds.
+    pub leases_waited: u64,
+    /// See [`Metrics::leases_waited`].
+    pub lease_wait_ns: u64,
+    /// Leases taken back although they were in use, because nothing was done with them while others waited (F59).
+    pub leases_forced: u64,
+    /// Bytes that are leased now.
+    pub leased_bytes: u64,
+    /// Bytes of the memory budget in use, the server's own included.
+    pub budget_used: u64,
+    /// Bytes reserved for requests that are put together, beside the budget.
+    pub body_bytes: u64,
+    /// Requests that had to wait for memory to be put together in.
+    pub bodies_waited: u64,
+    /// Times that a client was found to have made pages of its segment exist that it was not granted.
+    pub excess_found: u64,
 }
 
 /// Counters of a [`Metrics`].
@@ -150,6 +168,7 @@ impl Metrics {
             ("calls_deadline_exceeded", self.calls[Status::DeadlineExceeded as usize]),
             ("calls_cancelled", self.calls[Status::Cancelled as usize]),
             ("calls_internal", self.calls[Status::Internal as usize]),
+            ("calls_taken_back", self.calls[Status::TakenBack as usize]),
             ("bytes_in", self.bytes_in),
             ("bytes_out", self.bytes_out),
             ("sessions_opened", self.sessions_opened),
@@ -168,6 +187,15 @@ impl Metrics {
             ("further_lanes", self.further_lanes),
             ("storms_damped", self.storms_damped),
             ("spun_ns", self.spun_ns),
+            ("leases_granted", self.leases_granted),
+            ("leases_waited", self.leases_waited),
+            ("lease_wait_ns", self.lease_wait_ns),
+            ("leases_forced", self.leases_forced),
+            ("leased_bytes", self.leased_bytes),
+            ("budget_used", self.budget_used),
+            ("body_bytes", self.body_bytes),
+            ("bodies_waited", self.bodies_waited),
+            ("excess_found", self.excess_found),
         ];
         for (i, (name, value)) in fields.iter().enumerate() {
             let open = if i == 0 { '{' } else { ',' };

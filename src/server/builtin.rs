@@ -1,12 +1,16 @@
 //! The handlers that every server has: `Ping`, `Echo`, `Stats`.
 
-use super::table::{Context, HandlerError, HandlerTable, Reply};
+use super::table::{Context, HandlerError, HandlerTable, Pieces, Progress, Reply};
 use crate::protocol::MessageType;
 
 impl<S: Sync, const N: usize> HandlerTable<S, N> {
     /// A table with `Ping`, `Echo` and `Stats`.
     pub const fn with_builtins() -> Self {
-        Self::empty().on(MessageType::PING, ping).on(MessageType::ECHO, echo).on(MessageType::STATS, stats)
+        Self::empty()
+            .on(MessageType::PING, ping)
+            .on(MessageType::ECHO, echo)
+            .on_pieces(MessageType::ECHO, echo_pieces)
+            .on(MessageType::STATS, stats)
     }
 }
 
@@ -16,6 +20,28 @@ fn ping<S>(_: &Context<'_, S>, _: &[u8], _: &mut Reply<'_>) -> Result<(), Handle
 
 fn echo<S>(_: &Context<'_, S>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
     reply.write(request)
+}
+
+fn echo_pieces<S>(_: &Context<'_, S>, _: Option<u64>) -> Result<Box<dyn Pieces<S>>, HandlerError> {
+    // Has no state: nothing is allocated.
+    Ok(Box::new(EchoPieces))
+}
+
+/// Echoes a long body as it comes.
+struct EchoPieces;
+
+impl<S> Pieces<S> for EchoPieces {
+    fn take(
+        &mut self,
+        _: &Context<'_, S>,
+        bytes: &[u8],
+        last: bool,
+        reply: &mut Reply<'_>,
+    ) -> Result<Progress, HandlerError> {
+        let taken = bytes.len().min(reply.room());
+        reply.write(&bytes[..taken])?;
+        Ok(if last && taken == bytes.len() { Progress::Done } else { Progress::Took(taken) })
+    }
 }
 
 fn stats<S>(context: &Context<'_, S>, _: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {

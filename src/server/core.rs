@@ -1,21 +1,27 @@
 //! The sans-I/O heart of a reactor: lanes, connections, the hot set, dispatch. Time, hellos, segments, hang-ups
 //! and what other reactors tell are its inputs; completions to ring for and sessions to end its outputs.
 
+use super::budget::Budget;
 use super::connections::ConnectionPool;
 use super::crew::{Inbox, Message, Notice};
+use super::exchange::{Exchanges, Work};
 use super::lane::{Batch, Bench, SessionLane, TurnLimits};
+use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
-use super::table::Handler;
-use crate::config::{MESSAGE_MAX, ServerConfig};
+use super::table::{Entry, Rest};
+use crate::config::ServerConfig;
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::handshake::{DisconnectReason, Hello, VERSION_MAX, Welcome, code};
 use doorbell_shm::PeerFault;
-use doorbell_shm::entry::flag;
+use doorbell_shm::entry::{Status, flag};
 use doorbell_shm::layout::{Geometry, lanes_max, state};
+use doorbell_shm::map::PAGE;
 use std::sync::Arc;
 
 /// Busy rounds between two that are timed: a clock in every round would cost more than it tells.
 const ROUNDS_PER_TIMING: u32 = 8;
+/// Sweeps (of 50 ms each) that a body may lie still while others wait for its memory.
+const STALE_SWEEPS: u8 = 2;
 /// Lanes whose bulk rings are served in one round, of 64 or fewer that are polled. All interactive rings are
 /// looked at between two rounds.
 const BULK_LANES_PER_ROUND: usize = 2;
@@ -36,6 +42,35 @@ pub(crate) enum Verdict {
     Refuse(Box<Welcome>),
 }
 
+/// Everything that a lane works with, borrowed from a core beside its seats.
+macro_rules! bench {
+    ($core:ident, $now_ns:expr, $announce:expr, $time_ns:expr) => {
+        Bench {
+            handlers: $core.handlers,
+            state: &$core.state,
+            connections: &mut $core.connections,
+            staging: &mut $core.staging,
+            metrics: &mut $core.metrics,
+            totals: &$core.totals,
+            batch: &mut $core.batch,
+            exchanges: &mut $core.exchanges,
+            hinted: &mut $core.hinted,
+            rest: &mut $core.rest,
+            leases: &mut $core.leases,
+            message_max: $core.config.max_message_size as usize,
+            now_ns: $now_ns,
+            inbox: &mut $core.inbox,
+            announce: $announce,
+            limits: TurnLimits {
+                entries: $core.config.entries_per_turn,
+                bytes: $core.config.bytes_per_turn,
+                time_ns: $time_ns,
+            },
+            flags_seen: 0,
+        }
+    };
+}
+
 #[derive(Debug, Default)]
 struct Seat {
     generation: u32,
@@ -48,7 +83,7 @@ struct Seat {
 }
 
 pub(crate) struct Core<S: 'static> {
-    handlers: &'static [Option<Handler<S>>],
+    handlers: &'static [Entry<S>],
     state: Arc<S>,
     config: ServerConfig,
     seats: Vec<Seat>,
@@ -65,6 +100,11 @@ pub(crate) struct Core<S: 'static> {
     connections: ConnectionPool,
     staging: BufferPool,
     batch: Box<Batch>,
+    exchanges: Exchanges<S>,
+    rest: Rest,
+    hinted: Vec<(u32, u32)>,
+    pub leases: LeaseQueue,
+    pub budget: Budget,
     pub inbox: Inbox,
     pub metrics: Metrics,
     totals: Totals,
@@ -120,11 +160,12 @@ impl<S> Core<S> {
     /// Makes every table at its full size: nothing is allocated while serving but a session's own record. A
     /// further reactor makes its tables when it is told of connections.
     pub fn new(
-        handlers: &'static [Option<Handler<S>>],
+        handlers: &'static [Entry<S>],
         state: Arc<S>,
         config: ServerConfig,
         totals: Totals,
         inbox: Inbox,
+        budget: Budget,
     ) -> Self {
         let home = totals.own == 0;
         let lanes =
@@ -146,6 +187,11 @@ impl<S> Core<S> {
             connections,
             staging: BufferPool::new(),
             batch: Box::new(Batch::new()),
+            exchanges: Exchanges::new(config.body_memory as usize),
+            rest: Rest { limit: config.max_message_size as usize, ..Rest::default() },
+            hinted: Vec::new(),
+            leases: LeaseQueue::default(),
+            budget,
             inbox,
             metrics: Metrics::default(),
             totals,
@@ -183,9 +229,10 @@ impl<S> Core<S> {
         let Ok(mut geometry) = Geometry::unpack(hello.geometry).checked() else {
             return refuse(code::BAD_HELLO);
         };
-        // Leases are not granted; rings and base slots are, up to the limits.
-        geometry.lease_pages = 0;
+        // What cannot be given is not promised: rings and leases are cut to the limits, base slots are refused.
         geometry.ring_order = geometry.ring_order.min(self.config.max_ring_order);
+        let leases = self.config.max_slot_pages.saturating_sub(geometry.base_pages());
+        geometry.lease_pages = geometry.lease_pages.min(leases as u16);
         if geometry.base_pages() > self.config.max_slot_pages {
             let limit = self.config.max_slot_pages;
             return Verdict::Refuse(Box::new(Welcome { limit, ..Welcome::refusal(code::NO_MEMORY) }));
@@ -195,7 +242,7 @@ impl<S> Core<S> {
             geometry: geometry.pack(),
             lanes: hello.lanes.min(self.config.max_lanes).min(self.config.reactors).min(lanes_max(&geometry)),
             clock_offset_ns: now_ns.wrapping_sub(hello.now_ns),
-            max_message_size: MESSAGE_MAX as u64,
+            max_message_size: self.config.max_message_size,
             reactors: self.config.reactors,
             ..Welcome::refusal(code::OK)
         };
@@ -239,6 +286,15 @@ impl<S> Core<S> {
             self.hot.retain(|i| *i != id.index);
         }
         self.live -= 1;
+        for index in lane.exchanges.iter().flat_map(|all| all.all()) {
+            if let Some(exchange) = self.exchanges.take(index) {
+                self.exchanges.end(index, exchange);
+            }
+        }
+        self.leases.forget(id.index);
+        let leased = u64::from(lane.lane().leases.pages()) * PAGE as u64;
+        self.metrics.leased_bytes -= leased;
+        self.budget.give(leased);
         if home {
             self.free.push(id.index);
             self.connections.close_all(id.index);
@@ -297,26 +353,12 @@ impl<S> Core<S> {
     /// `announce` is given the index of a session with further lanes and what became of one of its connections.
     #[inline]
     pub fn round(&mut self, now_ns: &mut dyn FnMut() -> u64, announce: &mut dyn FnMut(u32, Notice)) -> u32 {
+        if !self.exchanges.runnable.is_empty() {
+            self.run_waiting();
+        }
         let mut served = Served { total: 0, touched: &mut self.touched, faults: &mut self.faults };
         let time_ns = self.long_rounds.then_some(self.config.turn_time.as_nanos() as u64);
-        let mut bench = Bench {
-            handlers: self.handlers,
-            state: &self.state,
-            connections: &mut self.connections,
-            staging: &mut self.staging,
-            metrics: &mut self.metrics,
-            totals: &self.totals,
-            batch: &mut self.batch,
-            now_ns,
-            inbox: &mut self.inbox,
-            announce,
-            limits: TurnLimits {
-                entries: self.config.entries_per_turn,
-                bytes: self.config.bytes_per_turn,
-                time_ns,
-            },
-            flags_seen: 0,
-        };
+        let mut bench = bench!(self, now_ns, announce, time_ns);
         for &index in &self.hot {
             served.turn(&mut self.seats, index, |lane| lane.turn(index, &mut bench));
         }
@@ -334,6 +376,108 @@ impl<S> Core<S> {
         self.handed_over |= bench.flags_seen >> 40 & u64::from(flag::HANDOFF) != 0;
         self.time_round(taken > 0, now_ns);
         taken
+    }
+
+    /// Memory has come for bodies that waited for it.
+    #[cold]
+    fn run_waiting(&mut self) {
+        for (seat, index) in std::mem::take(&mut self.exchanges.runnable) {
+            let Some(lane) = self.seats.get_mut(seat as usize).and_then(|seat| seat.lane.as_deref_mut())
+            else {
+                continue;
+            };
+            lane.run_exchange(index, &mut self.exchanges);
+            let generation = self.seats[seat as usize].generation;
+            self.heat(SessionId { index: seat, generation });
+        }
+    }
+
+    /// Ends calls of several frames whose deadline has passed, and, if `sweep`, those that keep the memory of their
+    /// body from others and have not moved since the sweep before the last.
+    pub fn end_overdue(&mut self, now: u64, sweep: bool) {
+        let memory_is_wanted = self.exchanges.anybody_waits();
+        if self.exchanges.with_deadline == 0 && !(sweep && memory_is_wanted) {
+            return;
+        }
+        let mut over = Vec::new();
+        for (index, exchange) in self.exchanges.iter_mut() {
+            let deadline = exchange.call.deadline;
+            let holds = matches!(exchange.work, Work::Whole(_));
+            if sweep {
+                exchange.stale = if std::mem::take(&mut exchange.moved) { 0 } else { exchange.stale + 1 };
+            }
+            if deadline != 0 && now >= deadline {
+                over.push((exchange.seat, index, Status::DeadlineExceeded));
+            } else if sweep && memory_is_wanted && holds && exchange.stale >= STALE_SWEEPS {
+                over.push((exchange.seat, index, Status::TakenBack));
+            }
+        }
+        for (seat, index, status) in over {
+            self.end_exchange(seat, index, status);
+        }
+    }
+
+    fn end_exchange(&mut self, index: u32, exchange: u32, status: Status) {
+        let mut now_ns = || 0;
+        let mut announce = |_, _| {};
+        let mut bench = bench!(self, &mut now_ns, &mut announce, None);
+        let mut served = Served { total: 0, touched: &mut self.touched, faults: &mut self.faults };
+        served.turn(&mut self.seats, index, |lane| {
+            lane.end_early(exchange, status, 0, &mut bench)?;
+            Ok(1)
+        });
+    }
+
+    /// Looks after the leases of the lane seated at `index`: says what is to be done about them. By force it ends the
+    /// calls that have them.
+    pub fn judge_leases(&mut self, index: u32, now: u64, wanted_elsewhere: bool) -> LeaseVerdict {
+        let wanted = wanted_elsewhere || self.leases.others_wait(index);
+        let seat = self.seats.get_mut(index as usize);
+        let Some(lane) = seat.and_then(|seat| seat.lane.as_deref_mut()) else { return LeaseVerdict::Leave };
+        let verdict = lane.judge_leases(now, wanted);
+        if verdict == LeaseVerdict::Force {
+            let all = lane.exchanges.iter().flat_map(|all| all.all());
+            let exchanges = &mut self.exchanges;
+            let leased = |i: &u32| {
+                exchanges
+                    .get_mut(*i)
+                    .is_some_and(|e| e.uses_leases(|slot| lane.lane().leases.is_leased(slot)))
+            };
+            for exchange in all.filter(leased).collect::<Vec<_>>() {
+                self.end_exchange(index, exchange, Status::TakenBack);
+            }
+        }
+        verdict
+    }
+
+    /// Whether the lane seated at `index` has leases.
+    pub fn has_leases(&self, index: u32) -> bool {
+        self.seated(index).is_some_and(|lane| !lane.lane().leases.granted().is_empty())
+    }
+
+    /// The lane at `index` has completed something outside of its turn.
+    pub fn touch(&mut self, index: u32) {
+        let seat = &mut self.seats[index as usize];
+        if !seat.touched {
+            seat.touched = true;
+            self.touched.push(index);
+        }
+    }
+
+    /// The lane seated at `index`, to be answered outside of its turn.
+    pub fn seated_mut(&mut self, index: u32) -> Option<(SessionId, &mut SessionLane)> {
+        let seat = self.seats.get_mut(index as usize)?;
+        Some((SessionId { index, generation: seat.generation }, seat.lane.as_deref_mut()?))
+    }
+
+    /// Whether calls of several frames are under way: their next frames are about to come.
+    pub fn has_exchanges(&self) -> bool {
+        self.exchanges.live() > 0
+    }
+
+    /// Bytes that are reserved for bodies which are put together.
+    pub fn body_bytes(&self) -> usize {
+        self.exchanges.reserved()
     }
 
     /// Finds out whether rounds take longer than a turn may: the time from the end of one busy round to the end of
@@ -451,7 +595,7 @@ mod tests {
 
     fn core(config: ServerConfig) -> Core<AtomicU64> {
         let state = Arc::new(AtomicU64::new(0));
-        Core::new(TABLE.as_slice(), state, config, Totals::new(0, 1), Inbox::default())
+        Core::new(TABLE.as_slice(), state, config, Totals::new(0, 1), Inbox::default(), Budget::new(1 << 30))
     }
 
     fn round(core: &mut Core<AtomicU64>) -> u32 {

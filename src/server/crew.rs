@@ -46,6 +46,8 @@ pub(crate) enum Message {
     Unarmed(SessionId),
     /// To home: this session rings without cause.
     Abuse(SessionId, Abuse),
+    /// From home: the client has made pages exist that it was not granted; punch those of your lane.
+    Punch(SessionId),
     /// From home: the server stops.
     Stop,
 }

@@ -1,6 +1,7 @@
 //! What only the home reactor does: accepting, handshakes, the sockets and processes of sessions, lanes for them,
 //! and their end.
 
+use super::budget::PRIVATE_PER_SESSION;
 use super::core::{SessionId, Verdict};
 use super::crew::{Crew, Message, Notice};
 use super::lane::SessionLane;
@@ -11,8 +12,8 @@ use crate::protocol::handshake::{
     DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, NO_CORE, Welcome, code,
 };
 use crate::protocol::rendezvous::{self, monotonic_ns};
-use doorbell_shm::layout::{Geometry, state};
-use doorbell_shm::segment::{Identity, Segment};
+use doorbell_shm::layout::{Geometry, LaneLayout, state};
+use doorbell_shm::segment::{Identity, Segment, granted_bytes, lane_bytes};
 use doorbell_uring::PollFlags;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
@@ -26,6 +27,11 @@ const ACCEPTS_PER_EVENT: usize = 64;
 const ACCEPT_PAUSE_NS: u64 = 10_000_000;
 /// Wishes for lanes that one session may utter. A client utters one for each core that it meets.
 const LANE_REQUESTS_MAX: u32 = 4096;
+/// Sessions whose memory is audited in one sweep.
+const AUDITS_PER_SWEEP: usize = 32;
+/// Audits in a row that may find pages of a client's own making before its session is ended. One page may be an honest
+/// mistake: a client that was stopped just before it wrote to memory which was taken meanwhile.
+const EXCESS_MAX: u32 = 3;
 
 /// A session: its socket, its process, its lanes.
 #[derive(Debug)]
@@ -37,6 +43,9 @@ struct Member {
     /// The reactors of its lanes beside the home lane: that of lane 1, of lane 2, and so on.
     further: Vec<u16>,
     lane_requests: u32,
+    segment: Arc<Segment>,
+    /// Audits in a row that found pages which it was not granted.
+    excess: u32,
 }
 
 /// A socket that has been accepted and has not said hello.
@@ -60,6 +69,8 @@ pub(crate) struct Home {
     epoch: u64,
     /// Lanes of each reactor, of sessions that live; home lanes too.
     lanes_of: Vec<u32>,
+    /// The member that is audited next.
+    next_audit: usize,
 }
 
 impl Home {
@@ -76,6 +87,7 @@ impl Home {
             generation: 0,
             epoch,
             lanes_of: vec![0; reactors],
+            next_audit: 0,
         })
     }
 
@@ -268,9 +280,23 @@ impl Home {
         let identity = Identity { epoch: self.epoch, session: rendezvous::random_id()? };
         let home_core = reactor.crew.core();
         let welcome = Welcome { epoch: identity.epoch, session: identity.session, home_core, ..welcome };
-        let (segment, memory) = match Segment::create(geometry, welcome.lanes, identity) {
-            Ok(made) => made,
+        let bytes = session_bytes(&geometry);
+        if !reactor.core.budget.take_session(bytes) {
+            let limit = (reactor.core.config().memory_budget >> 10) as u32;
+            reactor
+                .log
+                .warn(|| tracing::warn!(bytes, limit, "no room in the memory budget for a new session"));
+            refuse(
+                reactor,
+                &half.socket,
+                &Welcome { retry_ms: 100, limit, ..Welcome::refusal(code::NO_MEMORY) },
+            );
+            return Ok(());
+        }
+        let segment = match Segment::create(geometry, welcome.lanes, identity) {
+            Ok(made) => Arc::new(made),
             Err(error) => {
+                reactor.core.budget.give_session(bytes);
                 reactor.log.warn(|| tracing::warn!(%error, "no segment for a new session"));
                 refuse(
                     reactor,
@@ -280,11 +306,12 @@ impl Home {
                 return Ok(());
             }
         };
-        if rendezvous::send(half.socket.as_fd(), welcome.as_bytes(), Some(memory.as_fd())).is_err() {
+        if rendezvous::send(half.socket.as_fd(), welcome.as_bytes(), segment.memory()).is_err() {
             // Killed after its hello: the segment goes with this scope (F2).
+            reactor.core.budget.give_session(bytes);
             return Ok(());
         }
-        let id = reactor.core.open(SessionLane::new(Arc::new(segment), 0)?);
+        let id = reactor.core.open(SessionLane::new(Arc::clone(&segment), 0)?);
         let socket = Arc::new(half.socket);
         let events = PollFlags::IN | PollFlags::RDHUP;
         reactor.driver.poll(socket.as_fd(), events, Source::Socket(id).token())?;
@@ -295,8 +322,15 @@ impl Home {
         if self.members.len() <= index {
             self.members.resize_with(index + 1, || None);
         }
-        self.members[index] =
-            Some(Member { id, socket, _process: half.process, further: Vec::new(), lane_requests: 0 });
+        self.members[index] = Some(Member {
+            id,
+            socket,
+            _process: half.process,
+            further: Vec::new(),
+            lane_requests: 0,
+            segment,
+            excess: 0,
+        });
         tracing::debug!(session = id.index, "session opened");
         Ok(())
     }
@@ -400,7 +434,13 @@ impl Home {
         if number >= lane.segment().lanes() {
             return Ok(false);
         }
+        let bytes = lane_bytes(lane.segment().geometry()) as u64;
+        if reactor.core.budget.take(1, 1, bytes) == 0 {
+            return Ok(false);
+        }
+        let Some(lane) = reactor.core.lane(id) else { return Ok(false) };
         if let Err(error) = lane.segment().grant_lane(number) {
+            reactor.core.budget.give(bytes);
             reactor.log.warn(|| tracing::warn!(%error, "no memory for a further lane"));
             return Ok(false);
         }
@@ -434,6 +474,20 @@ impl Home {
             return Ok(());
         };
         self.lanes_of[0] -= 1;
+        let geometry = *member.segment.geometry();
+        let lanes = member.further.len();
+        reactor.core.budget.give_session(session_bytes(&geometry));
+        reactor.core.budget.give(lane_bytes(&geometry) as u64 * lanes as u64);
+        if matches!(
+            reason,
+            DisconnectReason::ProtocolViolation | DisconnectReason::Quota | DisconnectReason::DoorbellAbuse
+        ) {
+            // Such a client may keep its mapping for ever: it keeps the heads, which say that it is over.
+            for lane in 0..=lanes as u32 {
+                let LaneLayout { slots, end, .. } = LaneLayout::nth(&geometry, lane);
+                member.segment.punch(slots, end - slots)?;
+            }
+        }
         for at in member.further {
             let at = usize::from(at);
             self.lanes_of[at] -= 1;
@@ -458,6 +512,46 @@ impl Home {
         Ok(())
     }
 
+    /// Looks whether some sessions' clients have made more pages exist than they were granted: those become holes again.
+    /// A client that goes on so is ended.
+    pub fn audit<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        let members = self.members.len();
+        for _ in 0..AUDITS_PER_SWEEP.min(members) {
+            self.next_audit = if self.next_audit + 1 < members { self.next_audit + 1 } else { 0 };
+            let Some(member) = self.members.get_mut(self.next_audit).and_then(Option::as_mut) else {
+                continue;
+            };
+            let bytes = member.segment.excess()?;
+            if bytes == 0 {
+                member.excess = 0;
+                continue;
+            }
+            member.excess += 1;
+            let (id, times, further) = (member.id, member.excess, member.further.clone());
+            let segment = Arc::clone(&member.segment);
+            reactor.core.metrics.excess_found += 1;
+            reactor.log.warn(|| {
+                tracing::warn!(session = id.index, bytes, "a client touches pages that it was not granted")
+            });
+            if times > EXCESS_MAX {
+                self.end(reactor, id, DisconnectReason::Quota)?;
+                continue;
+            }
+            if let Some(lane) = reactor.core.lane(id) {
+                lane.punch_excess()?;
+            }
+            for at in &further {
+                if reactor.crew.addresses[usize::from(*at)].put(Message::Punch(id)) {
+                    reactor.ring_reactor(usize::from(*at))?;
+                }
+            }
+            // Lanes that do not exist.
+            let from = LaneLayout::nth(segment.geometry(), further.len() as u32).end;
+            segment.punch(from, segment.len() - from)?;
+        }
+        Ok(())
+    }
+
     fn expire_half_open<S>(&mut self, reactor: &mut Reactor<S>, now: u64) -> Result<()> {
         for index in 0..self.half_open.len() {
             let expired = self.half_open[index].as_ref().is_some_and(|h| now >= h.deadline_ns);
@@ -478,6 +572,11 @@ impl Home {
         }
         self.arm_listener(reactor)
     }
+}
+
+/// What a session with its home lane takes from the memory budget, bytes.
+fn session_bytes(geometry: &Geometry) -> u64 {
+    granted_bytes(geometry) as u64 + PRIVATE_PER_SESSION
 }
 
 /// Answers a hello that leads to nothing.

@@ -7,15 +7,17 @@
 
 use super::connections::ConnectionPool;
 use super::crew::{Inbox, Notice};
+use super::exchange::{Exchanges, LaneExchanges};
+use super::leases::{Giving, LaneLeases, LeaseQueue, Wish};
 use super::staging::BufferPool;
-use super::table::{Context, Handler, Reply};
-use crate::config::MESSAGE_MAX;
+use super::table::{Context, Entry, HandlerError, Reply, Rest};
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Completion, Status, Submission, codec, flag, kind};
 use doorbell_shm::lane::{BULK, Drain, INTERACTIVE, ServerLane};
-use doorbell_shm::layout::LaneLayout;
+use doorbell_shm::layout::{LaneLayout, SLOT_LARGE, SLOT_MEDIUM, SLOT_SMALL};
+use doorbell_shm::lease::LEASE_SLOTS_MAX;
 use doorbell_shm::segment::Segment;
 use doorbell_shm::slots::ClientWord;
 use doorbell_shm::{SegmentError, bell};
@@ -23,8 +25,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// What a lane works with and does not own.
-pub(crate) struct Bench<'a, S> {
-    pub handlers: &'a [Option<Handler<S>>],
+pub(crate) struct Bench<'a, S: 'static> {
+    pub handlers: &'a [Entry<S>],
     pub state: &'a S,
     pub connections: &'a mut ConnectionPool,
     pub staging: &'a mut BufferPool,
@@ -32,6 +34,16 @@ pub(crate) struct Bench<'a, S> {
     /// The counters of all reactors, for handlers that ask.
     pub totals: &'a Totals,
     pub batch: &'a mut Batch,
+    /// Calls of several frames.
+    pub exchanges: &'a mut Exchanges<S>,
+    /// Empty; for looking at hints without allocating (R1.7).
+    pub hinted: &'a mut Vec<(u32, u32)>,
+    /// Where answers go on that do not fit their slot.
+    pub rest: &'a mut Rest,
+    /// Who waits for leased memory, and who gives it back.
+    pub leases: &'a mut LeaseQueue,
+    /// Longest message, bytes.
+    pub message_max: usize,
     /// The server's CLOCK_MONOTONIC, ns; asked only for calls that carry a deadline, and in turns that are timed.
     pub now_ns: &'a mut dyn FnMut() -> u64,
     /// What the home reactor has told of connections and is not known yet.
@@ -63,10 +75,16 @@ pub(crate) struct SessionLane {
     /// Further lanes of the session, at other reactors. Counted at the home lane only.
     further: u32,
     /// Calls that a ring pair may have between submission and consumed completion (P4).
-    admitted: u64,
+    admitted_most: u64,
+    /// The same without those that have been taken and not completed: completions that may be outstanding before the
+    /// next call is taken.
+    admitted: [u64; 2],
     /// Entries may wait in a ring because their completions would find no space.
     starved: bool,
     drain: Drain,
+    /// Calls of several frames; made with the first.
+    pub(super) exchanges: Option<Box<LaneExchanges>>,
+    pub(super) leases: LaneLeases,
 }
 
 /// Entries copied out before the first of them is run.
@@ -95,21 +113,32 @@ struct Filled {
 }
 
 /// How a call ended: status, bytes of the answer, a number that goes with the status.
-struct Outcome {
-    status: Status,
-    len: usize,
-    detail: u64,
+pub(super) struct Outcome {
+    pub status: Status,
+    pub len: usize,
+    pub detail: u64,
 }
 
 impl Outcome {
-    fn of(status: Status, detail: u64) -> Self {
+    pub fn of(status: Status, detail: u64) -> Self {
         Self { status, len: 0, detail }
     }
 }
 
+/// The slots of a call beside the one that names it.
+#[derive(Clone, Copy)]
+pub(super) struct Places {
+    /// The slot of its first frame.
+    pub payload: u32,
+    /// Slots of the answer window.
+    pub count: u32,
+    /// Bytes that each of them holds.
+    pub capacity: u32,
+}
+
 /// What one turn has used.
-struct Turn {
-    taken: u32,
+pub(super) struct Turn {
+    pub taken: u32,
     bytes_before: u64,
     ends_ns: Option<u64>,
 }
@@ -122,10 +151,10 @@ impl Turn {
 
     /// Entries that may still be taken: 0 when any of the limits is reached.
     #[inline(always)]
-    fn left<S>(&self, bench: &mut Bench<'_, S>) -> u32 {
+    pub fn left<S>(&self, bench: &mut Bench<'_, S>) -> u32 {
         let over = bench.metrics.bytes() - self.bytes_before >= bench.limits.bytes
             || self.ends_ns.is_some_and(|end| self.taken > 0 && (bench.now_ns)() >= end);
-        if over { 0 } else { bench.limits.entries - self.taken }
+        if over { 0 } else { bench.limits.entries.saturating_sub(self.taken) }
     }
 }
 
@@ -134,8 +163,19 @@ impl SessionLane {
     pub fn new(segment: Arc<Segment>, number: u32) -> Result<Self, SegmentError> {
         let geometry = *segment.geometry();
         let lane = ServerLane::open(segment.mapping(), &geometry, &LaneLayout::nth(&geometry, number))?;
-        let admitted = geometry.admitted().into();
-        Ok(Self { lane, segment, number, further: 0, admitted, starved: false, drain: Drain::default() })
+        let admitted_most = geometry.admitted().into();
+        Ok(Self {
+            lane,
+            segment,
+            number,
+            further: 0,
+            admitted_most,
+            admitted: [admitted_most; 2],
+            starved: false,
+            drain: Drain::default(),
+            exchanges: None,
+            leases: LaneLeases::default(),
+        })
     }
 
     pub fn segment(&self) -> &Arc<Segment> {
@@ -144,6 +184,15 @@ impl SessionLane {
 
     pub fn lane(&self) -> &ServerLane {
         &self.lane
+    }
+
+    pub(super) fn lane_mut(&mut self) -> &mut ServerLane {
+        &mut self.lane
+    }
+
+    /// 0 is the home lane.
+    pub fn number(&self) -> u32 {
+        self.number
     }
 
     /// Home lane: another reactor has got a lane of this session.
@@ -156,7 +205,7 @@ impl SessionLane {
     pub fn turn<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<u32, PeerFault> {
         // Taken here too: a hint that no call follows must not keep the lane awake.
         if self.lane.common.hints.any() {
-            self.take_hints()?;
+            self.take_hints(id, bench)?;
         }
         self.starved = false;
         let mut turn = Turn::begin(bench);
@@ -172,6 +221,9 @@ impl SessionLane {
             turn.taken += filled.len as u32;
             self.run_batch(id, INTERACTIVE, filled, bench)?;
         }
+        if self.exchanges.is_some() {
+            self.move_exchanges(INTERACTIVE, u32::MAX, &mut turn, bench)?;
+        }
         Ok(turn.taken)
     }
 
@@ -179,7 +231,7 @@ impl SessionLane {
     /// that [`Drain`] says; returns how many.
     #[inline]
     pub fn turn_bulk<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<u32, PeerFault> {
-        if !self.lane.submissions[BULK].is_ready() {
+        if !self.lane.submissions[BULK].is_ready() && self.exchanges.is_none() {
             return Ok(0);
         }
         let mut turn = Turn::begin(bench);
@@ -193,12 +245,17 @@ impl SessionLane {
                 Filled { len: 0, fault: None, .. } => (BULK, self.fill(BULK, 1, bench.batch)),
                 filled => (INTERACTIVE, filled),
             };
-            if filled.len == 0 && filled.fault.is_none() {
+            let nothing = filled.len == 0 && filled.fault.is_none();
+            if !nothing {
+                self.drain.took(ring, filled.len as u32);
+                turn.taken += filled.len as u32;
+                self.run_batch(id, ring, filled, bench)?;
+            }
+            // A step of a bulk exchange is a bulk entry that has waited.
+            let moved = self.exchanges.is_some() && self.move_exchanges(BULK, 1, &mut turn, bench)? > 0;
+            if nothing && !moved {
                 break;
             }
-            self.drain.took(ring, filled.len as u32);
-            turn.taken += filled.len as u32;
-            self.run_batch(id, ring, filled, bench)?;
         }
         Ok(turn.taken)
     }
@@ -241,10 +298,11 @@ impl SessionLane {
     #[inline(always)]
     fn space(&mut self, ring: usize) -> Result<u64, PeerFault> {
         let completions = &mut self.lane.completions[ring];
-        if self.admitted - completions.outstanding() < BATCH as u64 {
+        // Frames of answers may have taken the space beyond what is admitted.
+        if self.admitted[ring].saturating_sub(completions.outstanding()) < BATCH as u64 {
             completions.refresh()?;
         }
-        Ok(self.admitted - completions.outstanding())
+        Ok(self.admitted[ring].saturating_sub(completions.outstanding()))
     }
 
     #[inline(always)]
@@ -264,7 +322,7 @@ impl SessionLane {
             flags_seen |= words[0];
             match Submission::plain(&words) {
                 // The same code with most of its conditions known: half the instructions.
-                Some(call) => self.call(id, ring, &call, bench)?,
+                Some(call) => self.call::<S, true>(id, ring, &call, bench)?,
                 None => self.other(id, ring, words, bench)?,
             }
         }
@@ -286,8 +344,11 @@ impl SessionLane {
         match entry.kind {
             kind::CALL => {
                 check_shape(&entry)?;
-                self.call(id, ring, &entry, bench)
+                self.call::<S, false>(id, ring, &entry, bench)
             }
+            kind::FRAME => self.frame(ring, &entry, bench),
+            kind::LEASE => self.lease(id, ring, &entry, bench),
+            kind::RETURN => self.give_back_lease(id, ring, &entry, bench),
             kind::OPEN if self.number == 0 => self.open(id, ring, &entry, bench),
             kind::CLOSE if self.number == 0 => self.close(id, ring, &entry, bench),
             kind::ATTACH if self.number != 0 => self.attach(id, ring, &entry, bench),
@@ -303,12 +364,12 @@ impl SessionLane {
         for ring in Drain::ORDER {
             if self.lane.submissions[ring].is_ready() {
                 self.lane.completions[ring].refresh()?;
-                if self.lane.completions[ring].outstanding() < self.admitted {
+                if self.lane.completions[ring].outstanding() < self.admitted[ring] {
                     return Ok(true);
                 }
             }
         }
-        Ok(false)
+        if self.exchanges.is_some() { self.exchanges_have_work() } else { Ok(false) }
     }
 
     /// Entries taken so far.
@@ -321,17 +382,36 @@ impl SessionLane {
         if self.starved { bell::ASLEEP_WANTS_SPACE } else { bell::ASLEEP }
     }
 
-    fn take_hints(&mut self) -> Result<(), PeerFault> {
+    /// Looks at the words that the client has hinted at: what it says of calls that are under way, kept for those
+    /// that have not come.
+    fn take_hints<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<(), PeerFault> {
         let slots = &mut self.lane.slots;
-        // Calls run to their end within a turn, so no slot is busy here: every hint is kept for its call.
+        // Most calls run to their end within a turn; only of longer ones is there anything to be found here.
+        let mut of_calls = std::mem::take(bench.hinted);
         self.lane.common.hints.take(|slot| {
-            slots.hint(slot);
-        })
+            if let Some(generation) = slots.hint(slot) {
+                of_calls.push((slot, generation));
+            }
+        })?;
+        for (slot, generation) in of_calls.drain(..) {
+            self.hinted(id, slot, generation, bench)?;
+        }
+        *bench.hinted = of_calls;
+        Ok(())
     }
 
-    /// A call whose entry means something.
+    /// The client's word of `slot`, if it speaks of the call of `generation`.
+    #[cold]
+    pub(super) fn word_of(&self, slot: u32, generation: u32) -> Option<ClientWord> {
+        let word = self.lane.common.client_words.get(slot as usize)?;
+        // The Acquire of the hint made the word visible; it is read once.
+        let word = ClientWord::unpack(word.load(std::sync::atomic::Ordering::Relaxed));
+        (word.generation == generation).then_some(word)
+    }
+
+    /// A call whose entry means something. `PLAIN`: it is one for [`Submission::plain`].
     #[inline(always)]
-    fn call<S>(
+    fn call<S, const PLAIN: bool>(
         &mut self,
         id: u32,
         ring: usize,
@@ -340,7 +420,7 @@ impl SessionLane {
     ) -> Result<(), PeerFault> {
         // Looked at for every call: one may have been cancelled while another of its batch ran.
         if self.lane.common.hints.any() {
-            self.take_hints()?;
+            self.take_hints(id, bench)?;
         }
         let Some(connection) = bench.connections.get(id, call.connection) else {
             return Err(PeerFault::Connection { connection: call.connection });
@@ -350,32 +430,103 @@ impl SessionLane {
         }
         connection.requests = connection.requests.wrapping_add(1);
         connection.bytes += u64::from(call.len);
-        let (capacity, hinted) = self.lane.slots.lend(call.slot, call.generation, call.len)?;
-        let capacity = if call.response_slot == call.slot {
-            capacity
-        } else {
-            self.lane.slots.lend_for_answer(call.response_slot)?
-        };
+        if PLAIN {
+            let (capacity, hinted) = self.lane.slots.lend(call.slot, call.generation, call.len)?;
+            let places = Places { payload: call.slot, count: 1, capacity };
+            let outcome = match self.refusal(call, hinted, bench) {
+                Some(refusal) => refusal,
+                None => self.run(call, places, bench),
+            };
+            if bench.rest.used {
+                return self.go_on(id, ring, call, places, outcome, bench);
+            }
+            count(bench, call, &outcome);
+            return self.complete(ring, call, outcome);
+        }
+        self.call_with_places(id, ring, call, bench)
+    }
+
+    /// A call whose payload or answer may lie elsewhere than in the slot that names it, or that has more frames.
+    #[inline(never)]
+    fn call_with_places<S>(
+        &mut self,
+        id: u32,
+        ring: usize,
+        call: &Submission,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<(), PeerFault> {
+        let leased = call.flags & flag::LEASED != 0;
+        let in_slot = if leased { 0 } else { call.len };
+        let (_, hinted) = self.lane.slots.lend(call.slot, call.generation, in_slot)?;
+        if leased && self.lane.leases.is_gone(call.lease_epoch) {
+            // Its memory was taken while its entry was under way: not executed.
+            let outcome = Outcome::of(Status::TakenBack, 0);
+            count(bench, call, &outcome);
+            return self.complete(ring, call, outcome);
+        }
+        self.leases.used |= leased;
+        let places = self.lend_places(call, leased)?;
+        let more = call.flags & flag::MORE != 0;
+        let whole = bench.handlers.get(call.message_type as usize).is_none_or(|entry| entry.whole.is_some());
         let outcome = match self.refusal(call, hinted, bench) {
             Some(refusal) => refusal,
-            None => self.run(call, capacity as usize, bench),
+            None if more || !whole => return self.begin(id, ring, call, places, bench),
+            None => self.run(call, places, bench),
         };
-        if call.response_slot != call.slot {
-            self.lane.slots.give_back(call.response_slot);
+        if bench.rest.used {
+            return self.go_on(id, ring, call, places, outcome, bench);
         }
-        bench.metrics.bytes_in += u64::from(call.len);
-        bench.metrics.bytes_out += outcome.len as u64;
-        bench.metrics.count_call(outcome.status);
+        self.give_back_places(call, places);
+        count(bench, call, &outcome);
         self.complete(ring, call, outcome)
+    }
+
+    /// Lends the window of a call and the slot of its payload.
+    fn lend_places(&mut self, call: &Submission, leased: bool) -> Result<Places, PeerFault> {
+        let (first, count) = (call.response_slot, u32::from(call.response_count));
+        if !leased && self.lane.leases.is_leased(first) {
+            return Err(PeerFault::Slot { slot: first });
+        }
+        let capacity = self.lane.capacity(first)?;
+        let stride = capacity / SLOT_SMALL as u32;
+        for i in 0..count {
+            let slot = i.checked_mul(stride).and_then(|off| first.checked_add(off));
+            let slot = slot.ok_or(PeerFault::Slot { slot: first })?;
+            let own = slot == call.slot && count == 1;
+            if !own && self.lane.lend_payload(slot)? != capacity {
+                return Err(PeerFault::Slot { slot });
+            }
+        }
+        let payload = if leased { call.payload_slot } else { call.slot };
+        if payload != call.slot {
+            let shared = payload == first && count == 1 && call.flags & flag::END != 0;
+            let holds = if shared { capacity } else { self.lane.lend_payload(payload)? };
+            if call.len > holds {
+                return Err(PeerFault::Length { len: call.len, slot: payload, capacity: holds });
+            }
+        } else if call.len > self.lane.slots.capacity(payload)? {
+            let capacity = self.lane.slots.capacity(payload)?;
+            return Err(PeerFault::Length { len: call.len, slot: payload, capacity });
+        }
+        Ok(Places { payload, count, capacity })
+    }
+
+    pub(super) fn give_back_places(&mut self, call: &Submission, places: Places) {
+        let stride = places.capacity / SLOT_SMALL as u32;
+        for slot in (0..places.count).map(|i| call.response_slot + i * stride).chain([places.payload]) {
+            if slot != call.slot {
+                self.lane.give_back_payload(slot);
+            }
+        }
     }
 
     /// Why a call must not be started, if so.
     #[inline(always)]
     fn refusal<S>(&self, call: &Submission, hinted: bool, bench: &mut Bench<'_, S>) -> Option<Outcome> {
-        if call.flags & flag::MORE != 0 {
-            return Some(Outcome::of(Status::TooLarge, MESSAGE_MAX as u64));
+        if call.body_len > bench.message_max as u64 {
+            return Some(Outcome::of(Status::TooLarge, bench.message_max as u64));
         }
-        if hinted && self.is_cancelled(call) {
+        if hinted && self.word_of(call.slot, call.generation).is_some_and(|word| word.cancelled) {
             return Some(Outcome::of(Status::Cancelled, 0));
         }
         if call.deadline != 0 && (bench.now_ns)() >= call.deadline {
@@ -384,27 +535,20 @@ impl SessionLane {
         None
     }
 
-    #[cold]
-    fn is_cancelled(&self, call: &Submission) -> bool {
-        let word = self.lane.common.client_words.get(call.slot as usize);
-        // The Acquire of the hint made the word visible; it is read once.
-        let word = word.map(|w| ClientWord::unpack(w.load(std::sync::atomic::Ordering::Relaxed)));
-        word.is_some_and(|w| w.cancelled && w.generation == call.generation)
-    }
-
     /// Copies the request, runs its handler, and says how that went.
     #[inline(always)]
-    fn run<S>(&mut self, call: &Submission, capacity: usize, bench: &mut Bench<'_, S>) -> Outcome {
+    fn run<S>(&mut self, call: &Submission, places: Places, bench: &mut Bench<'_, S>) -> Outcome {
         let message_type = MessageType(call.message_type);
-        let Some(Some(handler)) = bench.handlers.get(message_type.0 as usize) else {
+        let Some(Entry { whole: Some(handler), .. }) = bench.handlers.get(message_type.0 as usize) else {
             return Outcome::of(Status::UnknownType, message_type.0.into());
         };
         let payload = &self.lane.common.payload;
         // Copied once: from here on the client can change the slot but not the request (S3, F15).
         let request = bench.staging.take(call.len as usize);
-        payload.read(LaneLayout::slot_offset(call.slot), request);
+        payload.read(LaneLayout::slot_offset(places.payload), request);
         let request = &request[call.meta_len as usize..];
-        let mut reply = Reply::new(payload, LaneLayout::slot_offset(call.response_slot), capacity);
+        let (offset, capacity) = (LaneLayout::slot_offset(call.response_slot), places.capacity as usize);
+        let mut reply = Reply::new(payload, offset, capacity, 0, bench.rest);
         let context = Context {
             state: bench.state,
             metrics: bench.metrics,
@@ -416,11 +560,11 @@ impl SessionLane {
         // A handler owns nothing of ours that its unwinding could leave half done (F43).
         let result = catch_unwind(AssertUnwindSafe(|| handler(&context, request, &mut reply)));
         if let Ok(Ok(())) = result
-            && !reply.overflowed()
+            && !reply.is_too_large()
         {
-            return Outcome { status: Status::Ok, len: reply.len(), detail: 0 };
+            return Outcome { status: Status::Ok, len: reply.in_slot(), detail: 0 };
         }
-        failure(result, reply)
+        failure(result, &mut reply, bench.message_max)
     }
 
     fn open<S>(
@@ -494,9 +638,119 @@ impl SessionLane {
         Ok(())
     }
 
+    /// Asks for leased slots: answered when there is memory for them.
+    fn lease<S>(
+        &mut self,
+        id: u32,
+        ring: usize,
+        entry: &Submission,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<(), PeerFault> {
+        let (bytes, slots) = (entry.len, u32::from(entry.response_count));
+        check_control(&Submission { len: 0, response_count: 0, ..*entry }, 0)?;
+        let class = bytes as usize == SLOT_MEDIUM || bytes as usize == SLOT_LARGE;
+        if entry.connection != 0 || entry.codec != 0 {
+            return Err(PeerFault::Reserved { word: 1, value: entry.connection.into() });
+        }
+        if !class || !(1..=LEASE_SLOTS_MAX).contains(&slots) {
+            return Err(PeerFault::Reserved { word: 3, value: bytes.into() });
+        }
+        let (_, hinted) = self.lane.slots.lend(entry.slot, entry.generation, 0)?;
+        if hinted && self.word_of(entry.slot, entry.generation).is_some_and(|word| word.cancelled) {
+            return self.complete(ring, entry, Outcome::of(Status::Cancelled, 0));
+        }
+        self.reserve_terminal(ring);
+        let (slot, generation) = (entry.slot, entry.generation);
+        bench.leases.wish(Wish { seat: id, ring, slot, generation, bytes, slots });
+        Ok(())
+    }
+
+    /// Gives a lease back: answered once its memory has gone.
+    fn give_back_lease<S>(
+        &mut self,
+        id: u32,
+        ring: usize,
+        entry: &Submission,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<(), PeerFault> {
+        check_control(&Submission { payload_slot: 0, lease_epoch: 0, ..*entry }, flag::LEASED)?;
+        self.lane.slots.lend(entry.slot, entry.generation, 0)?;
+        let given = self.lane.leases.give_back(entry.payload_slot, entry.lease_epoch)?;
+        let Some(lease) = given else { return self.complete(ring, entry, Outcome::of(Status::Ok, 0)) };
+        self.reserve_terminal(ring);
+        let (slot, generation) = (entry.slot, entry.generation);
+        bench.leases.give_back(Giving { seat: id, ring, slot, generation, lease });
+        Ok(())
+    }
+
+    /// Space for the completion of a call that is answered later.
+    pub(super) fn reserve_terminal(&mut self, ring: usize) {
+        self.admitted[ring] -= 1;
+    }
+
+    /// A call whose completion's space was reserved is about to be answered.
+    pub(super) fn use_terminal(&mut self, ring: usize) {
+        self.admitted[ring] += 1;
+    }
+
+    /// Answers a LEASE or RETURN.
+    pub(super) fn answer_control(
+        &mut self,
+        ring: usize,
+        slot: u32,
+        generation: u32,
+        status: Status,
+        detail: u64,
+    ) -> Result<(), PeerFault> {
+        self.use_terminal(ring);
+        self.lane.slots.give_back(slot);
+        let completion = Completion {
+            kind: kind::REPLY,
+            status: status as u8,
+            flags: flag::END,
+            slot,
+            generation,
+            frame: self.lane.leases.epoch(),
+            detail,
+            ..Completion::default()
+        };
+        self.push(ring, &completion)
+    }
+
+    /// Frames that may go into a completion ring now: what neither consumed completions nor reserved ones take.
+    pub(super) fn frames_free(&mut self, ring: usize) -> Result<u64, PeerFault> {
+        let reserved = self.admitted_most - self.admitted[ring];
+        let completions = &mut self.lane.completions[ring];
+        let most = completions.capacity() - reserved;
+        if completions.outstanding() >= most {
+            completions.refresh()?;
+        }
+        Ok(most.saturating_sub(completions.outstanding()))
+    }
+
+    /// Entries or exchanges wait because the completion ring is full.
+    pub(super) fn starve(&mut self) {
+        self.starved = true;
+    }
+
+    /// Publishes a completion for which there is space.
+    pub(super) fn push(&mut self, ring: usize, completion: &Completion) -> Result<(), PeerFault> {
+        if self.lane.completions[ring].push(completion.pack())? {
+            return Ok(());
+        }
+        // Excluded by admission: should it ever happen, this session ends and no other notices (F47).
+        let (oldest, newest) = (self.lane.completions[ring].passed(), self.lane.completions[ring].next());
+        Err(PeerFault::Position { theirs: oldest as u32, oldest: oldest as u32, newest: newest as u32 })
+    }
+
     /// Ends a call: its slot is the client's again, its terminal completion is published.
     #[inline(always)]
-    fn complete(&mut self, ring: usize, call: &Submission, outcome: Outcome) -> Result<(), PeerFault> {
+    pub(super) fn complete(
+        &mut self,
+        ring: usize,
+        call: &Submission,
+        outcome: Outcome,
+    ) -> Result<(), PeerFault> {
         self.lane.slots.give_back(call.slot);
         let completion = Completion {
             kind: kind::REPLY,
@@ -508,13 +762,16 @@ impl SessionLane {
             frame: 0,
             detail: outcome.detail,
         };
-        if self.lane.completions[ring].push(completion.pack())? {
-            return Ok(());
-        }
-        // Excluded by admission: should it ever happen, this session ends and no other notices (F47).
-        let (oldest, newest) = (self.lane.completions[ring].passed(), self.lane.completions[ring].next());
-        Err(PeerFault::Position { theirs: oldest as u32, oldest: oldest as u32, newest: newest as u32 })
+        self.push(ring, &completion)
     }
+}
+
+/// Counts a call that has ended within its turn.
+#[inline(always)]
+fn count<S>(bench: &mut Bench<'_, S>, call: &Submission, outcome: &Outcome) {
+    bench.metrics.bytes_in += u64::from(call.len);
+    bench.metrics.bytes_out += outcome.len as u64;
+    bench.metrics.count_call(outcome.status);
 }
 
 /// Refuses combinations in a CALL that mean nothing.
@@ -526,8 +783,7 @@ fn check_shape(call: &Submission) -> Result<(), PeerFault> {
     if u32::from(call.meta_len) > call.len || (call.meta_len != 0) != (call.flags & flag::META != 0) {
         return Err(PeerFault::Reserved { word: 3, value: call.meta_len.into() });
     }
-    // A window of one answer slot, and one frame, until bodies travel as frames.
-    if call.response_count != 1 {
+    if call.response_count == 0 {
         return Err(PeerFault::Reserved { word: 3, value: call.response_count.into() });
     }
     if call.frame != 0 {
@@ -554,6 +810,8 @@ fn check_control(entry: &Submission, flags: u16) -> Result<(), PeerFault> {
         entry.frame.into(),
         entry.body_len,
         entry.deadline,
+        entry.payload_slot.into(),
+        entry.lease_epoch.into(),
     ];
     match numbers.iter().find(|n| **n != 0) {
         Some(value) => Err(PeerFault::Reserved { word: 1, value: *value }),
@@ -563,20 +821,23 @@ fn check_control(entry: &Submission, flags: u16) -> Result<(), PeerFault> {
 
 /// Turns a handler's failure into a status and, where there is one, a text for the caller.
 #[cold]
-fn failure(
-    result: std::thread::Result<Result<(), super::table::HandlerError>>,
-    mut reply: Reply<'_>,
+pub(super) fn failure<T>(
+    result: std::thread::Result<Result<T, HandlerError>>,
+    reply: &mut Reply<'_>,
+    message_max: usize,
 ) -> Outcome {
-    let capacity = reply.capacity() as u64;
     let error = match result {
-        Err(_) => return Outcome::of(Status::HandlerPanic, 0),
-        Ok(Ok(())) => super::table::HandlerError::TooLarge,
-        Ok(Err(_)) if reply.overflowed() => super::table::HandlerError::TooLarge,
+        _ if reply.is_too_large() => HandlerError::TooLarge,
+        Err(_) => {
+            reply.clear();
+            return Outcome::of(Status::HandlerPanic, 0);
+        }
+        Ok(Ok(_)) => HandlerError::TooLarge,
         Ok(Err(error)) => error,
     };
     reply.clear();
     if error.status() == Status::TooLarge {
-        return Outcome::of(Status::TooLarge, capacity);
+        return Outcome::of(Status::TooLarge, message_max as u64);
     }
     let text = error.to_string();
     let mut len = text.len().min(reply.capacity());
@@ -586,5 +847,5 @@ fn failure(
     // Cannot fail: the text was cut to the capacity.
     let written = reply.write(&text.as_bytes()[..len]);
     debug_assert!(written.is_ok());
-    Outcome { status: error.status(), len: reply.len(), detail: 0 }
+    Outcome { status: error.status(), len: reply.in_slot(), detail: 0 }
 }

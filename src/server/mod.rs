@@ -1,12 +1,17 @@
 //! The server: a static handler table, a listener, a reactor for each core.
 
+mod bodies;
+pub(crate) mod budget;
 pub mod builtin;
 mod connections;
 pub(crate) mod core;
 mod crew;
+mod exchange;
 mod home;
 mod lane;
+mod leases;
 mod listener;
+mod memory;
 mod reactor;
 mod spin;
 mod staging;
@@ -17,7 +22,9 @@ mod throttle;
 
 pub use connections::ConnectionPool;
 pub use staging::BufferPool;
-pub use table::{Context, Handler, HandlerError, HandlerTable, Reply, TABLE_LEN};
+pub use table::{
+    Context, Handler, HandlerError, HandlerTable, MakePieces, Pieces, Progress, Reply, TABLE_LEN,
+};
 
 use crate::config::ServerConfig;
 use crate::error::{IpcError, Result};
@@ -41,7 +48,7 @@ use std::sync::Arc;
 /// }
 /// ```
 pub struct IpcServer<S: 'static> {
-    handlers: &'static [Option<Handler<S>>],
+    handlers: &'static [table::Entry<S>],
     state: S,
     config: ServerConfig,
 }

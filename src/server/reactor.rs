@@ -7,6 +7,8 @@ use super::core::{Core, SessionId};
 use super::crew::{Crew, Message, Notice};
 use super::home::Home;
 use super::lane::SessionLane;
+use super::leases::Verdict as LeaseVerdict;
+use super::memory::Shortage;
 use super::spin::SpinBudget;
 use super::storm::{self, Storm};
 use super::throttle::Throttle;
@@ -17,6 +19,7 @@ use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET, fence_before_bell};
+use doorbell_shm::entry::Status;
 use doorbell_shm::segment::Segment;
 use doorbell_uring::{Completion, Driver, Token, Wait};
 use rustix::io::Errno;
@@ -45,6 +48,11 @@ const MARK_TAKEN_SWEEPS: u32 = 3;
 const RARE_PER_SWEEP: u32 = 250;
 /// How long a lane is left alone whose wait the kernel had no memory for (F37).
 const ARM_AGAIN_NS: u64 = 10_000_000;
+/// Between two looks at leases while somebody waits for memory.
+const MEMORY_TICK_NS: u64 = 1_000_000;
+/// How long a reactor polls for the next frame of a call that has several, before it sleeps, whatever its budget for
+/// polling: a client that sends a long body is about to send more.
+const FRAME_POLL_NS: u64 = 50_000;
 
 /// What a completion is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,6 +181,10 @@ pub(crate) struct Reactor<S: 'static> {
     handed_over_calls: u32,
     /// They were few between the last two sweeps.
     handed_over_rarely: bool,
+    /// Somebody here waits for memory, as the budget knows.
+    waits_for_memory: bool,
+    /// When to look at leases next, while somebody waits.
+    memory_tick_ns: u64,
     /// Lanes that are being put to sleep.
     arming: Vec<SessionId>,
     stopping: bool,
@@ -205,6 +217,8 @@ impl<S> Reactor<S> {
             timer_ns: u64::MAX,
             handed_over_calls: 0,
             handed_over_rarely: true,
+            waits_for_memory: false,
+            memory_tick_ns: 0,
             arming: Vec::new(),
             stopping: false,
             core,
@@ -239,6 +253,9 @@ impl<S> Reactor<S> {
             let taken = self.round();
             while let Some((id, fault)) = self.core.take_fault() {
                 self.fault(id, fault)?;
+            }
+            if self.core.leases.has_work() {
+                self.serve_memory()?;
             }
             if taken > 0 {
                 // For whoever asks for the counters: a copy that is as old as one round.
@@ -307,11 +324,105 @@ impl<S> Reactor<S> {
     #[inline(always)]
     fn poll_budget(&mut self, handed_over: bool) -> u64 {
         // A caller that has handed its core over waits on this very core: no poll, and no clock.
-        if handed_over || self.spin.is_zero() {
+        if handed_over || (self.spin.is_zero() && !self.core.has_exchanges()) {
             self.spin.leave_untimed();
             return 0;
         }
-        self.spin.idle(monotonic_ns())
+        let now = monotonic_ns();
+        let budget = if self.spin.is_zero() { 0 } else { self.spin.idle(now) };
+        if self.core.has_exchanges() { budget.max(now + FRAME_POLL_NS) } else { budget }
+    }
+
+    /// Gives back what lanes have returned, and grants what there is memory for, in the order of the wishes.
+    #[cold]
+    fn serve_memory(&mut self) -> Result<()> {
+        while let Some(giving) = self.core.leases.next_giving() {
+            let Some((id, lane)) = self.core.seated_mut(giving.seat) else { continue };
+            let bytes = lane.give_back_memory(giving.lease)?;
+            let fault = lane.answer_control(giving.ring, giving.slot, giving.generation, Status::Ok, 0);
+            self.memory_is_free(bytes);
+            self.answered(id, fault)?;
+        }
+        while let Some(wish) = self.core.leases.first() {
+            let budget = self.core.budget.clone();
+            let Some((id, lane)) = self.core.seated_mut(wish.seat) else {
+                self.core.leases.pop();
+                continue;
+            };
+            let granted = lane.grant(&budget, wish.bytes, wish.slots);
+            let answer = match &granted {
+                Ok(Some(grant)) => (Status::Ok, u64::from(grant.slot) | u64::from(grant.slots) << 32),
+                Ok(None) => (Status::Overloaded, 0),
+                // Nobody gives any back: its call goes on without.
+                Err(Shortage::Budget) => break,
+                Err(Shortage::Kernel) => (Status::Overloaded, 10),
+            };
+            let fault = lane.answer_control(wish.ring, wish.slot, wish.generation, answer.0, answer.1);
+            if let Ok(Some(grant)) = granted {
+                self.core.metrics.leases_granted += 1;
+                self.core.metrics.leased_bytes += u64::from(grant.bytes);
+            }
+            let waited_since = self.core.leases.waits_since_ns;
+            if waited_since != 0 {
+                self.core.metrics.lease_wait_ns += monotonic_ns() - waited_since;
+            }
+            self.core.leases.pop();
+            self.answered(id, fault)?;
+        }
+        let waits = self.core.leases.len() > 0;
+        if waits && self.core.leases.waits_since_ns == 0 {
+            self.core.leases.waits_since_ns = monotonic_ns();
+            self.core.metrics.leases_waited += 1;
+        }
+        if waits != self.waits_for_memory {
+            self.waits_for_memory = waits;
+            self.core.budget.wait(waits);
+        }
+        Ok(())
+    }
+
+    /// A lane has been answered outside of its turn.
+    fn answered(&mut self, id: SessionId, answer: std::result::Result<(), PeerFault>) -> Result<()> {
+        match answer {
+            Ok(()) => self.core.touch(id.index),
+            Err(fault) => self.fault(id, fault)?,
+        }
+        Ok(())
+    }
+
+    fn memory_is_free(&mut self, bytes: u64) {
+        self.core.metrics.leased_bytes -= bytes;
+        self.core.budget.give(bytes);
+    }
+
+    /// Takes back leases that nobody uses, and, while others wait, those that somebody keeps.
+    fn look_after_leases(&mut self, now: u64) -> Result<()> {
+        let own = u32::from(self.waits_for_memory);
+        let elsewhere = self.core.budget.waiting() > own;
+        let mut freed = false;
+        for index in 0..self.peers.len() as u32 {
+            if self.peers[index as usize].is_none() || !self.core.has_leases(index) {
+                continue;
+            }
+            let verdict = self.core.judge_leases(index, now, elsewhere);
+            if verdict == LeaseVerdict::Leave {
+                continue;
+            }
+            let Some((_, lane)) = self.core.seated_mut(index) else { continue };
+            let bytes = lane.take_memory()?;
+            self.memory_is_free(bytes);
+            freed = true;
+            if verdict == LeaseVerdict::Force {
+                self.core.metrics.leases_forced += 1;
+                self.log.warn(|| {
+                    tracing::warn!(session = index, bytes, "memory taken back from a lane that stood still")
+                });
+            }
+        }
+        if freed || self.core.leases.has_work() {
+            self.serve_memory()?;
+        }
+        Ok(())
     }
 
     /// Whether to let the caller run before arming and sleeping: while calls are so rare that nobody minds the
@@ -481,6 +592,11 @@ impl<S> Reactor<S> {
                 Message::Unarmed(id) => self.end(id, DisconnectReason::ProtocolViolation)?,
                 Message::Fault(id, fault) => self.fault(id, fault)?,
                 Message::Abuse(id, abuse) => self.abuse(id, abuse)?,
+                Message::Punch(id) => {
+                    if let Some(lane) = self.core.lane(id) {
+                        lane.punch_excess()?;
+                    }
+                }
                 Message::Stop => self.stopping = true,
             }
         }
@@ -601,17 +717,33 @@ impl<S> Reactor<S> {
         if home_waits {
             self.with_home(|home, reactor| home.tick(reactor, now))?;
         }
-        if now >= self.next_sweep_ns {
+        let sweeps = now >= self.next_sweep_ns;
+        self.core.end_overdue(now, sweeps);
+        if sweeps || (self.memory_is_wanted() && now >= self.memory_tick_ns) {
+            self.memory_tick_ns = now + MEMORY_TICK_NS;
+            self.look_after_leases(now)?;
+        }
+        if sweeps {
             self.next_sweep_ns = now + self.core.config().sweep_interval.as_nanos() as u64;
             self.mail()?;
             self.sweep()?;
+            self.with_home(Home::audit)?;
         }
         self.show();
         Ok(())
     }
 
+    /// Whether somebody waits for memory, here or at another reactor.
+    fn memory_is_wanted(&self) -> bool {
+        self.core.budget.waiting() > 0
+    }
+
     /// Shows the counters to the other reactors.
-    fn show(&self) {
+    fn show(&mut self) {
+        self.core.metrics.body_bytes = self.core.body_bytes() as u64;
+        if self.crew.is_home() {
+            self.core.metrics.budget_used = self.core.budget.used();
+        }
         self.totals.boards[self.totals.own].show(&self.core.metrics);
     }
 
@@ -663,6 +795,10 @@ impl<S> Reactor<S> {
         if !self.core.all_cold() {
             return self.submit();
         }
+        // Answers given outside of a turn, of leases and of calls that have been ended.
+        if !self.core.touched().is_empty() {
+            self.ring_clients()?;
+        }
         self.arm_timer()?;
         self.driver.enter(Wait::Until(None))?;
         self.events()
@@ -673,6 +809,9 @@ impl<S> Reactor<S> {
         let mut due_ns = self.home.as_ref().map_or(u64::MAX, Home::due_ns);
         if self.core.live() > 0 {
             due_ns = due_ns.min(self.next_sweep_ns);
+        }
+        if self.memory_is_wanted() {
+            due_ns = due_ns.min(self.memory_tick_ns);
         }
         if self.rest_ends_ns != 0 {
             due_ns = due_ns.min(self.rest_ends_ns);

@@ -1,12 +1,13 @@
 //! Starting the reactors of a server, each a thread on a core of its own, and waiting for their end.
 
 use super::ShutdownHandle;
+use super::budget::Budget;
 use super::core::Core;
 use super::crew::{Address, Crew, Inbox, Message};
 use super::home::Home;
 use super::listener::Listener;
 use super::reactor::{self, Reactor, Source};
-use super::table::Handler;
+use super::table::Entry;
 use crate::config::{ServerConfig, WaitPolicy};
 use crate::error::{IpcError, Result};
 use crate::metrics::{Metrics, Totals};
@@ -21,10 +22,11 @@ use std::thread::{Scope, ScopedJoinHandle};
 
 /// What all reactors start with.
 struct Plan<S: 'static> {
-    handlers: &'static [Option<Handler<S>>],
+    handlers: &'static [Entry<S>],
     state: Arc<S>,
     config: ServerConfig,
     totals: Totals,
+    budget: Budget,
     /// What waking a reactor from another core costs, ns; 0 if that cannot happen.
     wake_ns: u64,
     /// Stops home when another reactor has ended.
@@ -34,7 +36,8 @@ struct Plan<S: 'static> {
 impl<S> Plan<S> {
     fn core(&self, own: usize, inbox: Inbox) -> Core<S> {
         let totals = Totals { own, ..self.totals.clone() };
-        Core::new(self.handlers, Arc::clone(&self.state), self.config.clone(), totals, inbox)
+        let (state, budget) = (Arc::clone(&self.state), self.budget.clone());
+        Core::new(self.handlers, state, self.config.clone(), totals, inbox, budget)
     }
 
     fn reactor(&self, driver: Driver, crew: Crew, inbox: Inbox, home: Option<Home>) -> Reactor<S> {
@@ -45,7 +48,7 @@ impl<S> Plan<S> {
 
 /// Runs a server on the calling thread and those of its further reactors.
 pub(super) fn serve<S: Send + Sync + 'static>(
-    handlers: &'static [Option<Handler<S>>],
+    handlers: &'static [Entry<S>],
     state: Arc<S>,
     config: ServerConfig,
     listener: Listener,
@@ -60,7 +63,8 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let wake_ns = if polls && cores.len() > 1 { wake_cost(cores[0], cores[1])? } else { 0 };
     let config = ServerConfig { reactors: reactors as u32, ..config };
     let totals = Totals::new(0, reactors);
-    let plan = Plan { handlers, state, config, totals, wake_ns, shutdown };
+    let budget = Budget::new(config.memory_budget);
+    let plan = Plan { handlers, state, config, totals, budget, wake_ns, shutdown };
     tracing::info!(reactors, wake_ns, "starting");
     let before = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
     let result = std::thread::scope(|scope| {

@@ -150,6 +150,7 @@ impl Sessions {
         let json = self.clients[*session as usize]
             .attached(*id)
             .call_with(MessageType::STATS, b"", &options, |reply| reply.to_vec())
+            .and_then(|json| json)
             .map_err(|error| error.to_string())?;
         serde_json::from_slice(&json).map_err(|error| error.to_string())
     }
@@ -183,11 +184,8 @@ impl Link for Sessions {
                 Ok(None) => {}
                 Ok(Some(reply)) => {
                     let connection = reply.tag() as u32;
-                    return match reply.result() {
-                        Ok(len) => {
-                            reply.copy_to(answer);
-                            Polled::Answer { connection, len }
-                        }
+                    return match reply.result().and_then(|len| reply.copy_to(answer).map(|_| len)) {
+                        Ok(len) => Polled::Answer { connection, len },
                         Err(error) => Polled::Refused { connection, why: error.to_string() },
                     };
                 }

@@ -172,16 +172,18 @@ impl Drop for TestServer {
     }
 }
 
-/// A client of the default configuration that waits by `policy`.
+/// A client that waits by `policy`, with four small slots, one of 4 KiB, one of 16 KiB.
 pub fn client(path: &Path, policy: WaitPolicy) -> IpcClient {
-    IpcClient::connect_with(path, &ClientConfig { policy, ..ClientConfig::default() }).unwrap()
+    let slots = ClientConfig { medium_slots: 1, large_slots: 1, ..ClientConfig::default() };
+    IpcClient::connect_with(path, &ClientConfig { policy, ..slots }).unwrap()
 }
 
 /// A counter of the server, as its `Stats` handler tells it.
 pub fn stat(connection: &Connection<'_>, name: &str) -> u64 {
     let reply_capacity = connection.client().max_message_size().min(4096);
     let options = doorbell::CallOptions { reply_capacity, ..doorbell::CallOptions::default() };
-    let json = connection.call_with(MessageType::STATS, b"", &options, |answer| answer.to_vec()).unwrap();
+    let json =
+        connection.call_with(MessageType::STATS, b"", &options, |answer| answer.to_vec()).unwrap().unwrap();
     let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
     json[name].as_u64().unwrap_or_else(|| panic!("no counter {name} in {json}"))
 }

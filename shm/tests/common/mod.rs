@@ -1,11 +1,15 @@
 //! Rings on the heap, with a second view through which a hostile peer scribbles.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+use doorbell_shm::layout::Geometry;
 use doorbell_shm::map::{Mapping, PAGE, Shared};
 use doorbell_shm::ring::{Consumer, Entry, Producer};
 use proptest::prelude::ProptestConfig;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
+
+/// A slot of each larger class and four small ones: six pages.
+pub const MIXED: Geometry = Geometry { ring_order: 4, large: 1, medium: 1, small: 4, lease_pages: 0 };
 
 pub type Tx<const W: usize> = Producer<Shared<[Entry<W>]>, Shared<AtomicU32>, W>;
 pub type Rx<const W: usize> = Consumer<Shared<[Entry<W>]>, Shared<AtomicU32>, W>;

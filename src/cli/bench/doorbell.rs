@@ -194,6 +194,7 @@ fn stats(client: &IpcClient, id: ConnectionId) -> Result<serde_json::Value, Benc
     let json = client
         .attached(id)
         .call_with(MessageType::STATS, b"", &options, |reply| reply.to_vec())
+        .and_then(|json| json)
         .map_err(peer("asking for the counters"))?;
     serde_json::from_slice(&json).map_err(|e| BenchError::peer("reading the counters", e))
 }

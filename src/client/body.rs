@@ -1,0 +1,825 @@
+//! Calls of several frames, from the client's side: sending a body, taking an answer that comes in frames, and the
+//! memory for both.
+//!
+//! Rule:   a call of several frames takes the slot that names it first, and its window of answer slots before it
+//!         begins; both in one go, and never the last free base slot (P3). Leased slots only widen its windows: it waits
+//!         for them a little, and then begins on base slots. So a session always gets on, whoever has the memory.
+//! Order:  such calls of a lane begin in the order in which they were submitted.
+
+use super::call::{CallId, CallOptions, SlotWriter};
+use super::lane::{Answered, BODY, Lane, Outcome, Piece};
+use super::session::{Session, Target};
+use crate::error::{IpcError, Result};
+use crate::protocol::MessageType;
+use doorbell_shm::PeerFault;
+use doorbell_shm::bell::Published;
+use doorbell_shm::entry::{Status, Submission, flag, kind};
+use doorbell_shm::layout::{SLOT_LARGE, SLOT_MEDIUM, SLOT_SMALL};
+use doorbell_shm::lease::Run;
+use doorbell_shm::slots::{ClientWord, Grant, ServerWord};
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+/// Slots of each window that a long body gets at most.
+const WINDOW: u32 = 4;
+/// How long a call waits for a lease before it begins on base slots.
+const LEASE_PATIENCE: Duration = Duration::from_millis(5);
+
+/// How far a call of several frames has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// It has its name only; since then.
+    Queued(Instant),
+    /// Its first entry has been published.
+    Begun,
+    /// Its last completion has been taken.
+    Ended,
+}
+
+/// Slots next to each other, or the one that names the call.
+#[derive(Debug, Clone, Copy)]
+struct Window {
+    first: u32,
+    count: u32,
+    capacity: u32,
+    /// Epoch of its lease; `None` of base slots.
+    epoch: Option<u32>,
+}
+
+impl Window {
+    fn of_run(run: Run) -> Self {
+        Self { first: run.first, count: run.count, capacity: run.bytes, epoch: Some(run.epoch) }
+    }
+
+    fn of_slot(slot: u32, capacity: u32) -> Self {
+        Self { first: slot, count: 1, capacity, epoch: None }
+    }
+
+    fn slots(&self) -> impl Iterator<Item = u32> + use<> {
+        let (first, stride) = (self.first, self.capacity / SLOT_SMALL as u32);
+        (0..self.count).map(move |i| first + i * stride)
+    }
+
+    fn slot(&self, frame: u32) -> u32 {
+        self.first + frame % self.count * (self.capacity / SLOT_SMALL as u32)
+    }
+}
+
+/// A call of several frames.
+#[derive(Debug)]
+pub(super) struct Body {
+    lane: u32,
+    name: Grant,
+    target: Target,
+    /// What its first entry says, but for slots and flags.
+    entry: Submission,
+    tag: u64,
+    stage: Stage,
+    /// Bytes of the whole request, where they are known.
+    total: Option<u64>,
+    /// Bytes of the answer that are expected.
+    reply: usize,
+    /// The request, of a caller who has given all of it at once.
+    owned: Option<Vec<u8>>,
+    sent: u64,
+    next_frame: u32,
+    /// The last frame is to be sent, or has been.
+    finishing: bool,
+    finished: bool,
+    /// Where frames of the request go.
+    requests: Option<Window>,
+    free: VecDeque<u32>,
+    /// Slots of frames that have been sent and not taken, oldest first.
+    untaken: VecDeque<u32>,
+    taken: u32,
+    answers: Option<Window>,
+    /// Frames of the answer that have come, and that have been done with.
+    received: u32,
+    released: u32,
+    /// The answer is handed out frame by frame.
+    pieces: bool,
+    assembled: Vec<u8>,
+    /// Memory of the answer was taken before it was read.
+    lost: bool,
+    /// Nobody waits for it.
+    orphaned: bool,
+    cancelled: bool,
+}
+
+/// The calls of several frames of a session.
+#[derive(Debug, Default)]
+pub(super) struct Bodies {
+    all: Vec<Option<Box<Body>>>,
+    /// Those that have not begun, in order.
+    queued: VecDeque<u32>,
+    /// Those that have something to send, or wait to.
+    sending: Vec<u32>,
+}
+
+impl Bodies {
+    /// The session has ended: forgets a body; returns its tag.
+    pub fn lose(&mut self, index: u32) -> u64 {
+        self.queued.retain(|other| *other != index);
+        self.sending.retain(|other| *other != index);
+        self.all.get_mut(index as usize).and_then(Option::take).map_or(0, |body| body.tag)
+    }
+
+    /// Whether anything is to be done for any of them without being asked.
+    #[inline(always)]
+    pub fn are_active(&self) -> bool {
+        !self.sending.is_empty() || !self.queued.is_empty()
+    }
+
+    fn get(&mut self, index: u32) -> Option<&mut Body> {
+        self.all.get_mut(index as usize)?.as_deref_mut()
+    }
+
+    /// Calls that have been begun or queued on a lane and have not ended.
+    fn begun_on(&self, lane: u32) -> bool {
+        self.all.iter().flatten().any(|body| body.lane == lane && body.stage == Stage::Begun)
+    }
+
+    /// An index that is not in use.
+    fn vacancy(&mut self) -> u32 {
+        match self.all.iter().position(Option::is_none) {
+            Some(index) => index as u32,
+            None => {
+                self.all.push(None);
+                self.all.len() as u32 - 1
+            }
+        }
+    }
+
+    /// The body that a call names.
+    fn of_call(&self, id: CallId) -> Option<u32> {
+        let is = |body: &Body| {
+            body.lane == id.lane && (body.name.slot, body.name.generation) == (id.slot, id.generation)
+        };
+        self.all.iter().position(|body| body.as_deref().is_some_and(is)).map(|index| index as u32)
+    }
+}
+
+impl Session {
+    /// A call that no base slot is large enough for: in a leased slot if there is one, else as a body of frames.
+    #[cold]
+    pub(super) fn submit_long(
+        &mut self,
+        target: Target,
+        message_type: MessageType,
+        capacity: usize,
+        options: &CallOptions,
+        write: impl FnOnce(&mut SlotWriter<'_>) -> Result<()>,
+    ) -> Result<CallId> {
+        if capacity > self.max_message {
+            return Err(IpcError::MessageTooLarge(self.max_message));
+        }
+        let (index, flags) = match self.routes {
+            None => (0, 0),
+            Some(_) => self.choose_lane(target)?,
+        };
+        let wanted = capacity.max(options.reply_capacity);
+        if wanted <= SLOT_LARGE && !options.idempotent && !self.bodies.are_active() {
+            let offset = self.clock_offset_ns;
+            let lane = self.lane_mut(index);
+            let name = lane.lane.slots.take(0);
+            let run = name.and_then(|_| lane.take_run(wanted, 1));
+            if let (Some(name), Some(run)) = (name, run) {
+                let mut writer = lane.writer_at(run.first, run.bytes as usize);
+                let written = write(&mut writer);
+                let len = writer.len as u32;
+                let mut entry = call_entry(target, message_type, flags | flag::END | flag::LEASED);
+                (entry.slot, entry.generation) = (name.slot, name.generation);
+                (entry.len, entry.body_len) = (len, len.into());
+                (entry.response_slot, entry.payload_slot, entry.lease_epoch) =
+                    (run.first, run.first, run.epoch);
+                super::session::add_deadline(&mut entry, options, offset);
+                if let Err(error) = written {
+                    lane.lane.slots.put_back(name.slot);
+                    lane.put_back(run.first);
+                    return Err(error);
+                }
+                let id = lane.send(name, &entry, options.tag, target.bulk)?;
+                if let Some(routes) = &mut self.routes {
+                    routes.started(target.connection);
+                }
+                return Ok(id);
+            }
+            if let Some(name) = name {
+                lane.lane.slots.put_back(name.slot);
+            }
+        }
+        let mut owned = Vec::with_capacity(capacity);
+        write(&mut SlotWriter::owned(&mut owned, capacity, self.payload(0)))?;
+        let index = self.queue_body(index, flags, target, message_type, Some(owned.len() as u64), options)?;
+        let Some(body) = self.bodies.get(index) else { return Err(IpcError::WouldBlock) };
+        (body.owned, body.finishing) = (Some(owned), true);
+        let id = body.id();
+        self.pump()?;
+        Ok(id)
+    }
+
+    /// Begins a call whose request the caller sends piece by piece.
+    pub(super) fn start_body(
+        &mut self,
+        target: Target,
+        message_type: MessageType,
+        total: Option<u64>,
+        options: &CallOptions,
+    ) -> Result<CallId> {
+        if self.end.is_some() {
+            return Err(self.ended());
+        }
+        if total.is_some_and(|total| total > self.max_message as u64) {
+            return Err(IpcError::MessageTooLarge(self.max_message));
+        }
+        let (index, flags) = match self.routes {
+            None => (0, 0),
+            Some(_) => self.choose_lane(target)?,
+        };
+        let index = self.queue_body(index, flags, target, message_type, total, options)?;
+        let Some(body) = self.bodies.get(index) else { return Err(IpcError::WouldBlock) };
+        let id = body.id();
+        self.pump()?;
+        Ok(id)
+    }
+
+    /// Takes a name for a body and puts it at the end of the queue.
+    fn queue_body(
+        &mut self,
+        lane_index: u32,
+        flags: u16,
+        target: Target,
+        message_type: MessageType,
+        total: Option<u64>,
+        options: &CallOptions,
+    ) -> Result<u32> {
+        // Together with its answer slot, which the first of those that wait must find, and the last one.
+        let needed = if self.bodies.begun_on(lane_index) { 2 } else { 3 };
+        let offset = self.clock_offset_ns;
+        let lane = self.lane_mut(lane_index);
+        if lane.lane.slots.free() < needed {
+            return Err(IpcError::WouldBlock);
+        }
+        let Some(name) = lane.lane.slots.take(0) else { return Err(IpcError::WouldBlock) };
+        let mut entry = call_entry(target, message_type, flags);
+        (entry.slot, entry.generation) = (name.slot, name.generation);
+        entry.body_len = total.unwrap_or(0);
+        if options.idempotent {
+            entry.flags |= flag::IDEMPOTENT;
+        }
+        super::session::add_deadline(&mut entry, options, offset);
+        let index = self.bodies.vacancy();
+        let body = Body::new(lane_index, name, target, entry, total, options);
+        self.bodies.all[index as usize] = Some(Box::new(body));
+        self.lane_mut(lane_index).hold_name(name, index, target.connection, target.bulk);
+        self.bodies.queued.push_back(index);
+        if let Some(routes) = &mut self.routes {
+            routes.started(target.connection);
+        }
+        Ok(index)
+    }
+
+    /// Does what can be done for bodies: begins those whose turn it is, sends what there is room for, asks for leases
+    /// and gives back those that are void.
+    #[cold]
+    pub(super) fn pump(&mut self) -> Result<()> {
+        if self.end.is_some() {
+            return Ok(());
+        }
+        let mut blocked = 0u64;
+        let mut at = 0;
+        while let Some(index) = self.bodies.queued.get(at).copied() {
+            let Some(body) = self.bodies.all[index as usize].as_deref() else { break };
+            let lane = body.lane;
+            if blocked & 1 << lane == 0 && self.begin_body(index)? {
+                self.bodies.queued.remove(at);
+                self.bodies.sending.push(index);
+            } else {
+                // Those behind it on its lane wait for their turn.
+                blocked |= 1 << lane;
+                at += 1;
+            }
+        }
+        let mut at = 0;
+        while let Some(index) = self.bodies.sending.get(at).copied() {
+            if self.send_owned(index)? {
+                self.bodies.sending.swap_remove(at);
+            } else {
+                at += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins a body if it can have its windows; says whether it did.
+    fn begin_body(&mut self, index: u32) -> Result<bool> {
+        let now = Instant::now();
+        let Some(mut body) = self.bodies.all[index as usize].take() else { return Ok(true) };
+        let begun = self.begin_with_windows(&mut body, now);
+        self.bodies.all[index as usize] = Some(body);
+        begun
+    }
+
+    fn begin_with_windows(&mut self, body: &mut Body, now: Instant) -> Result<bool> {
+        let Stage::Queued(since) = body.stage else { return Ok(true) };
+        let lane = self.lane_mut(body.lane);
+        if body.cancelled {
+            // It begins to be answered as cancelled: its slot's generation has to pass.
+            return body.begin(lane, Window::of_slot(body.name.slot, body.name.capacity), None);
+        }
+        let (class, slots_in, slots_out) = body.wishes();
+        let run = lane.take_run(class, slots_out);
+        if let Some(run) = run {
+            let mut answers = Window::of_run(run);
+            let mut requests = lane.take_run(class, slots_in).map(Window::of_run);
+            if requests.is_none() && answers.count > 1 {
+                // One of each is better than many of one.
+                answers.count -= 1;
+                requests = Some(Window { first: answers.slot(answers.count), count: 1, ..answers });
+                requests =
+                    requests.map(|w| Window { first: run.first + answers.count * stride(run.bytes), ..w });
+            }
+            return body.begin(lane, answers, requests);
+        }
+        let may_ask = lane.wish_for(class, slots_in + slots_out, now)?;
+        let patient = may_ask && now.duration_since(since) < LEASE_PATIENCE;
+        if patient || lane.lane.slots.free() < 2 {
+            return Ok(false);
+        }
+        let Some(answer) = lane.lane.slots.take(0) else { return Ok(false) };
+        body.begin(lane, Window::of_slot(answer.slot, answer.capacity), None)
+    }
+
+    /// Sends of a request that the session has what there is room for; says whether the body needs no more attention.
+    fn send_owned(&mut self, index: u32) -> Result<bool> {
+        let Some(mut body) = self.bodies.all[index as usize].take() else { return Ok(true) };
+        let lane = self.lane_mut(body.lane);
+        let sent = body.send_what_there_is(lane);
+        let done = body.finished || body.stage == Stage::Ended;
+        self.bodies.all[index as usize] = Some(body);
+        sent?;
+        Ok(done)
+    }
+
+    /// Gives the caller room for the next frame of a request; `false` if there is none now.
+    pub(super) fn send_piece(
+        &mut self,
+        id: CallId,
+        write: impl FnOnce(&mut SlotWriter<'_>) -> Result<()>,
+    ) -> Result<bool> {
+        let index = self.known_body(id)?;
+        let Some(mut body) = self.bodies.all[index as usize].take() else { return Ok(false) };
+        let lane = self.lane_mut(body.lane);
+        let sent = if body.owned.is_some() || body.finishing {
+            Err(IpcError::BodyFinished)
+        } else {
+            body.send_frame(lane, write)
+        };
+        self.bodies.all[index as usize] = Some(body);
+        sent
+    }
+
+    /// The request is complete.
+    pub(super) fn finish_body(&mut self, id: CallId) -> Result<()> {
+        let index = self.known_body(id)?;
+        let Some(body) = self.bodies.get(index) else { return Ok(()) };
+        if let Some(announced) = body.total
+            && body.sent != announced
+        {
+            return Err(IpcError::BodyLength { announced, sent: body.sent });
+        }
+        body.finishing = true;
+        self.pump()
+    }
+
+    fn known_body(&mut self, id: CallId) -> Result<u32> {
+        if self.end.is_some() {
+            return Err(self.ended());
+        }
+        let index = self.bodies.of_call(id).ok_or(IpcError::NoSuchCall)?;
+        let ended = self.bodies.get(index).is_none_or(|body| body.stage == Stage::Ended);
+        if ended { Err(IpcError::NoSuchCall) } else { Ok(index) }
+    }
+
+    /// Whether a body can send more than when it was last looked at.
+    pub(super) fn body_has_room(&self) -> bool {
+        self.bodies.sending.iter().any(|index| {
+            let body = self.bodies.all[*index as usize].as_deref();
+            body.is_some_and(|body| body.has_new_room(self.lane(body.lane)))
+        })
+    }
+
+    /// When a body that waits for a lease will begin without one.
+    pub(super) fn body_begins_at(&self) -> Option<Instant> {
+        let waits = |index: &u32| match self.bodies.all[*index as usize].as_deref()?.stage {
+            Stage::Queued(since) => Some(since + LEASE_PATIENCE),
+            Stage::Begun | Stage::Ended => None,
+        };
+        // One that cannot begin for want of base slots waits for completions.
+        self.bodies.queued.iter().filter_map(waits).min().filter(|at| *at > Instant::now())
+    }
+
+    /// A frame of an answer, or its end; returns what is to be handed out.
+    #[cold]
+    pub(super) fn body_event(&mut self, answered: Answered) -> Result<Option<Answered>> {
+        let Outcome::Piece(piece) = answered.outcome else { return Ok(Some(answered)) };
+        let index = match answered.response_slot {
+            BODY => self.answer_becomes_body(&answered),
+            index => index,
+        };
+        let answered = Answered { response_slot: index, ..answered };
+        let Some(mut body) = self.bodies.all.get_mut(index as usize).and_then(Option::take) else {
+            return Err(IpcError::ServerFault(PeerFault::Slot { slot: answered.slot }));
+        };
+        let lane = self.lane_mut(body.lane);
+        let result = body.take(lane, piece);
+        let (orphaned, pieces, last, tag) = (body.orphaned, body.pieces, piece.last, body.tag);
+        let status = if body.lost { Status::TakenBack as u8 } else { piece.status };
+        let outcome = Outcome::Piece(Piece { status, ..piece });
+        self.bodies.all[index as usize] = Some(body);
+        result?;
+        if last {
+            self.bodies.sending.retain(|other| *other != index);
+            if orphaned {
+                self.drop_body(index);
+            }
+            self.lane_mut(answered.lane).return_void_leases()?;
+        }
+        Ok((!orphaned && (pieces || last)).then_some(Answered { tag, outcome, ..answered }))
+    }
+
+    /// An answer turns out to be longer than the slot of its call.
+    fn answer_becomes_body(&mut self, answered: &Answered) -> u32 {
+        let index = self.bodies.vacancy();
+        let (slot, generation) = (answered.slot, answered.generation);
+        let lane = self.lane_mut(answered.lane);
+        let (first, capacity, connection, bulk) = lane.becomes_body(slot, index);
+        let epoch = lane.lane.leases.of_slot(first).map(|(epoch, _)| epoch);
+        let name = Grant { slot, generation, capacity: lane.lane.slots.capacity(slot) };
+        let target = Target { connection, codec: 0, bulk };
+        let options = CallOptions { tag: answered.tag, ..CallOptions::default() };
+        let mut body = Body::new(answered.lane, name, target, Submission::default(), None, &options);
+        body.stage = Stage::Begun;
+        (body.finishing, body.finished) = (true, true);
+        body.answers = Some(Window { first, count: 1, capacity, epoch });
+        self.bodies.all[index as usize] = Some(Box::new(body));
+        index
+    }
+
+    /// Bytes of an answer, or of the frame of it that is at hand.
+    pub(super) fn body_len(&self, answered: &Answered) -> usize {
+        let Outcome::Piece(piece) = answered.outcome else { return 0 };
+        let body = self.bodies.all.get(answered.response_slot as usize).and_then(Option::as_deref);
+        match body {
+            Some(body) if !body.pieces => body.assembled.len(),
+            _ => piece.len as usize,
+        }
+    }
+
+    /// Copies an answer, or the frame of it that is at hand.
+    pub(super) fn read_body(&self, answered: &Answered, target: &mut [u8]) -> Result<()> {
+        let Outcome::Piece(piece) = answered.outcome else { return Ok(()) };
+        let body = self.bodies.all.get(answered.response_slot as usize).and_then(Option::as_deref);
+        let Some(body) = body else { return Err(IpcError::NoSuchCall) };
+        if !body.pieces {
+            target.copy_from_slice(&body.assembled[..target.len()]);
+            return Ok(());
+        }
+        let (Some(window), lane) = (body.answers, self.lane(body.lane)) else { return Ok(()) };
+        lane.read(window.slot(piece.frame), window.epoch, target)
+    }
+
+    /// Takes an answer that has been put together out of its record.
+    pub(super) fn take_assembled(&mut self, answered: &Answered) -> Option<Vec<u8>> {
+        let body = self.bodies.get(answered.response_slot)?;
+        (!body.pieces).then(|| std::mem::take(&mut body.assembled))
+    }
+
+    /// The caller has done with an answer, or with one frame of it.
+    #[cold]
+    pub(super) fn release_body(&mut self, answered: &Answered) {
+        let index = answered.response_slot;
+        let (Outcome::Piece(Piece { last, .. }), Some(body)) = (answered.outcome, self.bodies.get(index))
+        else {
+            return;
+        };
+        if last {
+            self.drop_body(index);
+            return;
+        }
+        let lane = body.lane;
+        let Some(mut body) = self.bodies.all[index as usize].take() else { return };
+        body.release_frame(self.lane_mut(lane));
+        self.bodies.all[index as usize] = Some(body);
+    }
+
+    /// The record of a body is not needed any more.
+    pub(super) fn drop_body(&mut self, index: u32) {
+        if let Some(body) = self.bodies.all.get_mut(index as usize).and_then(Option::take) {
+            self.bodies.queued.retain(|other| *other != index);
+            self.bodies.sending.retain(|other| *other != index);
+            let lane = self.lane_mut(body.lane);
+            let windows = body.answers.iter().chain(&body.requests);
+            lane.put_back_window(windows.flat_map(Window::slots), body.name.slot);
+            lane.free_name(body.name.slot);
+        }
+    }
+
+    /// Says that the answer of a body is not wanted.
+    pub(super) fn cancel_body(&mut self, index: u32, orphaned: bool) {
+        let Some(mut body) = self.bodies.all.get_mut(index as usize).and_then(Option::take) else { return };
+        body.orphaned |= orphaned;
+        body.cancelled = true;
+        if body.stage == Stage::Begun {
+            body.write_word(self.lane_mut(body.lane));
+        }
+        self.bodies.all[index as usize] = Some(body);
+    }
+}
+
+fn stride(bytes: u32) -> u32 {
+    bytes / SLOT_SMALL as u32
+}
+
+/// What the entry of a call says whatever its place.
+fn call_entry(target: Target, message_type: MessageType, flags: u16) -> Submission {
+    Submission {
+        kind: kind::CALL,
+        flags,
+        codec: target.codec,
+        message_type: message_type.0,
+        connection: target.connection,
+        response_count: 1,
+        ..Submission::default()
+    }
+}
+
+impl Body {
+    fn new(
+        lane: u32,
+        name: Grant,
+        target: Target,
+        entry: Submission,
+        total: Option<u64>,
+        options: &CallOptions,
+    ) -> Self {
+        Self {
+            lane,
+            name,
+            target,
+            entry,
+            tag: options.tag,
+            stage: Stage::Queued(Instant::now()),
+            total,
+            reply: options.reply_capacity,
+            owned: None,
+            sent: 0,
+            next_frame: 1,
+            finishing: total == Some(0),
+            finished: false,
+            requests: None,
+            free: VecDeque::new(),
+            untaken: VecDeque::new(),
+            taken: 0,
+            answers: None,
+            received: 0,
+            released: 0,
+            pieces: options.pieces,
+            assembled: Vec::new(),
+            lost: false,
+            orphaned: false,
+            cancelled: false,
+        }
+    }
+
+    fn id(&self) -> CallId {
+        CallId { lane: self.lane, slot: self.name.slot, generation: self.name.generation }
+    }
+
+    /// The class of slot that suits it, and how many for its request and its answer.
+    fn wishes(&self) -> (usize, u32, u32) {
+        let request = self.total.map_or(usize::MAX, |total| total as usize);
+        let answer = self.reply.max(if self.total.is_some() { request } else { 0 });
+        let longest = request.max(answer);
+        let class = if longest <= SLOT_MEDIUM { SLOT_MEDIUM } else { SLOT_LARGE };
+        let slots = |bytes: usize| (bytes.div_ceil(class) as u32).clamp(1, WINDOW);
+        (class, slots(request), slots(answer))
+    }
+
+    /// Publishes the first entry, with an empty frame; the windows are the call's from here on.
+    fn begin(&mut self, lane: &mut Lane, answers: Window, requests: Option<Window>) -> Result<bool> {
+        let mut entry = self.entry;
+        let empty = self.total == Some(0) || self.cancelled;
+        entry.flags |= if empty { flag::END } else { flag::MORE };
+        entry.body_len = if empty { 0 } else { entry.body_len };
+        entry.response_slot = answers.first;
+        entry.response_count = answers.count as u16;
+        if let Some(epoch) = answers.epoch {
+            entry.flags |= flag::LEASED;
+            (entry.payload_slot, entry.lease_epoch) = (self.name.slot, epoch);
+        }
+        if self.cancelled {
+            // Said before it is published: it will not be started.
+            self.stage = Stage::Begun;
+            self.write_word(lane);
+        }
+        if !lane.send_body(self.name, &entry, self.target.bulk)? {
+            lane.put_back_window(answers.slots(), self.name.slot);
+            lane.put_back_window(requests.iter().flat_map(Window::slots), self.name.slot);
+            return Ok(false);
+        }
+        self.stage = Stage::Begun;
+        self.finished = empty;
+        self.answers = Some(answers);
+        self.untaken.push_back(self.name.slot);
+        if let Some(window) = requests {
+            self.free.extend(window.slots());
+        }
+        self.requests = requests;
+        Ok(true)
+    }
+
+    fn taken_word(&self, lane: &Lane) -> Option<u32> {
+        let word = lane.lane.common.server_words.get(self.name.slot as usize)?;
+        let word = ServerWord::read(word);
+        (word.generation == self.name.generation).then_some(word.taken)
+    }
+
+    fn has_new_room(&self, lane: &Lane) -> bool {
+        self.stage == Stage::Begun && self.taken_word(lane).is_some_and(|taken| taken != self.taken)
+    }
+
+    /// Slots of frames that have been taken are free again.
+    fn reclaim(&mut self, lane: &Lane) -> Result<()> {
+        let Some(taken) = self.taken_word(lane) else { return Ok(()) };
+        let newly = taken.wrapping_sub(self.taken);
+        if newly as usize > self.untaken.len() {
+            let (oldest, newest) = (self.taken, self.taken.wrapping_add(self.untaken.len() as u32));
+            return Err(IpcError::ServerFault(PeerFault::Position { theirs: taken, oldest, newest }));
+        }
+        for _ in 0..newly {
+            // The slot that names the call carries frames only where there is no other.
+            if let Some(slot) = self.untaken.pop_front()
+                && (slot != self.name.slot || self.requests.is_none())
+            {
+                self.free.push_back(slot);
+            }
+        }
+        self.taken = taken;
+        Ok(())
+    }
+
+    /// Sends one frame that `write` fills; `false` if there is no room now.
+    fn send_frame(
+        &mut self,
+        lane: &mut Lane,
+        write: impl FnOnce(&mut SlotWriter<'_>) -> Result<()>,
+    ) -> Result<bool> {
+        if self.stage != Stage::Begun || self.finished || self.cancelled {
+            return Ok(false);
+        }
+        self.reclaim(lane)?;
+        if self.free.is_empty() || !lane.has_entry(self.target.bulk)? {
+            return Ok(false);
+        }
+        let Some(slot) = self.free.front().copied() else { return Ok(false) };
+        let window = self.requests.unwrap_or(Window::of_slot(slot, self.name.capacity));
+        let left = self.total.map_or(u64::MAX, |total| total - self.sent);
+        let capacity = u64::from(window.capacity).min(left) as usize;
+        let mut writer = lane.writer_at(slot, capacity);
+        write(&mut writer)?;
+        let len = writer.len as u32;
+        let ends = match self.total {
+            Some(total) => self.sent + u64::from(len) == total,
+            None => self.finishing,
+        };
+        if len == 0 && !ends {
+            return Ok(true);
+        }
+        let mut entry = Submission {
+            kind: kind::FRAME,
+            flags: if ends { flag::END } else { flag::MORE },
+            slot: self.name.slot,
+            generation: self.name.generation,
+            len,
+            frame: self.next_frame,
+            payload_slot: slot,
+            ..Submission::default()
+        };
+        if let Some(epoch) = window.epoch {
+            entry.flags |= flag::LEASED;
+            entry.lease_epoch = epoch;
+        }
+        if !lane.send_bare(&entry, self.target.bulk)? {
+            return Ok(false);
+        }
+        self.free.pop_front();
+        self.untaken.push_back(slot);
+        self.next_frame = self.next_frame.wrapping_add(1);
+        self.sent += u64::from(len);
+        self.finished = ends;
+        Ok(true)
+    }
+
+    /// Sends what the session itself has to send: an owned request, or the end of one.
+    fn send_what_there_is(&mut self, lane: &mut Lane) -> Result<()> {
+        while !self.finished {
+            let at = self.sent as usize;
+            let sent = match self.owned.take() {
+                Some(owned) => {
+                    let sent = self.send_frame(lane, |writer| {
+                        let part = &owned[at..];
+                        writer.write(&part[..part.len().min(writer.remaining())])
+                    });
+                    self.owned = Some(owned);
+                    sent?
+                }
+                None if self.finishing => self.send_frame(lane, |_| Ok(()))?,
+                None => {
+                    self.reclaim(lane)?;
+                    false
+                }
+            };
+            if !sent {
+                break;
+            }
+        }
+        if self.finished {
+            self.owned = None;
+        }
+        Ok(())
+    }
+
+    /// Takes note of a frame of the answer.
+    fn take(&mut self, lane: &mut Lane, piece: Piece) -> Result<()> {
+        let Some(window) = self.answers else {
+            return Err(IpcError::ServerFault(PeerFault::Kind { kind: kind::FRAME }));
+        };
+        let slot = self.name.slot;
+        if piece.frame != self.received {
+            let (theirs, expected) = (piece.frame, self.received);
+            return Err(IpcError::ServerFault(PeerFault::Frame { slot, theirs, expected }));
+        }
+        if piece.len > window.capacity {
+            let (len, capacity) = (piece.len, window.capacity);
+            return Err(IpcError::ServerFault(PeerFault::Length { len, slot, capacity }));
+        }
+        if piece.last {
+            self.stage = Stage::Ended;
+        } else {
+            self.received = self.received.wrapping_add(1);
+        }
+        if !self.orphaned && !self.pieces {
+            let from = self.assembled.len();
+            if piece.status != Status::Ok as u8 {
+                // What came before is of no use; the last frame may say why.
+                self.assembled.clear();
+            }
+            let from = from.min(self.assembled.len());
+            self.assembled.resize(from + piece.len as usize, 0);
+            let read = lane.read(window.slot(piece.frame), window.epoch, &mut self.assembled[from..]);
+            self.lost |= matches!(read, Err(IpcError::MemoryTakenBack));
+        }
+        if piece.last {
+            self.give_back_windows(lane);
+        } else if !self.pieces && !self.orphaned {
+            self.release_frame(lane);
+        }
+        Ok(())
+    }
+
+    /// The answer has ended: its memory is free, but what the caller still reads of it.
+    fn give_back_windows(&mut self, lane: &mut Lane) {
+        let keeps = self.pieces && !self.orphaned;
+        let requests = self.requests.take();
+        lane.put_back_window(requests.iter().flat_map(Window::slots), self.name.slot);
+        if !keeps {
+            let answers = self.answers.take();
+            lane.put_back_window(answers.iter().flat_map(Window::slots), self.name.slot);
+        }
+    }
+
+    /// The oldest frame that is not released has been done with.
+    fn release_frame(&mut self, lane: &mut Lane) {
+        self.released = self.released.wrapping_add(1);
+        if self.stage == Stage::Begun {
+            self.write_word(lane);
+        }
+    }
+
+    /// Says in the slot's word what is wanted of the answer, and hints at it (P4). Needs no entry.
+    fn write_word(&self, lane: &mut Lane) {
+        let word = ClientWord {
+            generation: self.name.generation,
+            cancelled: self.cancelled,
+            released: self.released & (u32::MAX >> 1),
+        };
+        if let Some(shared) = lane.lane.common.client_words.get(self.name.slot as usize) {
+            // Published by the Release of the hint.
+            shared.store(word.pack(), Relaxed);
+            lane.lane.common.hints.set(self.name.slot);
+            lane.unrung = Some(Published::Submissions);
+        }
+    }
+}

@@ -1,0 +1,473 @@
+//! Calls of more than one frame: their bodies, the windows of their answers, and what they wait for. Sans-I/O.
+//!
+//! Rule:   an exchange moves whenever what it waits for has come: a frame, room for its answer (credit and space in the
+//!         completion ring), or memory to put its body together in. Meanwhile its frames stay in their slots, and
+//!         nobody else waits for it.
+//! Bound:  one step takes at most one frame; a lane's turn ends after its bytes as for any call (S7).
+//! Memory: a body that is put together reserves all that it may need before its first byte is taken, so that bodies
+//!         cannot wait for each other in a circle. Records are made once and used again (R1.8).
+
+use super::table::{MakePieces, Pieces, RELEASED_MASK, Window};
+use doorbell_shm::PeerFault;
+use doorbell_shm::entry::{Status, Submission};
+use doorbell_shm::layout::{LaneLayout, SLOT_SMALL};
+use doorbell_shm::slots::ClientWord;
+use memmap2::MmapMut;
+use std::collections::VecDeque;
+use std::fmt;
+
+/// A frame that its call has not taken yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Frame {
+    pub slot: u32,
+    pub len: u32,
+    /// Bytes of it that have been taken.
+    pub at: u32,
+}
+
+/// How a call ends, once all of its answer has been sent.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Terminal {
+    pub status: Status,
+    pub detail: u64,
+}
+
+/// What is done with the body.
+pub(crate) enum Work<S> {
+    /// Nothing yet: it is to be put together in so many bytes, and these are not to be had.
+    Waits(usize),
+    /// It is put together.
+    Whole(Body),
+    /// Its handler takes it as it comes.
+    Pieces(Box<dyn Pieces<S>>),
+    /// There is nothing to be done any more: the answer is complete.
+    Answered,
+}
+
+/// A body that is being put together, in memory of its own that is given back to the kernel at its end.
+pub(crate) struct Body {
+    /// `None` of an empty one.
+    memory: Option<MmapMut>,
+    len: usize,
+    /// What has been reserved for it.
+    pub reserved: usize,
+}
+
+impl Body {
+    /// Room for so many bytes.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel refuses.
+    pub fn new(reserved: usize) -> std::io::Result<Self> {
+        let memory = if reserved == 0 { None } else { Some(MmapMut::map_anon(reserved)?) };
+        Ok(Self { memory, len: 0, reserved })
+    }
+
+    /// The next `len` bytes, to be filled; `None` if the body is longer than its room.
+    pub fn grow(&mut self, len: usize) -> Option<&mut [u8]> {
+        let start = self.len;
+        let end = start + len;
+        if len == 0 {
+            return Some(&mut []);
+        }
+        let room = self.memory.as_deref_mut()?.get_mut(start..end)?;
+        self.len = end;
+        Some(room)
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        self.memory.as_deref().map_or(&[], |memory| &memory[..self.len])
+    }
+}
+
+/// A call of several frames, or whose answer has several.
+pub(crate) struct Exchange<S> {
+    pub call: Submission,
+    pub ring: usize,
+    /// Its lane is seated there.
+    pub seat: u32,
+    /// The number of the next frame of its request.
+    pub next_frame: u32,
+    /// Bytes of the body that have come, taken or not.
+    pub received: u64,
+    /// The last frame has come.
+    pub ended: bool,
+    /// Frames that have come and have not been taken.
+    pub parked: VecDeque<Frame>,
+    /// Frames that have been taken.
+    pub taken: u32,
+    pub work: Work<S>,
+    pub window: Window,
+    /// Bytes in the frame of the window that is being written.
+    pub filled: u32,
+    /// Bytes of the answer that did not fit into the window, and how many of them have gone since.
+    pub spill: Vec<u8>,
+    pub spilled: usize,
+    /// Bytes of the answer that have been sent.
+    pub sent: usize,
+    pub terminal: Option<Terminal>,
+    /// It is among those that will be stepped.
+    pub queued: bool,
+    /// It waits for space in the completion ring.
+    pub wants_space: bool,
+    /// Something of it has moved since somebody last asked.
+    pub moved: bool,
+    /// Sweeps in a row that found that nothing had moved.
+    pub stale: u8,
+}
+
+impl<S> fmt::Debug for Exchange<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Exchange")
+            .field("call", &self.call)
+            .field("next_frame", &self.next_frame)
+            .field("taken", &self.taken)
+            .field("window", &self.window)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S> Exchange<S> {
+    fn new() -> Self {
+        Self {
+            call: Submission::default(),
+            ring: 0,
+            seat: 0,
+            next_frame: 0,
+            received: 0,
+            ended: false,
+            parked: VecDeque::new(),
+            taken: 0,
+            work: Work::Answered,
+            window: Window::default(),
+            filled: 0,
+            spill: Vec::new(),
+            spilled: 0,
+            sent: 0,
+            terminal: None,
+            queued: false,
+            wants_space: false,
+            moved: true,
+            stale: 0,
+        }
+    }
+
+    /// Whether any slot of it is one for `is_leased`.
+    pub fn uses_leases(&self, is_leased: impl Fn(u32) -> bool) -> bool {
+        is_leased(self.window.first) || self.parked.iter().any(|frame| is_leased(frame.slot))
+    }
+
+    /// Whether a frame that has not been taken lies in the slot that names the call.
+    pub fn holds_own_slot(&self) -> bool {
+        self.parked.iter().any(|frame| frame.slot == self.call.slot)
+    }
+
+    /// Takes note of what a frame says of the body.
+    ///
+    /// # Errors
+    ///
+    /// [`PeerFault::Body`] if that contradicts the announcement.
+    pub fn count(&mut self, len: u32, ends: bool) -> Result<(), PeerFault> {
+        self.received += u64::from(len);
+        self.ended = ends;
+        let announced = self.call.body_len;
+        let wrong = self.received > announced || ends && self.received != announced;
+        if announced != 0 && wrong {
+            return Err(PeerFault::Body { slot: self.call.slot, announced, sent: self.received });
+        }
+        Ok(())
+    }
+
+    /// Takes note of the client's word.
+    ///
+    /// # Errors
+    ///
+    /// [`PeerFault::Credit`] for frames that were not sent, or that had been released before.
+    pub fn release(&mut self, word: ClientWord) -> Result<(), PeerFault> {
+        let Window { frame, released, .. } = self.window;
+        let newly = word.released.wrapping_sub(released) & RELEASED_MASK;
+        let unreleased = frame.wrapping_sub(released) & RELEASED_MASK;
+        if newly > unreleased {
+            let (theirs, slot) = (word.released, self.call.slot);
+            return Err(PeerFault::Credit { slot, theirs, oldest: released, newest: frame & RELEASED_MASK });
+        }
+        self.window.released = word.released;
+        Ok(())
+    }
+
+    /// Slots of the window other than the one that names the call.
+    pub fn window_slots(&self) -> impl Iterator<Item = u32> + use<S> {
+        let (Window { first, count, capacity, .. }, own) = (self.window, self.call.slot);
+        (0..count).map(move |i| first + i * (capacity / SLOT_SMALL as u32)).filter(move |slot| *slot != own)
+    }
+
+    /// Where the next byte of the answer goes in the slot region.
+    pub fn offset(&self) -> usize {
+        LaneLayout::slot_offset(self.window.slot(self.window.frame))
+    }
+
+    /// Whether the answer has bytes left that wait for room.
+    pub fn has_spilled(&self) -> bool {
+        self.spilled < self.spill.len()
+    }
+}
+
+/// Exchanges of all lanes of one reactor, and the memory that their bodies are put together in.
+pub(crate) struct Exchanges<S> {
+    records: Vec<Option<Box<Exchange<S>>>>,
+    free: Vec<u32>,
+    /// Records that are not in use. Boxed: they move between here and those in use.
+    #[expect(clippy::vec_box, reason = "the boxes are what is kept")]
+    spare: Vec<Box<Exchange<S>>>,
+    /// Bytes that bodies may take all together, and have reserved.
+    memory: usize,
+    reserved: usize,
+    /// Exchanges that wait for such memory, oldest first.
+    waiting: VecDeque<u32>,
+    /// Exchanges for which it has come, with their seats.
+    pub runnable: Vec<(u32, u32)>,
+    /// Deadlines may have to be looked after.
+    pub with_deadline: u32,
+}
+
+/// Records kept for later; each has a few hundred bytes.
+const SPARE_MAX: usize = 64;
+
+impl<S> Exchanges<S> {
+    /// None, and so many bytes for bodies.
+    pub fn new(memory: usize) -> Self {
+        Self {
+            records: Vec::new(),
+            free: Vec::new(),
+            spare: Vec::new(),
+            memory,
+            reserved: 0,
+            waiting: VecDeque::new(),
+            runnable: Vec::new(),
+            with_deadline: 0,
+        }
+    }
+
+    /// A fresh record and its index; to be put there with [`Exchanges::put`].
+    pub fn begin(&mut self, call: &Submission, ring: usize, seat: u32) -> (u32, Box<Exchange<S>>) {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.records.push(None);
+            self.records.len() as u32 - 1
+        });
+        let mut record = self.spare.pop().unwrap_or_else(|| Box::new(Exchange::new()));
+        (record.call, record.ring, record.seat) = (*call, ring, seat);
+        self.with_deadline += u32::from(call.deadline != 0);
+        (index, record)
+    }
+
+    /// Takes a record out to work on it.
+    pub fn take(&mut self, index: u32) -> Option<Box<Exchange<S>>> {
+        self.records.get_mut(index as usize)?.take()
+    }
+
+    pub fn get_mut(&mut self, index: u32) -> Option<&mut Exchange<S>> {
+        self.records.get_mut(index as usize)?.as_deref_mut()
+    }
+
+    pub fn put(&mut self, index: u32, record: Box<Exchange<S>>) {
+        self.records[index as usize] = Some(record);
+    }
+
+    /// The exchange is over: its record is free, its memory goes to whoever waits for it.
+    pub fn end(&mut self, index: u32, mut record: Box<Exchange<S>>) {
+        self.with_deadline -= u32::from(record.call.deadline != 0);
+        match std::mem::replace(&mut record.work, Work::Answered) {
+            Work::Whole(body) => self.give_back(body.reserved),
+            Work::Waits(_) => {
+                self.waiting.retain(|other| *other != index);
+                self.wake_waiting();
+            }
+            Work::Pieces(_) | Work::Answered => {}
+        }
+        self.free.push(index);
+        if self.spare.len() < SPARE_MAX {
+            let (mut parked, mut spill) =
+                (std::mem::take(&mut record.parked), std::mem::take(&mut record.spill));
+            parked.clear();
+            spill = if spill.capacity() <= 4096 { spill } else { Vec::new() };
+            spill.clear();
+            *record = Exchange { parked, spill, ..Exchange::new() };
+            self.spare.push(record);
+        }
+    }
+
+    /// Reserves memory for a body; `false` if there is none now: the exchange then has its turn when there is.
+    /// `index` waits already if it is asked again.
+    pub fn reserve(&mut self, index: u32, bytes: usize) -> bool {
+        let first = self.waiting.front().is_none_or(|front| *front == index);
+        // One body always fits, however long.
+        if first && (self.reserved == 0 || self.reserved + bytes <= self.memory) {
+            self.reserved += bytes;
+            self.waiting.retain(|other| *other != index);
+            return true;
+        }
+        if !self.waiting.contains(&index) {
+            self.waiting.push_back(index);
+        }
+        false
+    }
+
+    /// Bytes that a whole body reserved are free.
+    pub fn give_back(&mut self, bytes: usize) {
+        self.reserved -= bytes;
+        self.wake_waiting();
+    }
+
+    fn wake_waiting(&mut self) {
+        let Some(index) = self.waiting.front().copied() else { return };
+        if let Some(Some(record)) = self.records.get(index as usize) {
+            self.runnable.push((record.seat, index));
+        }
+    }
+
+    /// Exchanges that are under way.
+    pub fn live(&self) -> usize {
+        self.records.len() - self.free.len()
+    }
+
+    /// Bytes reserved for bodies.
+    pub fn reserved(&self) -> usize {
+        self.reserved
+    }
+
+    /// Whether a body waits for memory.
+    pub fn anybody_waits(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Indices and records of all exchanges.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut Exchange<S>)> {
+        self.records.iter_mut().enumerate().filter_map(|(i, r)| Some((i as u32, r.as_deref_mut()?)))
+    }
+}
+
+/// The exchanges of one lane; made when it has its first.
+#[derive(Debug)]
+pub(crate) struct LaneExchanges {
+    /// By base slot number: index plus 1, 0 for none.
+    by_slot: Vec<u32>,
+    /// Those that can move, of each ring.
+    pub ready: [VecDeque<u32>; 2],
+    /// Those that wait for space in the completion ring.
+    pub wanting_space: [Vec<u32>; 2],
+    pub live: u32,
+}
+
+impl LaneExchanges {
+    /// None yet, of a lane with so many base slot numbers.
+    pub fn new(names: u32) -> Self {
+        Self {
+            by_slot: vec![0; names as usize],
+            ready: Default::default(),
+            wanting_space: Default::default(),
+            live: 0,
+        }
+    }
+
+    /// The exchange that the call in `slot` is.
+    pub fn of_slot(&self, slot: u32) -> Option<u32> {
+        self.by_slot.get(slot as usize).copied().filter(|index| *index != 0).map(|index| index - 1)
+    }
+
+    pub fn insert(&mut self, slot: u32, index: u32) {
+        self.by_slot[slot as usize] = index + 1;
+        self.live += 1;
+    }
+
+    pub fn remove(&mut self, slot: u32, ring: usize, index: u32) {
+        self.by_slot[slot as usize] = 0;
+        self.live -= 1;
+        self.ready[ring].retain(|other| *other != index);
+        self.wanting_space[ring].retain(|other| *other != index);
+    }
+
+    /// Indices of all of them.
+    pub fn all(&self) -> Vec<u32> {
+        self.by_slot.iter().filter(|index| **index != 0).map(|index| index - 1).collect()
+    }
+
+    /// Whether any can move.
+    pub fn can_move(&self) -> bool {
+        self.ready.iter().any(|ready| !ready.is_empty())
+    }
+
+    pub fn wants_space(&self, ring: usize) -> bool {
+        !self.wanting_space[ring].is_empty()
+    }
+}
+
+/// How the body of a call is taken, given what its table entry offers.
+pub(super) enum Plan<S> {
+    Pieces(MakePieces<S>),
+    /// Put together, in at most so many bytes.
+    Whole(usize),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exchange(body_len: u64) -> Exchange<()> {
+        Exchange { call: Submission { body_len, slot: 3, ..Submission::default() }, ..Exchange::new() }
+    }
+
+    /// Goal:   a body that is longer or shorter than announced is found out with the frame that shows it.
+    #[test]
+    fn f12_a_body_is_as_long_as_it_was_announced() {
+        let fault = |announced, sent| Err(PeerFault::Body { slot: 3, announced, sent });
+        assert_eq!(exchange(10).count(11, false), fault(10, 11));
+        assert_eq!(exchange(10).count(9, true), fault(10, 9));
+        assert_eq!(exchange(0).count(9, true), Ok(()));
+        let mut good = exchange(10);
+        assert_eq!((good.count(4, false), good.count(6, true), good.ended), (Ok(()), Ok(()), true));
+    }
+
+    /// Goal:   P3: credit cannot be taken back, nor given for what was not sent; counts wrap.
+    /// Method: every distance from two positions, one of them at the wrap of 31 bits.
+    #[test]
+    fn p3_credit_goes_forward_and_no_further_than_what_was_sent() {
+        for released in [0, RELEASED_MASK - 1] {
+            for off in -3i64..6 {
+                let mut e = exchange(0);
+                let frame = released.wrapping_add(3);
+                e.window = Window { first: 0, count: 4, capacity: 1024, frame, released };
+                let theirs = (i64::from(released) + off) as u32 & RELEASED_MASK;
+                let result = e.release(ClientWord { generation: 0, cancelled: false, released: theirs });
+                assert_eq!(result.is_ok(), (0..=3).contains(&off), "{released} {off}");
+                let expected = if result.is_ok() { 1 + off as u32 } else { 1 };
+                assert_eq!(e.window.credit(), expected);
+            }
+        }
+    }
+
+    /// Goal:   bodies get their memory in the order in which they asked, and each all of it at once; one that is
+    ///         longer than all memory gets it when nobody else has any.
+    #[test]
+    fn p3_bodies_wait_for_memory_in_order() {
+        let mut all: Exchanges<()> = Exchanges::new(100);
+        let begin = |all: &mut Exchanges<()>| {
+            let (index, record) = all.begin(&Submission::default(), 0, 9);
+            all.put(index, record);
+            index
+        };
+        let (a, b, c) = (begin(&mut all), begin(&mut all), begin(&mut all));
+        assert!(all.reserve(a, 60) && !all.reserve(b, 60));
+        assert!(!all.reserve(c, 10), "it would overtake");
+        assert!(all.runnable.is_empty() && all.anybody_waits());
+        all.give_back(60);
+        assert_eq!(std::mem::take(&mut all.runnable), [(9, b)]);
+        assert!(all.reserve(b, 1000) && !all.reserve(c, 10));
+        let record = all.take(c).unwrap();
+        let mut waits = record;
+        waits.work = Work::Waits(10);
+        all.end(c, waits);
+        all.give_back(1000);
+        assert!(!all.anybody_waits() && all.runnable.is_empty() && all.reserved() == 0);
+    }
+}
