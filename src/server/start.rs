@@ -263,9 +263,10 @@ pub fn wake_cost(here: usize, there: usize) -> Result<u64> {
         took.sort_unstable();
         Ok::<_, IpcError>(took[took.len() / 2] / 2)
     });
-    rustix::thread::sched_setaffinity(None, &before)
-        .map_err(|e| IpcError::io("sched_setaffinity after measuring", e))?;
-    median
+    let restored = rustix::thread::sched_setaffinity(None, &before);
+    let median = median?;
+    restored.map_err(|e| IpcError::io("sched_setaffinity after measuring", e))?;
+    Ok(median)
 }
 
 /// Does one side's part; if that fails, the other side is not left waiting for `word`.

@@ -91,25 +91,23 @@ fn reactors(reactors: &Result<Vec<Option<usize>>, String>) -> String {
 
 /// How long a reactor polls before it sleeps, at most, as in [`Plan::poll_ns`]; and in words.
 fn polling(findings: &Findings) -> (Option<u64>, String) {
-    let asked = &findings.asked;
-    let cost = findings.wake.across.as_ref().and_then(|across| across.cost.as_ref().ok().copied());
-    match (asked.policy, cost) {
+    let (never, percent) = (Some(0), findings.asked.spin_percent);
+    let across = findings.wake.across.as_ref().map(|across| &across.cost);
+    match (findings.asked.policy, across) {
         (WaitPolicy::Spin, _) => (None, "always".to_owned()),
-        (WaitPolicy::Block, _) => (Some(0), "never".to_owned()),
+        (WaitPolicy::Block, _) => (never, "never".to_owned()),
+        (WaitPolicy::Handoff, _) if percent == 0 => (never, "never: spin_percent is 0".to_owned()),
         (WaitPolicy::Handoff, None) => (
-            Some(0),
+            never,
             "never: there is one core alone for reactors, and no wake across cores to save".to_owned(),
         ),
-        (WaitPolicy::Handoff, Some(_)) if asked.spin_percent == 0 => {
-            (Some(0), "never: spin_percent is 0".to_owned())
-        }
-        (WaitPolicy::Handoff, Some(cost)) => (
-            Some(cost),
+        (WaitPolicy::Handoff, Some(Err(error))) => (never, format!("cannot be said: {error}")),
+        (WaitPolicy::Handoff, Some(Ok(cost))) => (
+            Some(*cost),
             format!(
-                "at most {} at once and {} % of a core, and only while calls from other cores come closer together \
-                 than that: it is what a wake costs",
-                time(cost),
-                asked.spin_percent
+                "at most {} at once and {percent} % of a core, and only while calls from other cores come closer \
+                 together than that: it is what a wake costs",
+                time(*cost)
             ),
         ),
     }

@@ -60,14 +60,14 @@ fn process(process: &Process) -> [Check; 3] {
         "each reactor stays on its core, so that callers can hand theirs over",
         &process.pinning,
         Verdict::Failure,
-        "allow sched_setaffinity, or serve --unpinned and do without handing over",
+        "allow sched_setaffinity: a server pins threads, if only to measure what a wake costs",
     );
     let current = tried(
         "process.current_core",
         "a client chooses the reactor of the core that it runs on",
         &process.current_core,
         Verdict::Warning,
-        "use --policy block or spin: callers cannot find the reactor of their core here",
+        "let clients wait by block or spin: they cannot find the reactor of their core here",
     );
     let current = match (&process.current_core, process.current_core_ns) {
         (Tried::Works, Some(ns)) => Check { found: format!("works, {} a look", time(ns)), ..current },
@@ -106,7 +106,10 @@ mod tests {
         of.current_core = Tried::Wrong("on core 1 a thread is told that it runs on 0".to_owned());
         let [peer, pinning, current] = process(&of);
         assert!(peer.verdict == Verdict::Failure && peer.advice.unwrap().contains("6.5"));
-        assert!(pinning.verdict == Verdict::Failure && pinning.advice.unwrap().contains("--unpinned"));
+        assert!(
+            pinning.verdict == Verdict::Failure
+                && pinning.advice.unwrap().contains("allow sched_setaffinity")
+        );
         assert!(current.verdict == Verdict::Warning && current.found.contains("core 1"));
     }
 }
