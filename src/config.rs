@@ -158,6 +158,11 @@ impl ServerConfig {
         range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
     }
 
+    /// File descriptors that a server of this configuration may need at once: two for each session, and spare ones.
+    pub fn descriptors_needed(&self) -> u64 {
+        2 * u64::from(self.max_sessions) + FDS_BESIDE_SESSIONS
+    }
+
     /// Raises the soft limit of file descriptors to the hard one and checks that it carries the sessions
     /// configured (F39).
     ///

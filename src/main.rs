@@ -1,4 +1,4 @@
-//! The `doorbell` command: serve, call, bench.
+//! The `doorbell` command: serve, call, bench, doctor.
 
 mod cli;
 

@@ -9,7 +9,9 @@ use common::process::{
 use common::raw::{connect_silently, hear_refusal, hello, send};
 use common::{Bystander, TestDir, client, eventually};
 use doorbell::protocol::handshake::code;
-use doorbell::{BoundServer, HandlerTable, IpcClient, IpcError, IpcServer, MessageType, WaitPolicy};
+use doorbell::{
+    BoundServer, HandlerTable, IpcClient, IpcError, IpcServer, MessageType, WaitPolicy, check_socket_path,
+};
 use std::ffi::OsStr;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
@@ -45,17 +47,20 @@ fn dead_socket(path: &Path) {
     rustix::net::shutdown(&listener, rustix::net::Shutdown::Both).unwrap();
 }
 
-/// Refused with a message about the path that contains `words`.
+/// Refused with a message about the path that contains `words`, also to those who only ask.
 fn refused(path: &Path, words: &str) {
+    let foretold = check_socket_path(path).unwrap_err();
     let error = bind(path).map(|_| ()).unwrap_err();
     assert!(matches!(error, IpcError::SocketPath { .. }), "{error}");
+    assert_eq!(foretold.to_string(), error.to_string());
     assert!(error.to_string().contains(words), "`{words}` in: {error}");
     assert!(error.to_string().contains(&path.display().to_string()), "{error}");
 }
 
 fn already_running(path: &Path) {
-    let error = bind(path).map(|_| ()).unwrap_err();
-    assert!(matches!(&error, IpcError::AlreadyRunning { path: p } if p == path), "{error}");
+    for error in [check_socket_path(path).unwrap_err(), bind(path).map(|_| ()).unwrap_err()] {
+        assert!(matches!(&error, IpcError::AlreadyRunning { path: p } if p == path), "{error}");
+    }
 }
 
 fn is_socket(path: &Path) -> bool {
@@ -105,6 +110,9 @@ fn f52_r3_6_a_stale_socket_is_replaced() {
     let path = directory.join("s");
     dead_socket(&path);
     assert!(is_socket(&path));
+    assert_eq!(names(&directory.0), ["s"]);
+    check_socket_path(&path).unwrap();
+    assert_eq!(names(&directory.0), ["s"], "asking leaves no trace");
     drop(bound(&path));
     // What a server that died between bind and rename left.
     dead_socket(&directory.join("s.new"));

@@ -1,8 +1,9 @@
 //! The command line. Results go to stdout, everything else to stderr; exit status 0 means that what was
-//! asked for happened, 1 that it did not, 2 that the question was wrong.
+//! asked for happened, 1 that it did not, 2 that the question was wrong; `doctor` has statuses of its own beside.
 
 mod bench;
 mod call;
+mod doctor;
 mod serve;
 
 use clap::{Parser, Subcommand};
@@ -24,6 +25,8 @@ enum Command {
     Call(call::CallOptions),
     /// Measure calls against a server process of its own, every byte of every answer checked.
     Bench(bench::options::BenchOptions),
+    /// Check whether doorbell works well on this machine, what it will use and why, and what to change.
+    Doctor(doctor::DoctorOptions),
     /// A process of `bench`.
     #[command(name = bench::child::SUBCOMMAND, hide = true)]
     BenchChild(bench::child::ChildOptions),
@@ -35,6 +38,7 @@ pub fn run() -> ExitCode {
         Command::Serve(options) => serve::run(&options),
         Command::Call(options) => call::run(&options),
         Command::Bench(options) => return run_bench(&options),
+        Command::Doctor(options) => return doctor::run(&options).unwrap_or_else(|error| fail(&*error)),
         Command::BenchChild(options) => bench::child::run(&options).map_err(Into::into),
     };
     match result {

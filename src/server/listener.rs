@@ -74,14 +74,51 @@ impl Drop for Listener {
     }
 }
 
+/// Whether a server of this user could take `path` now, found out without making, locking or removing anything.
+///
+/// A server that listens there is connected to for a moment and takes that for a client that went away.
+///
+/// # Errors
+///
+/// Those of [`IpcServer::bind`](crate::IpcServer::bind) for a path that cannot be had, above all
+/// [`IpcError::AlreadyRunning`].
+pub fn check_socket_path(path: &Path) -> Result<()> {
+    check_length(path)?;
+    if fallback_directory(path).is_some_and(|directory| !directory.exists()) {
+        return match writable(rustix::fs::CWD, Path::new("/tmp")) {
+            true => Ok(()),
+            false => Err(IpcError::SocketPath {
+                path: path.to_owned(),
+                problem: "its directory does not exist and /tmp may not be written by this user",
+            }),
+        };
+    }
+    let place = Place::open(path)?;
+    if let Some((kind, owner)) = place.look(&lock_name(&place))? {
+        check_lock(&place, kind, owner)?;
+    }
+    if !writable(&place.directory, Path::new(".")) {
+        return Err(refuse(&place, "its directory may not be written by this user"));
+    }
+    refuse_what_is_not_stale(&place)
+}
+
+fn writable(directory: impl AsFd, path: &Path) -> bool {
+    use rustix::fs::Access;
+    rustix::fs::accessat(directory, path, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS).is_ok()
+}
+
+/// The directory of `path` if that is the default one of a user without a runtime directory.
+fn fallback_directory(path: &Path) -> Option<PathBuf> {
+    let uid = rustix::process::geteuid().as_raw();
+    let fallback = PathBuf::from(format!("/tmp/doorbell-{uid}"));
+    (path.parent() == Some(fallback.as_path())).then_some(fallback)
+}
+
 /// Makes the directory of the default path, mode 0700, when there is no runtime directory to use.
 fn prepare_default_directory(path: &Path) -> Result<()> {
     use std::os::unix::fs::DirBuilderExt;
-    let uid = rustix::process::geteuid().as_raw();
-    let fallback = PathBuf::from(format!("/tmp/doorbell-{uid}"));
-    if path.parent() != Some(fallback.as_path()) {
-        return Ok(());
-    }
+    let Some(fallback) = fallback_directory(path) else { return Ok(()) };
     match std::fs::DirBuilder::new().mode(0o700).create(&fallback) {
         Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
             Err(IpcError::io("mkdir of the default socket directory", e))
@@ -96,35 +133,46 @@ fn with_suffix(name: &std::ffi::OsStr, suffix: &str) -> OsString {
     name
 }
 
+fn lock_name(place: &Place) -> OsString {
+    with_suffix(&place.name, ".lock")
+}
+
 fn refuse(place: &Place, problem: &'static str) -> IpcError {
     IpcError::SocketPath { path: place.path.clone(), problem }
 }
 
 /// Locks `<path>.lock`; the kernel releases it when we die (F52, F53).
 fn take_lock(place: &Place) -> Result<OwnedFd> {
-    let name = with_suffix(&place.name, ".lock");
+    let name = lock_name(place);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let lock =
         rustix::fs::openat(&place.directory, &name, flags, Mode::RUSR | Mode::WUSR).map_err(|e| match e {
-            rustix::io::Errno::LOOP => {
-                refuse(place, "its lock file is a symbolic link, which is not followed: remove it")
-            }
+            rustix::io::Errno::LOOP => refuse(place, LOCK_IS_A_LINK),
             rustix::io::Errno::ACCESS => {
                 refuse(place, "its directory or lock file may not be written by this user")
             }
             other => IpcError::io("open of the socket's lock file", other),
         })?;
     let stat = rustix::fs::fstat(&lock).map_err(|e| IpcError::io("fstat of the socket's lock file", e))?;
-    if stat.st_uid != rustix::process::geteuid().as_raw() {
-        return Err(refuse(place, "its lock file belongs to another user: choose another path"));
-    }
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(refuse(place, "its lock file is not a regular file: remove it"));
-    }
+    check_lock(place, FileType::from_raw_mode(stat.st_mode), stat.st_uid)?;
     match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(lock),
         Err(rustix::io::Errno::AGAIN) => Err(IpcError::AlreadyRunning { path: place.path.clone() }),
         Err(e) => Err(IpcError::io("flock of the socket's lock file", e)),
+    }
+}
+
+const LOCK_IS_A_LINK: &str = "its lock file is a symbolic link, which is not followed: remove it";
+
+/// Refuses a lock file that no server of this user has made.
+fn check_lock(place: &Place, kind: FileType, owner: u32) -> Result<()> {
+    match kind {
+        FileType::Symlink => Err(refuse(place, LOCK_IS_A_LINK)),
+        _ if owner != rustix::process::geteuid().as_raw() => {
+            Err(refuse(place, "its lock file belongs to another user: choose another path"))
+        }
+        FileType::RegularFile => Ok(()),
+        _ => Err(refuse(place, "its lock file is not a regular file: remove it")),
     }
 }
 

@@ -21,7 +21,9 @@ mod table;
 mod throttle;
 
 pub use connections::ConnectionPool;
+pub use listener::check_socket_path;
 pub use staging::BufferPool;
+pub use start::{reactor_cores, wake_cost};
 pub use table::{
     Context, Handler, HandlerError, HandlerTable, MakePieces, Pieces, Progress, Reply, TABLE_LEN,
 };

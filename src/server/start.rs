@@ -56,9 +56,8 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     shutdown: ShutdownHandle,
 ) -> Result<Metrics> {
     let cores = cores(&config)?;
-    let reactors = if config.reactors == 0 { cores.len() } else { config.reactors as usize };
-    let pins: Vec<Option<usize>> =
-        (0..reactors).map(|i| config.pinned.then(|| cores[i % cores.len()])).collect();
+    let pins = reactor_cores(&config)?;
+    let reactors = pins.len();
     let polls = config.policy == WaitPolicy::Handoff && config.spin_percent > 0;
     let wake_ns = if polls && cores.len() > 1 { wake_cost(cores[0], cores[1])? } else { 0 };
     let config = ServerConfig { reactors: reactors as u32, ..config };
@@ -193,6 +192,18 @@ fn duplicate(driver: &Driver) -> Result<OwnedFd> {
     rustix::io::fcntl_dupfd_cloexec(driver.as_fd(), 0).map_err(|e| IpcError::io("dup of a reactor's ring", e))
 }
 
+/// Where a server of this configuration runs when the calling thread starts it: for each reactor, the home reactor
+/// first, the core that it is pinned to.
+///
+/// # Errors
+///
+/// [`IpcError::Config`] for a core that may not be used.
+pub fn reactor_cores(config: &ServerConfig) -> Result<Vec<Option<usize>>> {
+    let cores = cores(config)?;
+    let reactors = if config.reactors == 0 { cores.len() } else { config.reactors as usize };
+    Ok((0..reactors).map(|i| config.pinned.then(|| cores[i % cores.len()])).collect())
+}
+
 /// The cores that reactors run on: those configured, or all that this thread may use.
 fn cores(config: &ServerConfig) -> Result<Vec<usize>> {
     let set = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
@@ -231,44 +242,127 @@ fn pin(core: Option<usize>) -> Result<()> {
 
 /// Round trips of the measurement below.
 const WAKES: u32 = 15;
+/// No round has this number: it tells the other side that there will be no further one.
+const GIVEN_UP: u32 = u32::MAX;
 
-/// What it takes until a thread that sleeps on `there` runs, woken from `here`, ns: the median of some round trips,
-/// halved. Takes a millisecond or two.
-fn wake_cost(here: usize, there: usize) -> Result<u64> {
+/// What it takes until a thread that sleeps on core `there` runs, woken from core `here`, ns: the median of some
+/// round trips, halved. The server measures this when it starts; `here` and `there` may be the same.
+///
+/// Cost:   one or two milliseconds, during which the calling thread is pinned to `here`.
+///
+/// # Errors
+///
+/// [`IpcError::Io`] if the kernel refuses to pin a thread (a core that may not be used), or the futexes.
+pub fn wake_cost(here: usize, there: usize) -> Result<u64> {
     let before = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
     let (ping, pong) = (AtomicU32::new(0), AtomicU32::new(0));
-    let wake = |word: &AtomicU32, value| {
-        word.store(value, SeqCst);
-        futex::wake(word, 1).map_err(|e| IpcError::io("futex(FUTEX_WAKE)", e))
-    };
-    let wait = |word: &AtomicU32, value| {
-        while word.load(SeqCst) != value {
-            futex::wait(word, value - 1, None).map_err(|e| IpcError::io("futex(FUTEX_WAIT)", e))?;
-        }
-        Ok::<_, IpcError>(())
-    };
     let median = std::thread::scope(|scope| {
-        let echo = scope.spawn(|| {
-            pin(Some(there))?;
-            for round in 1..=WAKES {
-                wait(&ping, round)?;
-                wake(&pong, round)?;
-            }
-            Ok::<_, IpcError>(())
-        });
-        let mut took = Vec::new();
-        pin(Some(here))?;
-        for round in 1..=WAKES {
-            let began = monotonic_ns();
-            wake(&ping, round)?;
-            wait(&pong, round)?;
-            took.push(monotonic_ns() - began);
-        }
+        let echo = std::thread::Builder::new()
+            .spawn_scoped(scope, || releasing(&pong, || answer_wakes(there, &ping, &pong)))
+            .map_err(|e| IpcError::io("starting a thread that is woken", e))?;
+        let took = releasing(&ping, || time_wakes(here, &ping, &pong));
+        // Where it has given up, it knows why.
         echo.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let mut took = took?;
         took.sort_unstable();
         Ok::<_, IpcError>(took[took.len() / 2] / 2)
-    })?;
-    rustix::thread::sched_setaffinity(None, &before)
-        .map_err(|e| IpcError::io("sched_setaffinity after measuring", e))?;
+    });
+    let restored = rustix::thread::sched_setaffinity(None, &before);
+    let median = median?;
+    restored.map_err(|e| IpcError::io("sched_setaffinity after measuring", e))?;
     Ok(median)
+}
+
+/// Does one side's part; if that fails, the other side is not left waiting for `word`.
+fn releasing<T>(word: &AtomicU32, part: impl FnOnce() -> Result<T>) -> Result<T> {
+    let result = part();
+    if result.is_err() {
+        wake(word, GIVEN_UP)?;
+    }
+    result
+}
+
+fn time_wakes(here: usize, ping: &AtomicU32, pong: &AtomicU32) -> Result<Vec<u64>> {
+    pin(Some(here))?;
+    let mut took = Vec::new();
+    for round in 1..=WAKES {
+        let began = monotonic_ns();
+        wake(ping, round)?;
+        if !wait(pong, round)? {
+            break;
+        }
+        took.push(monotonic_ns() - began);
+    }
+    Ok(took)
+}
+
+fn answer_wakes(there: usize, ping: &AtomicU32, pong: &AtomicU32) -> Result<()> {
+    pin(Some(there))?;
+    for round in 1..=WAKES {
+        if !wait(ping, round)? {
+            break;
+        }
+        wake(pong, round)?;
+    }
+    Ok(())
+}
+
+fn wake(word: &AtomicU32, value: u32) -> Result<()> {
+    word.store(value, SeqCst);
+    futex::wake(word, 1).map(|_| ()).map_err(|e| IpcError::io("futex(FUTEX_WAKE)", e))
+}
+
+/// Sleeps until `word` holds `value`; `false` if the other side has given up.
+fn wait(word: &AtomicU32, value: u32) -> Result<bool> {
+    loop {
+        match word.load(SeqCst) {
+            GIVEN_UP => return Ok(false),
+            now if now == value => return Ok(true),
+            now => futex::wait(word, now, None).map_err(|e| IpcError::io("futex(FUTEX_WAIT)", e))?,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::io::Errno;
+
+    /// Goal:   whichever side may not be pinned, the measurement ends with the reason and does not hang, and the
+    ///         calling thread has its cores back.
+    /// Method: a core that no machine has, on either side.
+    #[test]
+    fn measuring_a_wake_on_a_core_that_may_not_be_used_ends_with_the_reason() {
+        let affinity = || rustix::thread::sched_getaffinity(None).unwrap();
+        let before = affinity();
+        let ours = doorbell_uring::current_cpu() as usize;
+        let none = CpuSet::MAX_CPU - 1;
+        for (here, there) in [(ours, none), (none, ours)] {
+            let error = wake_cost(here, there).unwrap_err();
+            let refused =
+                |source: &std::io::Error| source.raw_os_error() == Some(Errno::INVAL.raw_os_error());
+            assert!(matches!(&error, IpcError::Io { source, .. } if refused(source)), "{error}");
+            assert_eq!(affinity(), before);
+        }
+    }
+
+    /// Goal: a wake on the own core takes some time, and less than a second.
+    #[test]
+    fn a_wake_on_the_same_core_can_be_measured() {
+        let core = cores(&ServerConfig::default()).unwrap()[0];
+        let ns = wake_cost(core, core).unwrap();
+        assert!((1..1_000_000_000).contains(&ns), "{ns}");
+    }
+
+    /// Goal:   reactors go round the cores that may be used, one on each unless told otherwise.
+    #[test]
+    fn r1_3_each_reactor_has_a_core_of_its_own_unless_told_otherwise() {
+        let allowed = cores(&ServerConfig::default()).unwrap();
+        let pins: Vec<Option<usize>> = allowed.iter().copied().map(Some).collect();
+        assert_eq!(reactor_cores(&ServerConfig::default()).unwrap(), pins);
+        let two = ServerConfig { reactors: 2, cores: vec![allowed[0]], ..ServerConfig::default() };
+        assert_eq!(reactor_cores(&two).unwrap(), [Some(allowed[0]); 2]);
+        let unpinned = ServerConfig { pinned: false, ..two };
+        assert_eq!(reactor_cores(&unpinned).unwrap(), [None, None]);
+    }
 }

@@ -72,7 +72,7 @@ impl Cause {
     /// Pure: the same arguments give the same answer on every machine.
     /// Source: io_uring_setup(2), `Documentation/admin-guide/sysctl/kernel.rst`.
     pub fn of(step: Step, errno: Errno, host: Host) -> Self {
-        let old = parse(&host.release).is_some_and(|(major, minor, _)| (major, minor) < KERNEL_MIN);
+        let old = kernel_version(&host.release).is_some_and(|(major, minor, _)| (major, minor) < KERNEL_MIN);
         let on_ring = step != Step::MapMemory;
         match errno {
             Errno::NOSYS if old_enough_for_none(&host.release) => Cause::OldKernel { release: host.release },
@@ -136,7 +136,7 @@ impl fmt::Display for Cause {
 /// Mainline and stable fixed it in 6.12.44, 6.16.4 and 6.17. Distributions also carry fixes without
 /// changing these numbers, so `true` means *ask your vendor*. An unreadable release gives `false`.
 pub fn futex_bug_unfixed(release: &str) -> bool {
-    parse(release).is_some_and(|(major, minor, patch)| match (major, minor) {
+    kernel_version(release).is_some_and(|(major, minor, patch)| match (major, minor) {
         (6, 12) => patch < 44,
         (6, 16) => patch < 4,
         version => (KERNEL_MIN..(6, 17)).contains(&version),
@@ -145,11 +145,12 @@ pub fn futex_bug_unfixed(release: &str) -> bool {
 
 /// Whether ENOSYS needs no other explanation: io_uring came with 5.1.
 fn old_enough_for_none(release: &str) -> bool {
-    parse(release).is_some_and(|(major, minor, _)| (major, minor) < (5, 1))
+    kernel_version(release).is_some_and(|(major, minor, _)| (major, minor) < (5, 1))
 }
 
-/// `6.12.9-amd64` as (6, 12, 9). A missing patch level is 0.
-fn parse(release: &str) -> Option<(u32, u32, u32)> {
+/// A release of uname(2) as a version: `6.12.9-amd64` is (6, 12, 9). A missing patch level is 0; `None` if there is
+/// no major or no minor number.
+pub fn kernel_version(release: &str) -> Option<(u32, u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     let mut next = || numbers.next()?.parse().ok();
     let (major, minor) = (next()?, next()?);
@@ -251,7 +252,7 @@ mod tests {
             ("", None),
             ("next-20250101", None),
         ] {
-            assert_eq!(parse(release), version, "{release}");
+            assert_eq!(kernel_version(release), version, "{release}");
         }
     }
 

@@ -50,6 +50,22 @@ pub enum Step {
     Cancel,
 }
 
+impl Step {
+    /// Every step of the self-test, in the order in which it tries them: what comes after one that is refused has
+    /// not been tried.
+    pub const ALL: [Self; 9] = [
+        Step::CreateRing,
+        Step::RestrictRing,
+        Step::MapMemory,
+        Step::FutexDiffers,
+        Step::FutexRungByCall,
+        Step::FutexRungByRing,
+        Step::Poll,
+        Step::Timeout,
+        Step::Cancel,
+    ];
+}
+
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

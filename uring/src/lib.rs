@@ -50,7 +50,7 @@ mod self_test;
 mod setup;
 mod time;
 
-pub use cause::{Cause, Host, KERNEL_MIN, futex_bug_unfixed};
+pub use cause::{Cause, Host, KERNEL_MIN, futex_bug_unfixed, kernel_version};
 pub use cpu::{ask_for_short_turns, current_cpu};
 pub use driver::{Counters, Driver, Wait};
 pub use error::{DriverError, SetupError, Step};
