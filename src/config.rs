@@ -88,6 +88,10 @@ pub struct ServerConfig {
     pub cores: Vec<usize>,
     /// Whether each reactor is pinned to its core. Callers hand over their core to pinned ones only.
     pub pinned: bool,
+    /// Whether the pages of the executable that only the start needed are let go of once the server has started, and
+    /// used ones come back a few at a time. Costs some dozen page faults of a microsecond each; to be turned off in a
+    /// process that patches its own code, or shares an executable of hundreds of megabytes with other work.
+    pub thin_executable: bool,
 }
 
 impl Default for ServerConfig {
@@ -114,6 +118,7 @@ impl Default for ServerConfig {
             reactors: 0,
             cores: Vec::new(),
             pinned: true,
+            thin_executable: true,
         }
     }
 }

@@ -12,7 +12,7 @@ use super::memory::Shortage;
 use super::spin::SpinBudget;
 use super::storm::{self, Storm};
 use super::throttle::Throttle;
-use crate::config::WaitPolicy;
+use crate::config::{ServerConfig, WaitPolicy};
 use crate::error::{IpcError, Result};
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::handshake::{DisconnectReason, LaneGrant};
@@ -46,6 +46,9 @@ const ROUNDS_PER_YIELD: u32 = 32;
 const MARK_TAKEN_SWEEPS: u32 = 3;
 /// Handed-over calls between two sweeps (50 ms) up to which they are rare: 5000 a second.
 const RARE_PER_SWEEP: u32 = 250;
+/// Lanes that have gone since free memory was last given back to the kernel, before that is done again: what they
+/// have left is some 64 KiB.
+const GONE_PER_TRIM: u32 = 64;
 /// How long a lane is left alone whose wait the kernel had no memory for (F37).
 const ARM_AGAIN_NS: u64 = 10_000_000;
 /// Between two looks at leases while somebody waits for memory.
@@ -170,6 +173,8 @@ pub(crate) struct Reactor<S: 'static> {
     totals: Totals,
     peers: Vec<Option<Peer>>,
     parting: Vec<Parting>,
+    /// Lanes that have gone since the heap was last trimmed.
+    gone: u32,
     /// Earliest end of a lane's rest; 0 for none.
     rest_ends_ns: u64,
     spin: SpinBudget,
@@ -211,6 +216,7 @@ impl<S> Reactor<S> {
             log: Throttle::default(),
             peers: Vec::new(),
             parting: Vec::new(),
+            gone: 0,
             rest_ends_ns: 0,
             spin: SpinBudget::new(wake_ns, percent),
             next_sweep_ns: 0,
@@ -294,6 +300,7 @@ impl<S> Reactor<S> {
             } else if polls {
                 self.submit()?;
                 if idle_rounds.is_multiple_of(ROUNDS_PER_YIELD) {
+                    self.trim();
                     std::thread::yield_now();
                     if !spins && monotonic_ns() >= polls_until_ns {
                         self.core.metrics.spun_ns += self.spin.polled(monotonic_ns());
@@ -690,6 +697,7 @@ impl<S> Reactor<S> {
     /// The memory stays mapped until the kernel has answered (P6).
     pub(super) fn let_go(&mut self, id: SessionId) -> Result<()> {
         let Some(lane) = self.core.unseat(id) else { return Ok(()) };
+        self.gone = self.gone.saturating_add(1);
         let bell_armed = self
             .peers
             .get_mut(id.index as usize)
@@ -799,9 +807,19 @@ impl<S> Reactor<S> {
         if !self.core.touched().is_empty() {
             self.ring_clients()?;
         }
+        self.trim();
         self.arm_timer()?;
         self.driver.enter(Wait::Until(None))?;
         self.events()
+    }
+
+    /// There is nothing to do: gives back what lanes have left, once there are enough of them. As long as the kernel
+    /// has to answer about one, most of its pages hold something that is still needed.
+    fn trim(&mut self) {
+        if self.gone >= GONE_PER_TRIM && self.parting.is_empty() {
+            self.gone = 0;
+            doorbell_uring::trim_heap();
+        }
     }
 
     /// Makes sure that a timeout ends no later than the next thing that is due by the clock. Reads no clock.
@@ -893,12 +911,16 @@ fn ring_socket(socket: &OwnedFd) {
     }
 }
 
-/// The mapping of setup failures that a server start reports. A further reactor has nothing but bells to wait
-/// for: it makes do with a smaller ring.
-pub(crate) fn driver(home: bool) -> Result<Driver> {
-    let full = doorbell_uring::Options::default();
-    let small = doorbell_uring::Options { entries: 64, completion_entries: 512, ..full };
-    let options = doorbell_uring::Options { restrict: false, ..if home { full } else { small } };
+/// Fewest and most completion entries of a ring: 8 and 64 KiB.
+const COMPLETION_ENTRIES: std::ops::RangeInclusive<u32> = 512..=4096;
+
+/// The ring of a reactor, as large as its sessions need: two of the three things that the home reactor waits for in
+/// each of them may happen at once, when its process dies. A further reactor has nothing but bells to wait for.
+pub(crate) fn driver(config: &ServerConfig, home: bool) -> Result<Driver> {
+    let (fewest, most) = COMPLETION_ENTRIES.into_inner();
+    let (entries, completion_entries) =
+        if home { (256, config.max_sessions.saturating_mul(2).clamp(fewest, most)) } else { (64, fewest) };
+    let options = doorbell_uring::Options { entries, completion_entries, restrict: false };
     Driver::new(&options).map_err(IpcError::from)
 }
 

@@ -68,7 +68,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let before = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
     let result = std::thread::scope(|scope| {
         become_reactor(pins[0])?;
-        let driver = reactor::driver(true)?;
+        let driver = reactor::driver(&plan.config, true)?;
         let home = Home::new(listener, stop, reactors)?;
         let further = Further::start(scope, &plan, &pins[1..])?;
         let (address, inbox) = Address::new(duplicate(&driver)?, pins[0]);
@@ -78,10 +78,14 @@ pub(super) fn serve<S: Send + Sync + 'static>(
             // A thread that has ended by now says so when it is joined.
             start.send(Crew { own: i + 1, ..crew.clone() }).ok();
         }
-        let result = plan.reactor(driver, crew.clone(), inbox, Some(home)).run();
+        let reactor = plan.reactor(driver, crew.clone(), inbox, Some(home));
+        if plan.config.thin_executable {
+            let_go_of_the_start();
+        }
+        let result = reactor.run();
         if result.is_err() {
             // Home has had no ring to say good-bye with.
-            stop_from_outside(&crew)?;
+            stop_from_outside(&plan.config, &crew)?;
         }
         join(further.threads, result)
     });
@@ -140,7 +144,7 @@ fn run_further<S: Send + Sync + 'static>(
     started: &Receiver<Crew>,
 ) -> Result<Metrics> {
     become_reactor(core)?;
-    let driver = reactor::driver(false)?;
+    let driver = reactor::driver(&plan.config, false)?;
     let (address, inbox) = Address::new(duplicate(&driver)?, core);
     if made.send(address).is_err() {
         return Ok(Metrics::default());
@@ -177,15 +181,24 @@ fn join(threads: Vec<ScopedJoinHandle<'_, Result<Metrics>>>, home: Result<Metric
 }
 
 /// Tells the other reactors to stop, over a ring made for that.
-fn stop_from_outside(crew: &Crew) -> Result<()> {
+fn stop_from_outside(config: &ServerConfig, crew: &Crew) -> Result<()> {
     // All of them first: whoever has sessions looks into its inbox at every sweep.
     let told: Vec<&Address> =
         crew.addresses[1..].iter().filter(|address| address.put(Message::Stop)).collect();
-    let mut driver = reactor::driver(false)?;
+    let mut driver = reactor::driver(config, false)?;
     for address in told {
         driver.msg_ring(address.ring(), 0, Source::Mail.token())?;
     }
     Ok(driver.enter(Wait::No)?)
+}
+
+/// From here on the server runs a small part of its code and needs little of what the start has allocated.
+fn let_go_of_the_start() {
+    match doorbell_uring::thin_executable() {
+        Ok(bytes) => tracing::debug!(bytes, "pages of the executable let go of"),
+        Err(error) => tracing::info!(%error, "all of the executable stays resident"),
+    }
+    doorbell_uring::trim_heap();
 }
 
 fn duplicate(driver: &Driver) -> Result<OwnedFd> {

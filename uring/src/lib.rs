@@ -33,9 +33,10 @@
 //!
 //! # Unsafe
 //!
-//! Four files: `ring.rs` (pushing entries, reading the kernel's flags), `peer.rs` (one socket option that
-//! no kept crate offers), `cpu.rs` (two scheduler calls, likewise) and `memory.rs` (the two mappings the
-//! self-test works on).
+//! Five files: `ring.rs` (pushing entries, reading the kernel's flags), `peer.rs` (one socket option that
+//! no kept crate offers), `cpu.rs` (two scheduler calls, likewise), `memory.rs` (the two mappings the
+//! self-test works on) and `resident.rs` (letting go of memory that a process which mostly waits need not
+//! have).
 
 mod cause;
 mod cpu;
@@ -45,6 +46,7 @@ pub mod futex;
 mod memory;
 mod op;
 mod peer;
+mod resident;
 mod ring;
 mod self_test;
 mod setup;
@@ -56,6 +58,7 @@ pub use driver::{Counters, Driver, Wait};
 pub use error::{DriverError, SetupError, Step};
 pub use op::{Completion, Token};
 pub use peer::peer_process;
+pub use resident::{thin_executable, trim_heap};
 pub use rustix::event::PollFlags;
 pub use self_test::{Report, self_test};
 pub use setup::Options;

@@ -1,0 +1,131 @@
+//! What a server keeps resident, region by region, by the kernel's own account (R5.3, R5.4). Shared pages are not
+//! judged here: how many there are is a matter of what clients ask for.
+
+mod common;
+
+use common::process::ServerProcess;
+use common::{client, eventually};
+use doorbell::{IpcClient, MessageType, WaitPolicy};
+
+const KIB: u64 = 1024;
+
+/// Bytes of one process, as `/proc/PID/smaps` has them.
+#[derive(Debug, Default)]
+struct Resident {
+    /// The executable's own pages, as they are in its file.
+    executable: u64,
+    /// The same, resident or not.
+    executable_mapped: u64,
+    /// io_uring.
+    rings: u64,
+    /// Segments of sessions.
+    segments: u64,
+    /// Heap, stacks, relocated and other data.
+    rest: u64,
+}
+
+impl Resident {
+    fn of(server: &ServerProcess) -> Self {
+        let pid = server.process.0.id();
+        let executable = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+        let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+        let mut resident = Self::default();
+        for mapping in mappings(&smaps) {
+            let rss = mapping.kib("Rss:") * KIB;
+            if mapping.path == executable.to_str().unwrap() && mapping.kib("Anonymous:") == 0 {
+                resident.executable += rss;
+                resident.executable_mapped += mapping.kib("Size:") * KIB;
+            } else if mapping.path.contains("[io_uring]") {
+                resident.rings += rss;
+            } else if mapping.path.starts_with("/memfd:doorbell-session") {
+                resident.segments += rss;
+            } else {
+                resident.rest += rss;
+            }
+        }
+        resident
+    }
+}
+
+/// One mapping in an `smaps`.
+struct Mapping<'a> {
+    path: &'a str,
+    fields: Vec<(&'a str, u64)>,
+}
+
+impl Mapping<'_> {
+    fn kib(&self, name: &str) -> u64 {
+        self.fields.iter().find(|(field, _)| *field == name).map_or(0, |(_, kib)| *kib)
+    }
+}
+
+fn mappings(smaps: &str) -> Vec<Mapping<'_>> {
+    let mut mappings: Vec<Mapping> = Vec::new();
+    for line in smaps.lines() {
+        let (first, others) = line.split_once(' ').unwrap_or((line, ""));
+        if first.ends_with(':') {
+            let kib = others.trim().trim_end_matches(" kB").parse().unwrap_or_default();
+            mappings.last_mut().unwrap().fields.push((first, kib));
+        } else {
+            let path = others.splitn(5, ' ').nth(4).unwrap_or_default().trim_start();
+            mappings.push(Mapping { path, fields: Vec::new() });
+        }
+    }
+    mappings
+}
+
+/// So many more sessions, each of which has made a call.
+fn connect(server: &ServerProcess, sessions: usize) -> Vec<IpcClient> {
+    let connect = |i: usize| {
+        let client = client(server.path(), WaitPolicy::Block);
+        let request = [i as u8; 1024];
+        assert_eq!(client.open().unwrap().call(MessageType::ECHO, &request).unwrap(), request);
+        client
+    };
+    (0..sessions).map(connect).collect()
+}
+
+/// Goal:   R5.3: a server that has served is resident with little more than what it works with: a part of its
+///         executable, small rings, and what each session needs.
+/// Method: a hundred sessions with a call each; then the kernel's account of every region. A build that is not
+///         optimised has more code, but not more of anything else.
+#[test]
+fn r5_3_a_server_is_resident_with_what_it_works_with() {
+    let server = ServerProcess::start(&[]);
+    let sessions = connect(&server, 100);
+    let resident = Resident::of(&server);
+    assert!(resident.executable > 0 && resident.rings > 0 && resident.segments > 0, "{resident:?}");
+    assert!(resident.executable < resident.executable_mapped / 2, "{resident:?}");
+    if !cfg!(debug_assertions) {
+        assert!(resident.executable <= 512 * KIB, "{resident:?}");
+    }
+    assert!(resident.rings <= 96 * KIB, "{resident:?}");
+    assert!(resident.rest <= 1024 * KIB, "{resident:?}");
+    drop(sessions);
+}
+
+/// Goal:   R5.3: a further session with one lane costs the server at most 2 KiB beside its two shared pages. R5.4:
+///         what it cost is given back once it has gone.
+/// Method: one reactor, which sleeps, then one which polls for ever; the 500 sessions after the first hundred are
+///         compared with these, and the server at rest after all of them with the server that had none but one.
+#[test]
+fn r5_3_r5_4_a_session_costs_little_and_nothing_once_it_has_gone() {
+    const MORE: u64 = 500;
+    doorbell::config::raise_file_limit(2048).unwrap();
+    for policy in ["block", "spin"] {
+        let server = ServerProcess::start(&["--reactors", "1", "--policy", policy]);
+        let first = connect(&server, 1);
+        let start = Resident::of(&server);
+        let some = connect(&server, 99);
+        let before = Resident::of(&server);
+        let more = connect(&server, MORE as usize);
+        let after = Resident::of(&server);
+        let each = (after.rest - before.rest) / MORE;
+        assert!((64..=2 * KIB).contains(&each), "{each} bytes a session: {before:?}, then {after:?}");
+        assert_eq!(after.rings, start.rings);
+        drop((some, more));
+        eventually("the sessions have ended", || server.process.segments() == 1);
+        eventually("their memory is given back", || Resident::of(&server).rest <= start.rest + 256 * KIB);
+        drop(first);
+    }
+}
