@@ -28,5 +28,5 @@ pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};
 pub use server::{
     BoundServer, BufferPool, ConnectionPool, Context, Handler, HandlerError, HandlerTable, IpcServer, Reply,
-    ShutdownHandle, TABLE_LEN,
+    ShutdownHandle, TABLE_LEN, files,
 };

@@ -4,6 +4,7 @@ pub mod builtin;
 mod connections;
 pub(crate) mod core;
 mod crew;
+pub mod files;
 mod home;
 mod lane;
 mod listener;
