@@ -19,6 +19,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::pipe::pipe;
 use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::thread::{CapabilitySet, capabilities};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -73,6 +74,19 @@ fn next(driver: &mut Driver) -> (Completion, Option<Buffer>) {
     }
 }
 
+/// Whether all could be pinned that was to be. Whoever lacks CAP_IPC_LOCK has a limit, shared with whatever the same
+/// user runs beside.
+#[track_caller]
+fn all_pinned(driver: &mut Driver) -> bool {
+    let refusal = driver.take_registration_refusal();
+    if let Some(errno) = refusal {
+        let exempt = capabilities(None).unwrap().effective.contains(CapabilitySet::IPC_LOCK);
+        assert!(errno == Errno::NOMEM && !exempt, "{errno}");
+        eprintln!("skipped in part: RLIMIT_MEMLOCK is used up");
+    }
+    refusal.is_none()
+}
+
 /// One read to its end.
 #[track_caller]
 fn read(driver: &mut Driver, file: &File, offset: u64, len: usize, buffer: Buffer) -> (u32, Buffer) {
@@ -106,11 +120,13 @@ fn r1_6_registered_and_unregistered_reads_bring_the_same_bytes() {
                     );
                 }
             }
+            if !all_pinned(&mut driver) {
+                return;
+            }
             assert_eq!((first.registered_bytes(), second.registered_bytes()), (registered, 0));
         }
         let counters = driver.counters();
         assert_eq!((counters.reads, counters.fixed_reads), (18, 9));
-        assert_eq!(driver.take_registration_refusal(), None);
     }
 }
 
@@ -265,7 +281,7 @@ fn r1_6_f35_many_reads_are_in_flight_at_once() {
             }
             assert_eq!(Class::ALL.map(|class| pool.free(class)), [100, 4, 2]);
         }
-        assert_eq!(driver.counters().fixed_reads, 3 * 106);
+        assert!(!all_pinned(&mut driver) || driver.counters().fixed_reads == 3 * 106);
     }
 }
 
@@ -286,7 +302,7 @@ fn a_driver_that_goes_ends_its_reads() {
     for pool in [&registered, &plain] {
         driver.read(Arc::clone(&read_end), 0, 4096, pool.take(Class::Large).unwrap(), Token(1)).unwrap();
     }
-    assert_eq!(registered.registered_bytes(), (4 << 10) + (1 << 20));
+    assert!(!all_pinned(&mut driver) || registered.registered_bytes() == (4 << 10) + (1 << 20));
     drop(driver);
     assert!(monotonic_now() < start + PATIENCE);
     assert_eq!(Arc::strong_count(&read_end), 1);
@@ -307,7 +323,8 @@ fn a_driver_that_goes_ends_its_reads() {
     driver.read(read_end, 0, 4096, registered.take(Class::Small).unwrap(), Token(1)).unwrap();
     let (_, buffer) = next(&mut driver);
     assert_eq!(buffer.unwrap().bytes(), b"for the next one");
-    assert_eq!((registered.registered_bytes(), driver.counters().fixed_reads), (4096, 1));
+    let fixed = (registered.registered_bytes(), driver.counters().fixed_reads);
+    assert!(!all_pinned(&mut driver) || fixed == (4096, 1), "{fixed:?}");
 }
 
 /// Goal:   the kernel does not write to a buffer any more once the driver that had it read into has gone.
@@ -360,11 +377,14 @@ fn r5_3_trimmed_buffers_can_be_used_again() {
         }
     };
     let all = (4 << 10) + (64 << 10) + (1 << 20);
+    let mut pinned = true;
     for round in 1..=3 {
         let mut content = pattern(1 << 20);
         content.iter_mut().for_each(|byte| *byte = byte.wrapping_add(round));
         read_all(&mut driver, &content);
-        assert_eq!((pool.registered_bytes(), pool.made_bytes()), (all, all));
+        pinned &= all_pinned(&mut driver);
+        assert!(!pinned || pool.registered_bytes() == all);
+        assert_eq!(pool.made_bytes(), all);
         assert_eq!(driver.trim(&pool), Ok(0), "used since the last one");
         assert_eq!(driver.trim(&pool), Ok(all));
         assert_eq!(driver.trim(&pool), Ok(0));
@@ -372,7 +392,7 @@ fn r5_3_trimmed_buffers_can_be_used_again() {
         assert_eq!(driver.trim(&other), Ok(0));
         assert_eq!(driver.trim(&other), Ok(all));
     }
-    assert_eq!(driver.counters().fixed_reads, 9);
+    assert!(!pinned || driver.counters().fixed_reads == 9);
 }
 
 /// Goal:   tokens that would be misread are refused before anything is queued, and the buffer is not lost.
