@@ -3,11 +3,19 @@
 use crate::error::{IpcError, Result};
 use crate::server::budget::BUDGET_MIN;
 use doorbell_shm::layout::LANES_MAX;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 /// Longest message unless a server is configured otherwise, bytes (R1.5).
 pub const MESSAGE_MAX: u64 = 10 << 20;
+
+/// 64 KiB staging buffers of a reactor; those of 4 KiB are [`ServerConfig::buffer_pool_size`].
+pub const STAGING_MEDIUM: u16 = 4;
+/// 1 MiB staging buffers of a reactor. They have memory only while they are used.
+pub const STAGING_LARGE: u16 = 2;
+/// Files that a reactor reads or is about to read, each with a file descriptor.
+pub const FILE_READS_MAX: usize = 32;
 
 /// How a side waits when there is nothing to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -80,6 +88,12 @@ pub struct ServerConfig {
     pub storm_patience: Duration,
     /// How often every lane is looked at whether its bell rang or not (S6).
     pub sweep_interval: Duration,
+    /// 4 KiB staging buffers of a reactor, made when first needed.
+    pub buffer_pool_size: u32,
+    /// Directories beneath which clients may have files read; none unless configured. Each is absolute.
+    pub file_roots: Vec<PathBuf>,
+    /// Longest file that is read for a client, bytes.
+    pub max_file_size: u64,
     /// How the reactor waits.
     pub policy: WaitPolicy,
     /// Reactors, each a thread with a ring of its own; 0 means one for every core that may be used.
@@ -114,6 +128,9 @@ impl Default for ServerConfig {
             spin_percent: 5,
             storm_patience: Duration::from_secs(10),
             sweep_interval: Duration::from_millis(50),
+            buffer_pool_size: 100,
+            file_roots: Vec::new(),
+            max_file_size: 10 << 20,
             policy: WaitPolicy::default(),
             reactors: 0,
             cores: Vec::new(),
@@ -127,6 +144,8 @@ impl Default for ServerConfig {
 const FDS_BESIDE_SESSIONS: u64 = 64;
 /// Connection numbers have 20 bits of index.
 const CONNECTIONS_LIMIT: u32 = 1 << 20;
+/// 4 KiB staging buffers; a ring registers 16 384 buffers at most.
+const BUFFERS_LIMIT: u32 = 10_000;
 /// Reactors of a server.
 const REACTORS_LIMIT: u32 = 1024;
 
@@ -160,6 +179,8 @@ impl ServerConfig {
         range("spin_percent", self.spin_percent.into(), 0, 100)?;
         range("storm_patience (ms)", self.storm_patience.as_millis() as u64, 1, 3_600_000)?;
         range("reactors", self.reactors.into(), 0, REACTORS_LIMIT.into())?;
+        range("buffer_pool_size", self.buffer_pool_size.into(), 1, BUFFERS_LIMIT.into())?;
+        range("max_file_size", self.max_file_size, 1, 1 << 40)?;
         range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
     }
 
@@ -219,6 +240,12 @@ mod tests {
         let config = ServerConfig { max_connections: 0, ..ServerConfig::default() };
         let error = config.check().unwrap_err().to_string();
         assert!(error.contains("max_connections is 0") && error.contains("1048576"), "{error}");
+        for (value, key) in
+            [(0, "buffer_pool_size is 0"), (10_001, "buffer_pool_size is 10001, allowed are 1 to 10000")]
+        {
+            let config = ServerConfig { buffer_pool_size: value, ..ServerConfig::default() };
+            assert!(config.check().unwrap_err().to_string().contains(key));
+        }
         assert!("poll".parse::<WaitPolicy>().unwrap_err().to_string().contains("spin or block"));
         assert_eq!("handoff".parse::<WaitPolicy>().unwrap(), WaitPolicy::default());
     }

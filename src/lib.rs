@@ -28,6 +28,6 @@ pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};
 pub use server::{
     BoundServer, BufferPool, ConnectionPool, Context, Handler, HandlerError, HandlerTable, IpcServer,
-    MakePieces, Pieces, Progress, Reply, ShutdownHandle, TABLE_LEN, check_socket_path, reactor_cores,
+    MakePieces, Pieces, Progress, Reply, ShutdownHandle, TABLE_LEN, check_socket_path, files, reactor_cores,
     wake_cost,
 };

@@ -7,6 +7,7 @@ mod connections;
 pub(crate) mod core;
 mod crew;
 mod exchange;
+pub mod files;
 mod home;
 mod lane;
 mod leases;

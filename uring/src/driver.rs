@@ -1,20 +1,28 @@
 //! The driver: operations are queued, one enter submits them and waits, completions are taken.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 
+use crate::buffers::{Buffer, Staging};
 use crate::error::{DriverError, SetupError};
 use crate::op::{Completion, Op, RawCompletion, Token};
+use crate::reads::{Read, Reads, Registration};
 use crate::ring::Ring;
 use crate::setup::Options;
+use crate::time::monotonic_now;
 
 /// How often one call is repeated while the kernel has no memory for the entries (EAGAIN, EBUSY).
 const ATTEMPTS: u32 = 16;
+
+/// How long dropping a driver waits for its reads to end. Cancelled, they end at once, unless a disk or a
+/// file server hangs.
+const READS_END_WITHIN: Duration = Duration::from_secs(1);
 
 /// Whether [`Driver::enter`] waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +53,10 @@ pub struct Counters {
     pub cancels: u64,
     /// Messages to other rings queued.
     pub messages: u64,
+    /// Reads queued.
+    pub reads: u64,
+    /// Reads among them into registered buffers.
+    pub fixed_reads: u64,
     /// Messages that the kernel refused, as far as completions have been taken.
     pub failed_messages: u64,
     /// Completions handed to the caller.
@@ -63,8 +75,9 @@ pub struct Counters {
 /// queue is full, it is submitted at once: nothing is ever dropped (F35).
 ///
 /// Dropping the driver ends all its operations without completions; its armed futex waits may
-/// absorb wakes for some milliseconds more, so ring a doorbell with `i32::MAX`, never 1. A forked child does
-/// not inherit the ring's memory and must not touch the driver.
+/// absorb wakes for some milliseconds more, so ring a doorbell with `i32::MAX`, never 1. It waits for its reads
+/// to end, at most a second; the buffers of those that do not end by then are never used again. A forked child
+/// does not inherit the ring's memory and must not touch the driver.
 ///
 /// ```compile_fail
 /// fn send<T: Send>() {}
@@ -82,6 +95,10 @@ pub struct Driver {
     /// Completions taken out of the ring to let the kernel go on. Normally empty, never allocated.
     aside: VecDeque<RawCompletion>,
     counters: Counters,
+    reads: Reads,
+    registration: Registration,
+    /// The buffer of the read whose completion was taken last.
+    landed: Option<Buffer>,
 }
 
 impl Driver {
@@ -97,7 +114,14 @@ impl Driver {
     /// [`SetupError::Refused`] with the likely cause, [`SetupError::Feature`].
     pub fn new(options: &Options) -> Result<Self, SetupError> {
         let ring = Ring::new(options)?;
-        Ok(Driver { ring, aside: VecDeque::new(), counters: Counters::default() })
+        Ok(Driver {
+            ring,
+            aside: VecDeque::new(),
+            counters: Counters::default(),
+            reads: Reads::default(),
+            registration: Registration::default(),
+            landed: None,
+        })
     }
 
     /// Waits for `word` to be rung, unless it differs from `expected` when the kernel looks. One-shot.
@@ -165,6 +189,82 @@ impl Driver {
         self.push(Op::Timeout { at, token })
     }
 
+    /// Reads from `file` at `offset` into `buffer`: at most `len` bytes, and at most what it holds.
+    ///
+    /// File and buffer are the driver's until the completion is taken; then [`take_buffer`](Self::take_buffer)
+    /// gives the buffer back. If this fails they are dropped.
+    ///
+    /// Shape:  completes with the number of bytes, 0 at the end of the file, fewer than asked for near it. A
+    ///         pipe or socket has no offset. A file opened with O_NONBLOCK may be read within the enter however
+    ///         long that takes, where its file system cannot tell in advance: clear the flag.
+    /// Cost:   a read of cached pages happens within the enter, at the price of its copy. tmpfs and what is not
+    ///         cached go to a thread of the kernel. The first read into a buffer registers it, if it is of the pool
+    ///         that this driver read into first and the kernel lets us: 7 µs for 4 KiB, 30 µs for 64 KiB, 0.5 ms
+    ///         for 1 MiB where measured, nearly all of it for pages that had to be made anyway.
+    /// Source: io_uring_enter(2), IORING_OP_READ_FIXED, IORING_OP_READ.
+    ///
+    /// # Errors
+    ///
+    /// [`DriverError::Reserved`]; [`DriverError::Os`] if a full queue cannot be submitted.
+    pub fn read(
+        &mut self,
+        file: Arc<OwnedFd>,
+        offset: u64,
+        len: usize,
+        buffer: Buffer,
+        token: Token,
+    ) -> Result<(), DriverError> {
+        checked(token)?;
+        let fixed = self.registration.number(&buffer, &self.ring);
+        let (fd, address) = (file.as_raw_fd(), buffer.address());
+        let len = len.min(buffer.class().size()) as u32;
+        let number = self.reads.begin(Read { token, buffer, _file: file });
+        let pushed = self.push(Op::Read { fd, offset, address, len, fixed, number });
+        if pushed.is_err() {
+            // The kernel has not been given it.
+            self.reads.end(number);
+            return pushed;
+        }
+        self.counters.reads += 1;
+        self.counters.fixed_reads += u64::from(fixed.is_some());
+        Ok(())
+    }
+
+    /// The buffer of the read whose completion was taken last, with [`Buffer::bytes`] being what was read.
+    ///
+    /// Not taken before the next completion is, it goes back to its pool: the completion of a read that nobody
+    /// waits for any more can be ignored.
+    pub fn take_buffer(&mut self) -> Option<Buffer> {
+        self.landed.take()
+    }
+
+    /// Why the kernel has refused to register a buffer; once, for the log. Reads go on without (F40).
+    ///
+    /// NOMEM is RLIMIT_MEMLOCK in most cases, which privileged processes do not have.
+    pub fn take_registration_refusal(&mut self) -> Option<Errno> {
+        self.registration.take_refusal()
+    }
+
+    /// Gives the memory back of every free buffer of `staging` that has not been held since the last call, and
+    /// returns how many bytes that were. To be called now and then.
+    ///
+    /// Cost:   a system call for each buffer given back, two if it is registered; else some nanoseconds a buffer.
+    ///
+    /// # Errors
+    ///
+    /// [`DriverError::Os`] if the kernel does not let go of a registered buffer, which then keeps its memory.
+    pub fn trim(&mut self, staging: &Staging) -> Result<usize, DriverError> {
+        let own = self.registration.is_of(staging);
+        staging.trim(|index| match own {
+            true => self
+                .ring
+                .unregister(index)
+                .map(|()| true)
+                .map_err(|source| DriverError::Os { call: "io_uring_register", source }),
+            false => Ok(false),
+        })
+    }
+
     /// Ends one operation called `token`, which then completes with `CANCELED`, unless it has ended
     /// already or does so meanwhile. The cancel itself never completes.
     ///
@@ -177,6 +277,7 @@ impl Driver {
     pub fn cancel(&mut self, token: Token) -> Result<(), DriverError> {
         checked(token)?;
         self.counters.cancels += 1;
+        let token = self.reads.find(token).map_or(token, Token::of_read);
         self.push(Op::Cancel { token })
     }
 
@@ -246,6 +347,7 @@ impl Driver {
     ///
     /// Cost:   some nanoseconds. The kernel's part, 60 to 260 ns, was paid by the enter.
     pub fn next_completion(&mut self) -> Option<Completion> {
+        self.landed = None;
         loop {
             let raw = self.aside.pop_front().or_else(|| self.ring.pop())?;
             match raw.token {
@@ -253,11 +355,44 @@ impl Driver {
                 Token::MESSAGE => self.counters.failed_messages += u64::from(raw.result < 0),
                 Token::CANCEL => {} // too late: the operation had ended
                 token => {
+                    let token = match token.read_number().map(|number| self.land(number, raw.result)) {
+                        None => token,
+                        Some(Some(token)) => token,
+                        Some(None) => continue,
+                    };
                     self.counters.completions += 1;
                     return Some(Completion { token, result: raw.result() });
                 }
             }
         }
+    }
+
+    /// A read has ended: its buffer is ours again. Returns what the caller called it.
+    fn land(&mut self, number: u32, result: i32) -> Option<Token> {
+        let read = self.reads.end(number);
+        debug_assert!(read.is_some(), "every read completes once");
+        let Read { token, mut buffer, .. } = read?;
+        buffer.set_filled(u32::try_from(result).unwrap_or(0));
+        self.landed = Some(buffer);
+        Some(token)
+    }
+
+    /// Cancels the reads in flight and waits for their end. What has not ended then is leaked: the kernel may write
+    /// to it at any time, even when the ring is closed.
+    fn end_reads(&mut self, patience: Duration) {
+        let numbers: Vec<u32> = self.reads.numbers().collect();
+        let deadline = monotonic_now() + patience;
+        let cancelled = numbers
+            .into_iter()
+            .try_for_each(|number| self.push(Op::Cancel { token: Token::of_read(number) }));
+        let mut goes_on = cancelled.is_ok();
+        while goes_on {
+            while self.next_completion().is_some() {}
+            let left = deadline.saturating_sub(monotonic_now());
+            goes_on =
+                !self.reads.is_empty() && !left.is_zero() && self.enter(Wait::Until(Some(left))).is_ok();
+        }
+        self.reads.leak();
     }
 
     /// Completions that the kernel lost for want of memory, since the ring was made (F36).
@@ -321,6 +456,14 @@ impl Driver {
     }
 }
 
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if !self.reads.is_empty() {
+            self.end_reads(READS_END_WITHIN);
+        }
+    }
+}
+
 /// The descriptor of the ring, for [`Driver::msg_ring`] of another driver, or to be polled.
 impl AsFd for Driver {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -343,7 +486,7 @@ fn checked(token: Token) -> Result<(), DriverError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::time::monotonic_now;
+    use crate::buffers::{Class, Counts};
 
     fn small() -> Driver {
         Driver::new(&Options { entries: 8, completion_entries: 64, restrict: true }).unwrap()
@@ -385,5 +528,23 @@ mod tests {
         let tokens: Vec<_> = std::iter::from_fn(|| driver.next_completion()).map(|c| c.token.0).collect();
         assert_eq!(tokens, [1, 2, 3]);
         assert_eq!(driver.counters().retries, 1);
+    }
+
+    /// Goal:   a buffer whose read has not ended when the driver goes is never used again, and stays mapped.
+    /// Method: a read of an empty pipe, and no patience. Whoever writes to the pipe then finds a reader, since the
+    ///         file is kept too.
+    #[test]
+    fn a_read_that_does_not_end_costs_its_buffer() {
+        let staging = Staging::new(Counts { small: 1, medium: 1, large: 0 }).unwrap();
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        let mut driver = small();
+        driver.read(Arc::new(read), 0, 100, staging.take(Class::Small).unwrap(), Token(1)).unwrap();
+        driver.enter(Wait::No).unwrap();
+        driver.end_reads(Duration::ZERO);
+        assert!(driver.reads.is_empty());
+        drop(driver);
+        assert_eq!(staging.free(Class::Small), 0);
+        assert_eq!(rustix::io::write(&write, b"late"), Ok(4));
+        drop(staging);
     }
 }

@@ -2,6 +2,7 @@
 //! timers and messages from other rings. It knows nothing of sessions or of what a word means.
 //!
 //! - [`Driver`]: the ring. Push operations, [`Driver::enter`] once, take [`Driver::next_completion`].
+//! - [`Staging`]: private buffers that [`Driver::read`] reads files into.
 //! - [`futex`]: plain futex(2), for those who never need a ring (the client library).
 //! - [`self_test`]: does this machine's io_uring *do* what [`Driver`] relies on? And if not, why?
 //!
@@ -33,11 +34,12 @@
 //!
 //! # Unsafe
 //!
-//! Five files: `ring.rs` (pushing entries, reading the kernel's flags), `peer.rs` (one socket option that
-//! no kept crate offers), `cpu.rs` (two scheduler calls, likewise), `memory.rs` (the two mappings the
-//! self-test works on) and `resident.rs` (letting go of memory that a process which mostly waits need not
-//! have).
+//! Six files: `ring.rs` (pushing entries, reading the kernel's flags), `buffers.rs` (memory that the kernel
+//! reads files into), `peer.rs` (one socket option that no kept crate offers), `cpu.rs` (two scheduler calls,
+//! likewise), `memory.rs` (the two mappings the self-test works on) and `resident.rs` (letting go of memory that
+//! a process which mostly waits need not have).
 
+mod buffers;
 mod cause;
 mod cpu;
 mod driver;
@@ -46,12 +48,14 @@ pub mod futex;
 mod memory;
 mod op;
 mod peer;
+mod reads;
 mod resident;
 mod ring;
 mod self_test;
 mod setup;
 mod time;
 
+pub use buffers::{Buffer, Class, Counts, Staging};
 pub use cause::{Cause, Host, KERNEL_MIN, futex_bug_unfixed, kernel_version};
 pub use cpu::{ask_for_short_turns, current_cpu};
 pub use driver::{Counters, Driver, Wait};

@@ -16,12 +16,27 @@ pub struct Token(pub u64);
 
 impl Token {
     /// The largest token a caller may use. Those above mark operations whose completion nobody wants
-    /// (wakes, cancels, messages), so that a failed wake is told from a cancel that came too late.
-    pub const LAST: Token = Token(u64::MAX - 3);
+    /// (wakes, cancels, messages), so that a failed wake is told from a cancel that came too late, and
+    /// reads, whose completion first has to find its buffer.
+    pub const LAST: Token = Token(Self::FIRST_READ - 1);
 
     pub(crate) const WAKE: Token = Token(u64::MAX);
     pub(crate) const CANCEL: Token = Token(u64::MAX - 1);
     pub(crate) const MESSAGE: Token = Token(u64::MAX - 2);
+
+    /// The tokens of 2^32 reads lie below those.
+    const FIRST_READ: u64 = Self::MESSAGE.0 - (1 << 32);
+
+    /// What the entry of a read carries: its number among those in flight.
+    pub(crate) fn of_read(number: u32) -> Token {
+        Token(Self::FIRST_READ + u64::from(number))
+    }
+
+    /// The number, if an entry of a read carried this.
+    #[inline]
+    pub(crate) fn read_number(self) -> Option<u32> {
+        u32::try_from(self.0.wrapping_sub(Self::FIRST_READ)).ok().filter(|_| self < Self::MESSAGE)
+    }
 
     pub(crate) fn is_reserved(self) -> bool {
         self > Token::LAST
@@ -41,6 +56,7 @@ pub struct Completion {
     /// | poll | the events, see [`Completion::events`] | BADF: not open at the enter |
     /// | timeout | never | TIME: the time has come |
     /// | message | the value sent | never |
+    /// | read | bytes read, 0 at the end of the file | as read(2) |
     /// | any, cancelled | | CANCELED |
     pub result: Result<u32, Errno>,
 }
@@ -56,12 +72,41 @@ impl Completion {
 /// look up, never read here.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Op {
-    FutexWait { word: *const AtomicU32, expected: u32, token: Token },
-    FutexWake { word: *const AtomicU32, count: u32 },
-    Poll { fd: RawFd, events: PollFlags, token: Token },
-    Timeout { at: Duration, token: Token },
-    Cancel { token: Token },
-    Message { ring: RawFd, value: i32, token_there: Token },
+    FutexWait {
+        word: *const AtomicU32,
+        expected: u32,
+        token: Token,
+    },
+    FutexWake {
+        word: *const AtomicU32,
+        count: u32,
+    },
+    Poll {
+        fd: RawFd,
+        events: PollFlags,
+        token: Token,
+    },
+    Timeout {
+        at: Duration,
+        token: Token,
+    },
+    Cancel {
+        token: Token,
+    },
+    Message {
+        ring: RawFd,
+        value: i32,
+        token_there: Token,
+    },
+    /// `number` is that of the read among those in flight, `fixed` that of a registered buffer.
+    Read {
+        fd: RawFd,
+        offset: u64,
+        address: *mut u8,
+        len: u32,
+        fixed: Option<u16>,
+        number: u32,
+    },
 }
 
 /// A completion as the ring holds it.
@@ -90,6 +135,13 @@ mod tests {
             assert!(internal.is_reserved());
         }
         assert!(Token(Token::LAST.0 + 1).is_reserved());
+        for number in [0, 1, u32::MAX] {
+            assert!(Token::of_read(number).is_reserved());
+            assert_eq!(Token::of_read(number).read_number(), Some(number));
+        }
+        for other in [Token(0), Token::LAST, Token::WAKE, Token::CANCEL, Token::MESSAGE] {
+            assert_eq!(other.read_number(), None);
+        }
     }
 
     /// Goal:   negative results are errors by their number, the rest are values.

@@ -2,13 +2,16 @@
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr;
 use std::time::Duration;
 
 use io_uring::squeue::{Entry, Flags};
 use io_uring::types::{Fd, SubmitArgs, TimeoutFlags, Timespec};
 use io_uring::{CompletionStatus, EnterFlags, IoUring, opcode};
+use libc::iovec;
 use rustix::io::Errno;
 
+use crate::buffers::Buffer;
 use crate::error::{SetupError, errno_of};
 use crate::op::{Op, RawCompletion, Token};
 use crate::setup::{self, Options};
@@ -62,6 +65,10 @@ impl Ring {
         // - Poll, Message: plain numbers. A descriptor closed before the enter gives EBADF or names
         //   another file; the kernel holds its own reference from then on.
         // - Cancel: a plain number.
+        // - Read: the memory is that of a `Buffer`, at least `len` bytes of a mapping. The driver holds the
+        //   buffer until the completion has been taken, or forgets it, and its mapping with it, if there is
+        //   none in the end. So it stays mapped, and nobody has a reference to it while the kernel writes.
+        //   The driver also holds the file.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         debug_assert!(pushed.is_ok(), "there was room");
         pushed.is_ok()
@@ -95,7 +102,40 @@ impl Ring {
                 let entry = opcode::MsgRingData::new(Fd(ring), value, token_there.0, None).build();
                 silent(entry, Token::MESSAGE)
             }
+            Op::Read { fd, offset, address, len, fixed, number } => {
+                let fd = Fd(fd);
+                let entry = match fixed {
+                    Some(index) => opcode::ReadFixed::new(fd, address, len, index).offset(offset).build(),
+                    None => opcode::Read::new(fd, address, len).offset(offset).build(),
+                };
+                entry.user_data(Token::of_read(number).0)
+            }
         }
+    }
+
+    /// Makes room for so many registered buffers. Pins nothing.
+    pub(crate) fn register_table(&self, buffers: u32) -> Result<(), Errno> {
+        self.ring.submitter().register_buffers_sparse(buffers).map_err(|error| errno_of(&error))
+    }
+
+    /// Registers `buffer` under its own number: makes all its pages and pins them.
+    pub(crate) fn register(&self, buffer: &Buffer) -> Result<(), Errno> {
+        let iov = iovec { iov_base: buffer.address().cast(), iov_len: buffer.class().size() };
+        self.update_buffer(buffer.index(), iov)
+    }
+
+    /// Lets go of the buffer of this number. No read of it may be in flight, or it would keep its pages pinned.
+    pub(crate) fn unregister(&self, index: u16) -> Result<(), Errno> {
+        self.update_buffer(index, iovec { iov_base: ptr::null_mut(), iov_len: 0 })
+    }
+
+    fn update_buffer(&self, index: u16, iov: iovec) -> Result<(), Errno> {
+        // SAFETY: "valid until buffers are unregistered or the ring destroyed":
+        // - The kernel takes a reference to each page now. Should the mapping go before the registration does, the
+        //   pages are the kernel's alone, and what it writes to them is seen by nobody.
+        // - A null address of length 0 empties the place.
+        let updated = unsafe { self.ring.submitter().register_buffers_update(index.into(), &[iov], None) };
+        updated.map_err(|error| errno_of(&error))
     }
 
     /// Submits all there is and runs what the kernel has put off, without waiting.

@@ -26,7 +26,7 @@ pub struct Options {
     /// is lost when it does, but each then costs it an allocation. 4096 serve 2000 connections.
     pub completion_entries: u32,
     /// Lets the ring refuse every operation but those of [`Driver`](crate::Driver), for good. Costs
-    /// about 5 ns per operation; what it buys: a bug that corrupts an entry cannot open files.
+    /// about 5 ns per operation; what it buys: a bug that corrupts an entry cannot open or write files.
     pub restrict: bool,
 }
 
@@ -71,9 +71,17 @@ fn refused(step: Step, error: &std::io::Error) -> SetupError {
     SetupError::refused(step, errno_of(error), Host::read())
 }
 
-/// The operations that `ring.rs` can build, and the one flag it sets.
-fn allowed() -> [Restriction; 7] {
+/// IORING_REGISTER_BUFFERS2 and IORING_REGISTER_BUFFERS_UPDATE, which the crate keeps to itself.
+const REGISTER_BUFFERS2: u8 = 15;
+const REGISTER_BUFFERS_UPDATE: u8 = 16;
+
+/// The operations that `ring.rs` can build, the one flag it sets, and the registrations it asks for.
+fn allowed() -> [Restriction; 11] {
     [
+        Restriction::register_op(REGISTER_BUFFERS2),
+        Restriction::register_op(REGISTER_BUFFERS_UPDATE),
+        Restriction::sqe_op(opcode::Read::CODE),
+        Restriction::sqe_op(opcode::ReadFixed::CODE),
         Restriction::sqe_op(opcode::FutexWait::CODE),
         Restriction::sqe_op(opcode::FutexWake::CODE),
         Restriction::sqe_op(opcode::PollAdd::CODE),

@@ -139,9 +139,10 @@ fn seal(memory: &mut Option<OwnedFd>) -> Tried {
 fn segment(_: &mut Option<OwnedFd>) -> Tried {
     let identity = Identity { epoch: 1, session: [2, 3] };
     let (geometry, lanes) = (Geometry::default(), 2);
-    let attached = Segment::create(geometry, lanes, identity).and_then(|(segment, fd)| {
+    let attached = Segment::create(geometry, lanes, identity).and_then(|segment| {
         segment.grant_lane(1)?;
-        Segment::attach(fd.as_fd(), geometry, lanes, identity)
+        let memory = segment.memory().expect("a segment that was created has its memfd");
+        Segment::attach(memory, geometry, lanes, identity)
     });
     match attached {
         Ok(_) => Tried::Works,

@@ -98,7 +98,7 @@ fn median(connection: &Connection<'_>, calls: usize, pause: Duration) -> Result<
         let began = Instant::now();
         let answer = connection.call_with(MessageType::ECHO, &request, &options, |answer| answer.to_vec());
         let ns = began.elapsed().as_nanos() as u64;
-        if answer.map_err(|error| error.to_string())? != request {
+        if answer.and_then(|answer| answer).map_err(|error| error.to_string())? != request {
             return Err(format!("the answer to call {number} differs from its request"));
         }
         took.push(ns);
