@@ -3,8 +3,9 @@
 
 mod common;
 
-use common::{TestServer, client};
-use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, WaitPolicy};
+use common::{AT_MOST, BREAKS, Bystander, EARLY, FLOOD, LENGTH, STUCK, TestServer, client, eventually};
+use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy};
+use std::time::Duration;
 
 const ALL: [WaitPolicy; 3] = [WaitPolicy::Block, WaitPolicy::Spin, WaitPolicy::Handoff];
 
@@ -67,4 +68,328 @@ fn r1_5_the_longest_message_passes_and_one_byte_more_is_refused() {
     longest.pop();
     assert!(connection.call(MessageType::ECHO, &longest).unwrap() == longest);
     assert_eq!(connection.call(MessageType::ECHO, b"short").unwrap(), b"short");
+}
+
+/// The next answer, or frame of one.
+fn next(client: &IpcClient) -> doorbell::Answer<'_> {
+    loop {
+        // Room to send more ends a wait, too.
+        assert!(client.wait(Some(Duration::from_secs(30))).unwrap(), "no answer within 30 s");
+        if let Some(answer) = client.poll().unwrap() {
+            return answer;
+        }
+    }
+}
+
+/// Goal:   R1.5, R1.9: a request of unknown length is sent piece by piece, its answer comes frame by frame, in order and
+///         with an end; nobody is given more room than there is.
+/// Method: a body of 300 kB in odd pieces while frames of its echo are taken; sessions with and without leases.
+#[test]
+fn r1_5_r1_9_a_body_of_unknown_length_streams_both_ways() {
+    for policy in ALL {
+        let server = TestServer::start(policy);
+        for config in configs(policy) {
+            let client = IpcClient::connect_with(server.path(), &config).unwrap();
+            let connection = client.open().unwrap();
+            let request = body(300_007, 5);
+            let options = CallOptions { pieces: true, tag: 9, ..CallOptions::default() };
+            let call = connection.start(MessageType::ECHO, None, &options).unwrap();
+            let (mut sent, mut answer, mut ended) = (0, Vec::new(), false);
+            while !ended {
+                if sent < request.len() {
+                    let end = request.len().min(sent + 777);
+                    sent += client.send(call, &request[sent..end]).unwrap();
+                    if sent == request.len() {
+                        client.finish(call).unwrap();
+                        assert!(matches!(client.send(call, b"more"), Err(IpcError::BodyFinished)));
+                    }
+                }
+                client.flush().unwrap();
+                while let Some(frame) = client.poll().unwrap() {
+                    assert_eq!((frame.tag(), frame.id()), (9, call));
+                    frame.result().unwrap();
+                    answer.extend(frame.to_vec().unwrap());
+                    ended = frame.is_last();
+                }
+            }
+            assert!(answer == request, "{policy:?}");
+            assert!(matches!(client.send(call, b"late"), Err(IpcError::NoSuchCall)));
+            assert_eq!(client.in_flight(), 0);
+        }
+    }
+}
+
+/// Goal:   a body whose length was announced is exactly that long: more or less is an error of the sender's, and nothing
+///         wrong is sent.
+#[test]
+fn a_body_is_as_long_as_it_was_announced() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let client = client(server.path(), WaitPolicy::Block);
+    let connection = client.open().unwrap();
+    let call = connection.start(MessageType::ECHO, Some(5), &CallOptions::default()).unwrap();
+    eventually("there is room", || client.send(call, b"123").unwrap() == 3);
+    let short = client.finish(call).unwrap_err();
+    assert!(matches!(short, IpcError::BodyLength { announced: 5, sent: 3 }), "{short}");
+    let mut long = Ok(0);
+    eventually("the rest has gone", || {
+        long = client.send(call, b"45678");
+        !matches!(long, Ok(0))
+    });
+    assert_eq!(long.unwrap(), 2, "no more than was announced");
+    assert_eq!(next(&client).to_vec().unwrap(), b"12345");
+    assert_eq!(connection.call(MessageType::ECHO, b"on").unwrap(), b"on");
+}
+
+/// Goal:   DESIGN §3: long bodies of many connections interleave, through one session and through several, and each
+///         comes back right.
+/// Method: 12 bodies of different lengths at once from one client, three such clients on threads of their own.
+#[test]
+fn many_bodies_at_once_come_back_each_to_its_own() {
+    for policy in ALL {
+        let server = TestServer::start_with(ServerConfig { policy, ..ServerConfig::default() });
+        std::thread::scope(|scope| {
+            for thread in 0..3u64 {
+                let path = server.path();
+                scope.spawn(move || {
+                    let config = ClientConfig { policy, small_slots: 32, ..ClientConfig::default() };
+                    let client = IpcClient::connect_with(path, &config).unwrap();
+                    let connections: Vec<_> = (0..12).map(|_| client.open().unwrap()).collect();
+                    let request = |tag: u64| body(20_000 + 9_973 * tag as usize, tag * 3 + thread);
+                    for (tag, connection) in connections.iter().enumerate() {
+                        let options = CallOptions { tag: tag as u64, ..CallOptions::default() };
+                        connection.submit(MessageType::ECHO, &request(tag as u64), &options).unwrap();
+                    }
+                    for _ in 0..12 {
+                        let answer = next(&client);
+                        assert!(answer.to_vec().unwrap() == request(answer.tag()));
+                    }
+                    assert_eq!(client.in_flight(), 0);
+                });
+            }
+        });
+    }
+}
+
+/// Goal:   trap 5, R2.6: a call is cancelled in mid-body although rings and windows are full, is answered once, and its
+///         slots can be used again.
+/// Method: a body sent as far as there is room while its answer is not taken, so that everything stands still; cancel.
+#[test]
+fn r2_6_trap5_a_call_is_cancelled_in_mid_body_when_everything_is_full() {
+    for policy in ALL {
+        let server = TestServer::start(policy);
+        for config in configs(policy) {
+            let client = IpcClient::connect_with(server.path(), &config).unwrap();
+            let connection = client.open().unwrap();
+            for round in 0..5u64 {
+                let options = CallOptions { pieces: true, tag: round, ..CallOptions::default() };
+                let call = connection.start(MessageType::ECHO, Some(5 << 20), &options).unwrap();
+                let piece = body(10_000, round);
+                let mut stuck = 0;
+                eventually("nothing goes any more", || {
+                    let sent = client.send(call, &piece).unwrap();
+                    client.flush().unwrap();
+                    stuck = if sent == 0 { stuck + 1 } else { 0 };
+                    stuck > 2000
+                });
+                client.cancel(call);
+                client.flush().unwrap();
+                let end = loop {
+                    let frame = next(&client);
+                    if frame.is_last() {
+                        break frame.result();
+                    }
+                };
+                assert!(matches!(end, Err(IpcError::Cancelled)), "{end:?}");
+                let request = body(40_000, round);
+                assert!(connection.call(MessageType::ECHO, &request).unwrap() == request);
+                assert_eq!(client.in_flight(), 0);
+            }
+        }
+    }
+}
+
+/// Goal:   R1.9: a reader that stops, stops its own answer alone.
+/// Method: an answer of 2 MiB of which nothing is taken; calls on the same session and another go on; then it is taken.
+#[test]
+fn r1_9_a_reader_that_stops_stops_nobody_else() {
+    for policy in ALL {
+        let server = TestServer::start(policy);
+        let bystander = Bystander::new(server.path());
+        let client =
+            IpcClient::connect_with(server.path(), &ClientConfig { policy, ..ClientConfig::default() })
+                .unwrap();
+        let (slow, quick) = (client.open().unwrap(), client.open().unwrap());
+        let options = CallOptions { pieces: true, tag: 1, reply_capacity: 2 << 20, ..CallOptions::default() };
+        slow.submit(FLOOD, b"", &options).unwrap();
+        for i in 0..200u32 {
+            assert_eq!(quick.call(MessageType::ECHO, &i.to_le_bytes()).unwrap(), i.to_le_bytes());
+        }
+        bystander.check("a reader that stopped");
+        let mut len = 0;
+        loop {
+            let frame = next(&client);
+            assert_eq!(frame.tag(), 1);
+            assert!(frame.to_vec().unwrap().iter().all(|byte| *byte == 7));
+            len += frame.len();
+            if frame.is_last() {
+                break;
+            }
+        }
+        assert_eq!(len, 2 << 20);
+    }
+}
+
+/// Goal:   F58: a long call that its caller gives up is cancelled, and nothing of it meets a later one.
+/// Method: time-outs from nothing to enough, then a good call each time.
+#[test]
+fn f58_a_long_call_that_timed_out_leaves_nothing_behind() {
+    let server = TestServer::start(WaitPolicy::Handoff);
+    for config in configs(WaitPolicy::Handoff) {
+        let client = IpcClient::connect_with(server.path(), &config).unwrap();
+        let connection = client.open().unwrap();
+        for round in 0..40u64 {
+            let request = body(200_000, round);
+            let timeout = Some(Duration::from_micros(round * 20));
+            let options = CallOptions { timeout, ..CallOptions::default() };
+            match connection.call_with(MessageType::ECHO, &request, &options, |answer| answer.to_vec()) {
+                Ok(answer) => assert!(answer.unwrap() == request),
+                Err(error) => assert!(matches!(error, IpcError::Timeout), "{error}"),
+            }
+            let request = body(30_000, round + 1000);
+            assert!(connection.call(MessageType::ECHO, &request).unwrap() == request);
+        }
+        eventually("all slots are back", || {
+            client.poll().unwrap().map(drop);
+            client.in_flight() == 0
+        });
+    }
+}
+
+/// Goal:   a small call does not wait behind a long one that waits for memory to be put together in; the long ones get
+///         it one after the other.
+/// Method: a server with room for one body at a time; one is begun and not finished, another one waits behind it,
+///         small calls pass both.
+#[test]
+fn s7_a_small_call_passes_long_ones_that_wait_for_memory() {
+    let config = ServerConfig { reactors: 1, body_memory: 1 << 20, ..ServerConfig::default() };
+    let server = TestServer::start_with(config);
+    let clients = [(); 2].map(|()| client(server.path(), WaitPolicy::Block));
+    let [first, second] = &clients;
+    let connections = [first.open().unwrap(), second.open().unwrap()];
+    let len = 1 << 20;
+    let request = body(len, 1);
+    let options = CallOptions::default();
+    let begun = connections[0].start(LENGTH, Some(len as u64), &options).unwrap();
+    let mut sent = 0;
+    eventually("half of it has gone", || {
+        sent += first.send(begun, &request[sent..len / 2]).unwrap();
+        first.flush().unwrap();
+        sent == len / 2
+    });
+    let waits = connections[1].start(LENGTH, Some(len as u64), &options).unwrap();
+    eventually("the other one waits", || {
+        second.send(waits, &request[..1]).unwrap();
+        second.flush().unwrap();
+        common::stat(&connections[0], "bodies_waited") > 0
+    });
+    for connection in &connections {
+        assert_eq!(connection.call(MessageType::ECHO, b"small").unwrap(), b"small");
+    }
+    // The one that does nothing with its memory while another waits for it is ended.
+    let end = next(first).result();
+    assert!(matches!(end, Err(IpcError::MemoryTakenBack)), "{end:?}");
+    second.cancel(waits);
+    let end = next(second).result();
+    assert!(matches!(end, Err(IpcError::Cancelled)), "{end:?}");
+    let answer = connections[1].call(LENGTH, &request).unwrap();
+    assert_eq!(answer, (len as u64).to_le_bytes());
+}
+
+/// Goal:   a handler for whole bodies gets them whole and is asked for no longer ones than it takes; failures of both
+///         kinds of handlers are answered and the connection goes on (R3.2).
+#[test]
+fn r3_2_long_bodies_meet_every_kind_of_handler() {
+    for policy in ALL {
+        let server = TestServer::start(policy);
+        let client = client(server.path(), policy);
+        let connection = client.open().unwrap();
+        for len in [100_000, 1 << 20] {
+            let request = body(len, 3);
+            assert_eq!(connection.call(LENGTH, &request).unwrap(), (len as u64).to_le_bytes());
+            let refused = connection.call(common::REFUSE, &request).unwrap_err();
+            assert!(
+                matches!(&refused, IpcError::Decode(why) if *why == format!("{len} bytes make no sense"))
+            );
+            assert!(matches!(connection.call(common::PANIC, &request), Err(IpcError::HandlerPanic)));
+            assert!(matches!(
+                connection.call(MessageType(99), &request),
+                Err(IpcError::UnknownMessageType(_))
+            ));
+            let short = connection.call(AT_MOST, &request);
+            assert!(matches!(short, Err(IpcError::MessageTooLarge(65_536))), "{short:?}");
+            let stuck = connection.call(STUCK, &request).unwrap_err();
+            assert!(
+                matches!(&stuck, IpcError::Handler(why) if why.contains("neither took nor wrote")),
+                "{stuck}"
+            );
+            let early = connection.call(EARLY, &request).unwrap();
+            assert_eq!(early, b"enough");
+            assert!(matches!(connection.call(BREAKS, &request), Err(IpcError::HandlerPanic)));
+            assert_eq!(connection.call(MessageType::ECHO, b"on").unwrap(), b"on");
+        }
+        assert_eq!(connection.call(AT_MOST, &body(65_536, 1)).unwrap(), 65_536u64.to_le_bytes());
+        assert_eq!(client.in_flight(), 0);
+    }
+}
+
+/// Goal:   R5.3: leases that nobody uses any more go back to the server, and its memory to the kernel.
+/// Method: a long call; then nothing, until the counter of leased bytes is zero.
+#[test]
+fn r5_3_f59_unused_leases_go_back() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let watcher = client(server.path(), WaitPolicy::Block);
+    let watched = watcher.open().unwrap();
+    let client = IpcClient::connect(server.path()).unwrap();
+    let connection = client.open().unwrap();
+    let before = client.shared_bytes().unwrap();
+    let request = body(1 << 20, 1);
+    for _ in 0..3 {
+        assert!(connection.call(MessageType::ECHO, &request).unwrap() == request);
+        assert!(common::stat(&watched, "leased_bytes") > 0 && client.shared_bytes().unwrap() > before);
+        eventually("the leases have gone", || common::stat(&watched, "leased_bytes") == 0);
+        assert_eq!(client.shared_bytes().unwrap(), before);
+    }
+}
+
+/// Goal:   R1.9, DESIGN §5: where the budget is used up a session still gets on with its own slots; its caller sees that
+///         it waits, and gets leases once there is memory.
+/// Method: a budget that one session's slots use up but for less than a lease; long calls of another; then the first
+///         goes.
+#[test]
+fn r1_9_without_memory_to_lease_calls_go_on_in_base_slots() {
+    let server = TestServer::start_with(ServerConfig { reactors: 1, ..ServerConfig::default() });
+    let client = IpcClient::connect(server.path()).unwrap();
+    let connection = client.open().unwrap();
+    let greedy = |pages| ClientConfig { medium_slots: pages, lease_pages: 0, ..ClientConfig::default() };
+    let mut held = Vec::new();
+    let mut pages = 256;
+    while pages > 0 {
+        match IpcClient::connect_with(server.path(), &greedy(pages)) {
+            Ok(client) => held.push(client),
+            Err(IpcError::NoMemory { .. }) => pages /= 2,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert_eq!(client.waits_for_memory(), None);
+    for seed in 0..3 {
+        let request = body(100_000, seed);
+        assert!(connection.call(MessageType::ECHO, &request).unwrap() == request);
+        assert!(client.waits_for_memory().is_some(), "the lease was not to be had");
+    }
+    drop(held);
+    eventually("a lease has come", || {
+        let request = body(50_000, 7);
+        assert!(connection.call(MessageType::ECHO, &request).unwrap() == request);
+        client.waits_for_memory().is_none()
+    });
 }

@@ -105,6 +105,8 @@ pub(super) struct Body {
     /// Nobody waits for it.
     orphaned: bool,
     cancelled: bool,
+    /// It has got room, and its caller may not know.
+    has_news: bool,
 }
 
 /// The calls of several frames of a session.
@@ -129,6 +131,22 @@ impl Bodies {
     #[inline(always)]
     pub fn are_active(&self) -> bool {
         !self.sending.is_empty() || !self.queued.is_empty()
+    }
+
+    /// Whether there are any.
+    pub fn exist(&self) -> bool {
+        self.all.iter().any(Option::is_some)
+    }
+
+    /// Whether a caller can send more of a request than when this was last asked.
+    pub fn take_news(&mut self) -> bool {
+        let mut news = false;
+        for index in &self.sending {
+            if let Some(body) = self.all[*index as usize].as_deref_mut() {
+                news |= std::mem::take(&mut body.has_news);
+            }
+        }
+        news
     }
 
     fn get(&mut self, index: u32) -> Option<&mut Body> {
@@ -590,6 +608,7 @@ impl Body {
             lost: false,
             orphaned: false,
             cancelled: false,
+            has_news: false,
         }
     }
 
@@ -631,6 +650,7 @@ impl Body {
         }
         self.stage = Stage::Begun;
         self.finished = empty;
+        self.has_news = self.owned.is_none() && !self.finishing && !self.cancelled;
         self.answers = Some(answers);
         self.untaken.push_back(self.name.slot);
         if let Some(window) = requests {
@@ -666,6 +686,7 @@ impl Body {
                 self.free.push_back(slot);
             }
         }
+        self.has_news |= newly > 0 && self.owned.is_none() && !self.finishing && !self.cancelled;
         self.taken = taken;
         Ok(())
     }

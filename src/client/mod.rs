@@ -223,7 +223,18 @@ impl IpcClient {
                 writer.write(&bytes[sent..sent + written])
             };
             if !self.session.borrow_mut().send_piece(call, write)? {
-                break;
+                if sent > 0 {
+                    break;
+                }
+                // Whatever gives room has to come first, and has to be asked for.
+                let mut session = self.session.borrow_mut();
+                session.stash()?;
+                session.flush()?;
+                drop(session);
+                if !self.session.borrow_mut().send_piece(call, |_| Ok(()))? {
+                    break;
+                }
+                continue;
             }
             if written == 0 {
                 let announced = sent as u64;
@@ -289,14 +300,11 @@ impl IpcClient {
                 }
                 session.keep(next);
             }
-            if session.body_has_room() {
+            if session.bodies.take_news() {
                 return Ok(None);
             }
             if !session.wait_for_completion(deadline)? {
                 return Err(IpcError::Timeout);
-            }
-            if session.body_has_room() {
-                return Ok(None);
             }
         }
     }

@@ -407,6 +407,12 @@ impl Session {
         }
     }
 
+    /// Whether there are calls whose completions are not all answers.
+    #[inline(always)]
+    pub fn has_inner_calls(&self) -> bool {
+        self.bodies.exist() || self.lanes().any(|lane| lane.calls_in_flight() != lane.in_flight)
+    }
+
     /// Since when some lane waits for memory.
     pub fn waits_for_memory_since(&self) -> Option<Instant> {
         self.lanes().filter_map(Lane::waits_since).min()

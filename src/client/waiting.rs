@@ -46,11 +46,29 @@ const LANE_TIMEOUT: Duration = Duration::from_millis(100);
 impl Session {
     /// Waits until an answer can be taken; `false` when the deadline came first.
     pub fn wait(&mut self, deadline: Option<Instant>) -> Result<bool> {
+        if self.has_inner_calls() {
+            return self.wait_for_answer(deadline);
+        }
         if self.has_kept() || self.is_ready() {
             self.flush()?;
             return Ok(true);
         }
         self.wait_for_completion(deadline)
+    }
+
+    /// The same where not every completion is an answer: frames, leases.
+    #[cold]
+    fn wait_for_answer(&mut self, deadline: Option<Instant>) -> Result<bool> {
+        loop {
+            self.stash()?;
+            if self.has_kept() || self.bodies.take_news() {
+                self.flush()?;
+                return Ok(true);
+            }
+            if !self.wait_for_completion(deadline)? {
+                return Ok(false);
+            }
+        }
     }
 
     /// Waits until a completion is in a ring or the session is over; `false` when the deadline came first.

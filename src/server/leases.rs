@@ -166,3 +166,198 @@ impl SessionLane {
         self.lane().leases.granted().iter().any(|lease| lease.epoch != epoch)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! A model of who waits for whom, searched completely: sessions that each have calls to make and share less memory
+    //! to lease than they want, any of which but the first may stop for ever at any moment.
+
+    use std::collections::{HashMap, VecDeque};
+
+    const SESSIONS: usize = 3;
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+    enum Call {
+        /// None is under way; so many are left.
+        None,
+        /// It has its name and has not begun.
+        Queued,
+        OnBase,
+        OnLease,
+    }
+
+    #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+    struct Session {
+        left: u8,
+        call: Call,
+        has_lease: bool,
+        is_void: bool,
+        wishes: bool,
+        stopped: bool,
+    }
+
+    #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+    struct World {
+        sessions: [Session; SESSIONS],
+        /// Who waits for a lease, first come first served.
+        wishes: Vec<u8>,
+    }
+
+    /// The rules that can be left out, to see that the model needs them.
+    #[derive(Debug, Clone, Copy)]
+    struct Rules {
+        memory: usize,
+        begins_on_base: bool,
+        voids: bool,
+        forces: bool,
+    }
+
+    const ALL: Rules = Rules { memory: 1, begins_on_base: true, voids: true, forces: true };
+
+    impl World {
+        fn new(calls: u8) -> Self {
+            let session = Session {
+                left: calls,
+                call: Call::None,
+                has_lease: false,
+                is_void: false,
+                wishes: false,
+                stopped: false,
+            };
+            Self { sessions: [(); SESSIONS].map(|()| session.clone()), wishes: Vec::new() }
+        }
+
+        fn others_wait(&self, session: usize) -> bool {
+            self.wishes.iter().any(|other| usize::from(*other) != session)
+        }
+
+        /// What can happen next; sessions stop only if `stops`.
+        fn next(&self, rules: Rules, stops: bool) -> Vec<World> {
+            let mut next = Vec::new();
+            let mut can = |change: &dyn Fn(&mut World)| {
+                let mut world = self.clone();
+                change(&mut world);
+                next.push(world);
+            };
+            for i in 0..SESSIONS {
+                let s = &self.sessions[i];
+                if !s.stopped {
+                    self.client(i, rules, &mut can);
+                    if stops && i > 0 {
+                        can(&|w| w.sessions[i].stopped = true);
+                    }
+                }
+                if rules.voids && s.has_lease && self.others_wait(i) {
+                    // Void from now on; gone at once if it is not in use.
+                    can(&|w| {
+                        w.sessions[i].is_void = true;
+                        w.sessions[i].has_lease = w.sessions[i].call == Call::OnLease;
+                    });
+                    if rules.forces && s.stopped && s.is_void && s.call == Call::OnLease {
+                        can(&|w| {
+                            (w.sessions[i].has_lease, w.sessions[i].call) = (false, Call::None);
+                        });
+                    }
+                }
+            }
+            let leased = self.sessions.iter().filter(|s| s.has_lease).count();
+            if let Some(first) = self.wishes.first().copied()
+                && leased < rules.memory
+                && !self.sessions[usize::from(first)].has_lease
+            {
+                can(&|w| {
+                    w.wishes.remove(0);
+                    let s = &mut w.sessions[usize::from(first)];
+                    (s.wishes, s.has_lease, s.is_void) = (false, true, false);
+                });
+            }
+            next
+        }
+
+        fn client(&self, i: usize, rules: Rules, can: &mut impl FnMut(&dyn Fn(&mut World))) {
+            let s = &self.sessions[i];
+            match s.call {
+                Call::None if s.left > 0 => can(&|w| w.sessions[i].call = Call::Queued),
+                Call::None => {}
+                Call::Queued => {
+                    if s.has_lease && !s.is_void {
+                        can(&|w| w.sessions[i].call = Call::OnLease);
+                    } else if !s.wishes && !s.has_lease {
+                        can(&|w| {
+                            w.sessions[i].wishes = true;
+                            w.wishes.push(i as u8);
+                        });
+                    }
+                    if rules.begins_on_base {
+                        can(&|w| w.sessions[i].call = Call::OnBase);
+                    }
+                }
+                Call::OnBase | Call::OnLease => can(&|w| {
+                    (w.sessions[i].call, w.sessions[i].left) = (Call::None, w.sessions[i].left - 1);
+                }),
+            }
+            if s.has_lease && s.is_void && s.call != Call::OnLease {
+                can(&|w| w.sessions[i].has_lease = false);
+            }
+        }
+    }
+
+    /// All worlds that can come about, and which of them can still come to one that is `good`, without anybody stopping
+    /// on the way and without those that have stopped.
+    fn stuck(rules: Rules, needs: impl Fn(&World) -> bool, good: impl Fn(&World) -> bool) -> (usize, usize) {
+        let mut index: HashMap<World, usize> = HashMap::new();
+        let mut worlds = Vec::new();
+        let mut queue = VecDeque::from([World::new(1)]);
+        while let Some(world) = queue.pop_front() {
+            if !index.contains_key(&world) {
+                index.insert(world.clone(), worlds.len());
+                queue.extend(world.next(rules, true));
+                worlds.push(world);
+            }
+        }
+        let mut before: Vec<Vec<usize>> = vec![Vec::new(); worlds.len()];
+        for (from, world) in worlds.iter().enumerate() {
+            for next in world.next(rules, false) {
+                before[index[&next]].push(from);
+            }
+        }
+        let mut reaches = vec![false; worlds.len()];
+        let mut queue: VecDeque<usize> = (0..worlds.len()).filter(|i| good(&worlds[*i])).collect();
+        while let Some(world) = queue.pop_front() {
+            if !std::mem::replace(&mut reaches[world], true) {
+                queue.extend(&before[world]);
+            }
+        }
+        let stuck = (0..worlds.len()).filter(|i| needs(&worlds[*i]) && !reaches[*i]).count();
+        (worlds.len(), stuck)
+    }
+
+    /// Goal:   P3, F59: whoever has not stopped can always end all of its calls, and gets every lease that it waits for,
+    ///         whatever the others do or fail to do.
+    /// Method: all states of three sessions with a call each and memory for one or two leases; from each of them there
+    ///         must be a way. Without the rules there must be states from which there is none.
+    #[test]
+    fn p3_f59_nobody_waits_in_a_circle() {
+        let runs = |_: &World| true;
+        let ended = |w: &World| w.sessions[0].left == 0;
+        let waits = |w: &World| w.sessions[0].wishes;
+        let granted = |w: &World| !w.sessions[0].wishes;
+        for memory in [1, 2] {
+            let rules = Rules { memory, ..ALL };
+            let (all, stuck_calls) = stuck(rules, runs, ended);
+            assert!(all > 1000, "{all} states");
+            assert_eq!(stuck_calls, 0, "of {all}, memory {memory}");
+            assert_eq!(stuck(rules, waits, granted).1, 0, "of {all}, memory {memory}");
+            // Leases alone would do, too, as long as they are taken from those who stop.
+            assert_eq!(stuck(Rules { begins_on_base: false, ..rules }, runs, ended).1, 0);
+            assert!(stuck(Rules { forces: false, ..rules }, waits, granted).1 > 0);
+            assert!(stuck(Rules { voids: false, ..rules }, waits, granted).1 > 0);
+            assert!(stuck(Rules { forces: false, begins_on_base: false, ..rules }, runs, ended).1 > 0);
+            assert_eq!(
+                stuck(Rules { forces: false, voids: false, ..rules }, runs, ended).1,
+                0,
+                "base slots do"
+            );
+        }
+    }
+}

@@ -7,7 +7,7 @@ pub mod raw;
 
 use doorbell::{
     ClientConfig, Connection, Context, HandlerError, HandlerTable, IpcClient, IpcServer, MessageType,
-    Metrics, Reply, ServerConfig, ShutdownHandle, WaitPolicy,
+    Metrics, Pieces, Progress, Reply, ServerConfig, ShutdownHandle, WaitPolicy,
 };
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,6 +25,17 @@ pub const COUNT: MessageType = MessageType(259);
 pub const GATE: MessageType = MessageType(260);
 /// Reads its request twice, with the gate in between, and answers whether both were the same.
 pub const READ_TWICE: MessageType = MessageType(261);
+
+/// Answers with the length of its body, which it wants whole.
+pub const LENGTH: MessageType = MessageType(262);
+/// The same, of at most 64 KiB.
+pub const AT_MOST: MessageType = MessageType(263);
+/// Takes its body piece by piece, and stops to after the first.
+pub const STUCK: MessageType = MessageType(264);
+/// Takes its body piece by piece, and has enough of it after the third.
+pub const EARLY: MessageType = MessageType(265);
+/// Takes its body piece by piece, and panics at the third.
+pub const BREAKS: MessageType = MessageType(266);
 
 #[derive(Debug, Default)]
 pub struct State {
@@ -76,7 +87,50 @@ fn read_twice(
     reply.write(&[u8::from(first == request)])
 }
 
+fn length(_: &Context<'_, Shared>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
+    reply.write(&(request.len() as u64).to_le_bytes())
+}
+
+/// Does so many pieces of work, and then what it is for.
+struct After(u32, fn(&mut Reply<'_>) -> Result<Progress, HandlerError>);
+
+impl Pieces<Shared> for After {
+    fn take(
+        &mut self,
+        _: &Context<'_, Shared>,
+        bytes: &[u8],
+        _: bool,
+        reply: &mut Reply<'_>,
+    ) -> Result<Progress, HandlerError> {
+        if self.0 == 0 {
+            return (self.1)(reply);
+        }
+        self.0 -= 1;
+        Ok(Progress::Took(bytes.len()))
+    }
+}
+
+type Made = Result<Box<dyn Pieces<Shared>>, HandlerError>;
+
+fn stuck(_: &Context<'_, Shared>, _: Option<u64>) -> Made {
+    Ok(Box::new(After(1, |_| Ok(Progress::Took(0)))))
+}
+
+fn early(_: &Context<'_, Shared>, _: Option<u64>) -> Made {
+    Ok(Box::new(After(2, |reply| reply.write(b"enough").map(|()| Progress::Done))))
+}
+
+fn breaks(_: &Context<'_, Shared>, _: Option<u64>) -> Made {
+    Ok(Box::new(After(2, |_| panic!("a handler of pieces that panics on purpose"))))
+}
+
 static TABLE: HandlerTable<Shared> = HandlerTable::with_builtins()
+    .on(LENGTH, length)
+    .on(AT_MOST, length)
+    .at_most(AT_MOST, 65_536)
+    .on_pieces(STUCK, stuck)
+    .on_pieces(EARLY, early)
+    .on_pieces(BREAKS, breaks)
     .on(PANIC, panic)
     .on(FLOOD, flood)
     .on(REFUSE, refuse)
