@@ -119,6 +119,36 @@ fn r1_5_r1_9_a_body_of_unknown_length_streams_both_ways() {
     }
 }
 
+/// Goal:   P4: a frame that its reader still has is not written over, in whatever order frames are dropped.
+/// Method: frames are kept in threes and dropped newest first; each is read again before it goes.
+#[test]
+fn p4_frames_that_are_kept_stay_as_they_are() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let client = IpcClient::connect(server.path()).unwrap();
+    let connection = client.open().unwrap();
+    let request = body(600_000, 11);
+    let options = CallOptions { pieces: true, reply_capacity: request.len(), ..CallOptions::default() };
+    connection.submit(MessageType::ECHO, &request, &options).unwrap();
+    let (mut at, mut ended) = (0, false);
+    let mut kept = std::collections::VecDeque::new();
+    while !ended || !kept.is_empty() {
+        if !ended && kept.len() < 3 {
+            let frame = next(&client);
+            ended = frame.is_last();
+            let len = frame.len();
+            kept.push_back((frame, at, len));
+            at += len;
+            continue;
+        }
+        while let Some((frame, at, len)) = kept.pop_back() {
+            assert!(frame.to_vec().unwrap() == request[at..at + len]);
+        }
+    }
+    assert_eq!(at, request.len());
+    let second = connection.call(MessageType::ECHO, b"on").unwrap();
+    assert_eq!(second, b"on");
+}
+
 /// Goal:   a body whose length was announced is exactly that long: more or less is an error of the sender's, and nothing
 ///         wrong is sent.
 #[test]

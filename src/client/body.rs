@@ -97,6 +97,8 @@ pub(super) struct Body {
     /// Frames of the answer that have come, and that have been done with.
     received: u32,
     released: u32,
+    /// Frames behind those, bit 0 the first of them, that have been done with out of order.
+    done: u64,
     /// The answer is handed out frame by frame.
     pieces: bool,
     assembled: Vec<u8>,
@@ -276,6 +278,12 @@ impl Session {
         let needed = if self.bodies.begun_on(lane_index) { 2 } else { 3 };
         let offset = self.clock_offset_ns;
         let lane = self.lane_mut(lane_index);
+        if lane.base_slots() < 3 {
+            return Err(IpcError::Config(
+                "a session with fewer than three slots carries no calls of several frames: connect with more small_slots"
+                    .to_owned(),
+            ));
+        }
         if lane.lane.slots.free() < needed {
             return Err(IpcError::WouldBlock);
         }
@@ -354,9 +362,8 @@ impl Session {
             if requests.is_none() && answers.count > 1 {
                 // One of each is better than many of one.
                 answers.count -= 1;
-                requests = Some(Window { first: answers.slot(answers.count), count: 1, ..answers });
-                requests =
-                    requests.map(|w| Window { first: run.first + answers.count * stride(run.bytes), ..w });
+                let first = run.first + answers.count * (run.bytes / SLOT_SMALL as u32);
+                requests = Some(Window { first, count: 1, ..answers });
             }
             return body.begin(lane, answers, requests);
         }
@@ -490,7 +497,7 @@ impl Session {
         let Outcome::Piece(piece) = answered.outcome else { return 0 };
         let body = self.bodies.all.get(answered.response_slot as usize).and_then(Option::as_deref);
         match body {
-            Some(body) if !body.pieces => body.assembled.len(),
+            Some(body) if !body.pieces && body.is_of(answered) => body.assembled.len(),
             _ => piece.len as usize,
         }
     }
@@ -499,7 +506,7 @@ impl Session {
     pub(super) fn read_body(&self, answered: &Answered, target: &mut [u8]) -> Result<()> {
         let Outcome::Piece(piece) = answered.outcome else { return Ok(()) };
         let body = self.bodies.all.get(answered.response_slot as usize).and_then(Option::as_deref);
-        let Some(body) = body else { return Err(IpcError::NoSuchCall) };
+        let Some(body) = body.filter(|body| body.is_of(answered)) else { return Err(IpcError::NoSuchCall) };
         if !body.pieces {
             target.copy_from_slice(&body.assembled[..target.len()]);
             return Ok(());
@@ -518,17 +525,22 @@ impl Session {
     #[cold]
     pub(super) fn release_body(&mut self, answered: &Answered) {
         let index = answered.response_slot;
-        let (Outcome::Piece(Piece { last, .. }), Some(body)) = (answered.outcome, self.bodies.get(index))
+        let (Outcome::Piece(Piece { last, frame, .. }), Some(body)) =
+            (answered.outcome, self.bodies.get(index))
         else {
             return;
         };
+        // The answer's end may have been dropped before this frame of it.
+        if !body.is_of(answered) {
+            return;
+        }
         if last {
             self.drop_body(index);
             return;
         }
         let lane = body.lane;
         let Some(mut body) = self.bodies.all[index as usize].take() else { return };
-        body.release_frame(self.lane_mut(lane));
+        body.release_frame(self.lane_mut(lane), frame);
         self.bodies.all[index as usize] = Some(body);
     }
 
@@ -554,10 +566,6 @@ impl Session {
         }
         self.bodies.all[index as usize] = Some(body);
     }
-}
-
-fn stride(bytes: u32) -> u32 {
-    bytes / SLOT_SMALL as u32
 }
 
 /// What the entry of a call says whatever its place.
@@ -603,6 +611,7 @@ impl Body {
             answers: None,
             received: 0,
             released: 0,
+            done: 0,
             pieces: options.pieces,
             assembled: Vec::new(),
             lost: false,
@@ -610,6 +619,12 @@ impl Body {
             cancelled: false,
             has_news: false,
         }
+    }
+
+    /// Whether an answer is this call's.
+    fn is_of(&self, answered: &Answered) -> bool {
+        let name = (self.lane, self.name.slot, self.name.generation);
+        name == (answered.lane, answered.slot, answered.generation)
     }
 
     fn id(&self) -> CallId {
@@ -638,12 +653,13 @@ impl Body {
             entry.flags |= flag::LEASED;
             (entry.payload_slot, entry.lease_epoch) = (self.name.slot, epoch);
         }
+        let stage = self.stage;
         if self.cancelled {
             // Said before it is published: it will not be started.
-            self.stage = Stage::Begun;
             self.write_word(lane);
         }
         if !lane.send_body(self.name, &entry, self.target.bulk)? {
+            self.stage = stage;
             lane.put_back_window(answers.slots(), self.name.slot);
             lane.put_back_window(requests.iter().flat_map(Window::slots), self.name.slot);
             return Ok(false);
@@ -805,7 +821,7 @@ impl Body {
         if piece.last {
             self.give_back_windows(lane);
         } else if !self.pieces && !self.orphaned {
-            self.release_frame(lane);
+            self.release_frame(lane, piece.frame);
         }
         Ok(())
     }
@@ -821,10 +837,13 @@ impl Body {
         }
     }
 
-    /// The oldest frame that is not released has been done with.
-    fn release_frame(&mut self, lane: &mut Lane) {
-        self.released = self.released.wrapping_add(1);
-        if self.stage == Stage::Begun {
+    /// A frame has been done with. The server may write again what is done with from the oldest on.
+    fn release_frame(&mut self, lane: &mut Lane, frame: u32) {
+        self.done |= 1u64.checked_shl(frame.wrapping_sub(self.released)).unwrap_or(0);
+        let newly = self.done.trailing_ones();
+        self.done = self.done.checked_shr(newly).unwrap_or(0);
+        self.released = self.released.wrapping_add(newly);
+        if newly > 0 && self.stage == Stage::Begun {
             self.write_word(lane);
         }
     }

@@ -165,6 +165,12 @@ impl Lane {
         self.calls.len()
     }
 
+    /// Base slots, free or not.
+    pub fn base_slots(&self) -> u32 {
+        let Geometry { large, medium, small, .. } = self.geometry;
+        u32::from(large) + u32::from(medium) + u32::from(small)
+    }
+
     /// Whether a completion, or a fault, is in a ring.
     #[inline(always)]
     pub fn is_ready(&self) -> bool {
