@@ -5,6 +5,7 @@ use super::budget::Budget;
 use super::connections::ConnectionPool;
 use super::crew::{Inbox, Message, Notice};
 use super::exchange::{Exchanges, Work};
+use super::jobs::{Answer, Job, Ticket};
 use super::lane::{Batch, Bench, SessionLane, TurnLimits};
 use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
@@ -98,7 +99,7 @@ pub(crate) struct Core<S: 'static> {
     /// Sessions that broke the protocol in this round.
     faults: Vec<(SessionId, PeerFault)>,
     connections: ConnectionPool,
-    staging: BufferPool,
+    pub staging: BufferPool,
     batch: Box<Batch>,
     exchanges: Exchanges<S>,
     rest: Rest,
@@ -185,7 +186,7 @@ impl<S> Core<S> {
             touched: Vec::with_capacity(lanes as usize),
             faults: Vec::new(),
             connections,
-            staging: BufferPool::new(),
+            staging: BufferPool::sized(config.buffer_pool_size as u16),
             batch: Box::new(Batch::new()),
             exchanges: Exchanges::new(config.body_memory as usize),
             rest: Rest { limit: config.max_message_size as usize, ..Rest::default() },
@@ -404,7 +405,8 @@ impl<S> Core<S> {
             let deadline = exchange.call.deadline;
             let holds = matches!(exchange.work, Work::Whole(_));
             if sweep {
-                exchange.stale = if std::mem::take(&mut exchange.moved) { 0 } else { exchange.stale + 1 };
+                exchange.stale =
+                    if std::mem::take(&mut exchange.moved) { 0 } else { exchange.stale.saturating_add(1) };
             }
             if deadline != 0 && now >= deadline {
                 over.push((exchange.seat, index, Status::DeadlineExceeded));
@@ -472,7 +474,33 @@ impl<S> Core<S> {
 
     /// Whether calls of several frames are under way: their next frames are about to come.
     pub fn has_exchanges(&self) -> bool {
-        self.exchanges.live() > 0
+        self.exchanges.moving() > 0
+    }
+
+    /// Whether there are jobs for the reactor, or jobs that it may forget.
+    #[inline(always)]
+    pub fn has_jobs(&self) -> bool {
+        self.exchanges.jobs.has_work()
+    }
+
+    /// The next file that the reactor is to read; [`Core::answer`] ends that.
+    pub fn next_job(&mut self) -> Option<Job> {
+        self.exchanges.jobs.next()
+    }
+
+    /// Numbers of jobs that the reactor has and that nobody waits for any more.
+    pub fn take_given_up(&mut self) -> Vec<u64> {
+        self.exchanges.jobs.take_given_up()
+    }
+
+    /// Answers the call of a job; returns whose lane is to be polled, so that the answer is sent. `None` if the call
+    /// has ended meanwhile.
+    pub fn answer(&mut self, ticket: Ticket, answer: Answer) -> Option<SessionId> {
+        let seat = self.seats.get_mut(ticket.seat as usize)?;
+        let lane = seat.lane.as_deref_mut()?;
+        let message_max = self.config.max_message_size as usize;
+        let id = SessionId { index: ticket.seat, generation: seat.generation };
+        lane.answer_deferred(ticket, answer, &mut self.exchanges, message_max).then_some(id)
     }
 
     /// Bytes that are reserved for bodies which are put together.
