@@ -246,6 +246,15 @@ pub fn raise_file_limit(needed: u64) -> Result<()> {
 mod tests {
     use super::*;
 
+    /// Goal:   F39: descriptors of files are asked for where files are read, and only there.
+    #[test]
+    fn f39_files_that_are_read_need_descriptors_of_their_own() {
+        let without = ServerConfig { reactors: 3, max_sessions: 10, ..ServerConfig::default() };
+        let with = ServerConfig { file_roots: vec!["/a".into(), "/b".into()], ..without.clone() };
+        assert_eq!(without.descriptors_needed(), 84);
+        assert_eq!(with.descriptors_needed(), 84 + 2 + 3 * 32);
+    }
+
     #[test]
     fn a_value_out_of_range_is_named_with_its_range() {
         ServerConfig::default().check().unwrap();
