@@ -2,6 +2,7 @@
 
 use crate::error::{IpcError, Result};
 use crate::server::budget::BUDGET_MIN;
+use crate::server::reactor_cores;
 use doorbell_shm::layout::LANES_MAX;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -184,9 +185,20 @@ impl ServerConfig {
         range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
     }
 
-    /// File descriptors that a server of this configuration may need at once: two for each session, and spare ones.
+    /// File descriptors that a server of this configuration may need at once: two for each session, those of files that
+    /// are read for clients, and spare ones.
     pub fn descriptors_needed(&self) -> u64 {
-        2 * u64::from(self.max_sessions) + FDS_BESIDE_SESSIONS
+        2 * u64::from(self.max_sessions) + self.descriptors_of_files() + FDS_BESIDE_SESSIONS
+    }
+
+    /// One for each root, and those of the files that all reactors may read at once; none without roots.
+    fn descriptors_of_files(&self) -> u64 {
+        if self.file_roots.is_empty() {
+            return 0;
+        }
+        // Cores that may not be used are refused when the server starts.
+        let reactors = reactor_cores(self).map_or(1, |cores| cores.len());
+        (self.file_roots.len() + reactors * FILE_READS_MAX) as u64
     }
 
     /// Raises the soft limit of file descriptors to the hard one and checks that it carries the sessions
@@ -197,7 +209,7 @@ impl ServerConfig {
     /// [`IpcError::Config`] with both numbers when the hard limit is too low.
     pub fn raise_file_limit(&self) -> Result<()> {
         let sessions = self.max_sessions;
-        raise_file_limit(2 * u64::from(sessions)).map_err(|error| match error {
+        raise_file_limit(2 * u64::from(sessions) + self.descriptors_of_files()).map_err(|error| match error {
             IpcError::Config(why) => {
                 IpcError::Config(format!("max_sessions = {sessions}: {why}; or lower max_sessions"))
             }
@@ -233,6 +245,15 @@ pub fn raise_file_limit(needed: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal:   F39: descriptors of files are asked for where files are read, and only there.
+    #[test]
+    fn f39_files_that_are_read_need_descriptors_of_their_own() {
+        let without = ServerConfig { reactors: 3, max_sessions: 10, ..ServerConfig::default() };
+        let with = ServerConfig { file_roots: vec!["/a".into(), "/b".into()], ..without.clone() };
+        assert_eq!(without.descriptors_needed(), 84);
+        assert_eq!(with.descriptors_needed(), 84 + 2 + 3 * 32);
+    }
 
     #[test]
     fn a_value_out_of_range_is_named_with_its_range() {

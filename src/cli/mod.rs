@@ -19,7 +19,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a server with the built-in handlers: ping, echo, stats.
+    /// Run a server with the built-in handlers: ping, echo, stats, analyze-file.
     Serve(serve::ServeOptions),
     /// Send one request and print its answer.
     Call(call::CallOptions),

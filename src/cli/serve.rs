@@ -9,7 +9,7 @@ use tracing_subscriber::filter::LevelFilter;
 
 static TABLE: HandlerTable<()> = HandlerTable::with_builtins();
 
-/// Run a server with the built-in handlers: ping, echo, stats.
+/// Run a server with the built-in handlers: ping, echo, stats, analyze-file.
 #[derive(Debug, Args)]
 pub struct ServeOptions {
     /// Socket path [default: doorbell.sock in $XDG_RUNTIME_DIR, /run/user/UID or /tmp/doorbell-UID]
@@ -34,6 +34,12 @@ pub struct ServeOptions {
     /// Leave the reactors to the scheduler: callers then cannot hand over their core.
     #[arg(long)]
     unpinned: bool,
+    /// Directory beneath which clients may have files analysed; may be given several times. Without it none is read.
+    #[arg(long = "root", value_name = "DIR")]
+    roots: Vec<PathBuf>,
+    /// Longest file that is analysed.
+    #[arg(long, value_name = "BYTES", default_value_t = ServerConfig::default().max_file_size)]
+    max_file_size: u64,
     /// Log what happens to single sessions, too.
     #[arg(long, short)]
     verbose: bool,
@@ -43,6 +49,7 @@ pub struct ServeOptions {
 pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
     let level = if options.verbose { LevelFilter::DEBUG } else { LevelFilter::INFO };
     tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false).init();
+    let file_roots = options.roots.iter().map(std::path::absolute).collect::<Result<_, _>>()?;
     let config = ServerConfig {
         policy: options.policy,
         max_connections: options.max_connections,
@@ -51,6 +58,8 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         reactors: options.reactors,
         cores: options.cores.clone(),
         pinned: !options.unpinned,
+        file_roots,
+        max_file_size: options.max_file_size,
         ..ServerConfig::default()
     };
     let path = options.socket.clone().unwrap_or_else(default_socket_path);

@@ -66,6 +66,12 @@ pub struct Metrics {
     pub bodies_waited: u64,
     /// Times that a client was found to have made pages of its segment exist that it was not granted.
     pub excess_found: u64,
+    /// Files read and analysed for clients.
+    pub files_read: u64,
+    /// Files that clients asked for and that were not analysed, for whatever reason.
+    pub files_refused: u64,
+    /// Bytes that buffers for files take at most; none once they have not been used for a while.
+    pub staged_bytes: u64,
 }
 
 /// Counters of a [`Metrics`].
@@ -156,7 +162,7 @@ impl Metrics {
 
     /// The counters as one JSON object with numbers only, in a fixed order.
     pub fn to_json(&self) -> String {
-        let mut json = String::with_capacity(768);
+        let mut json = String::with_capacity(1024);
         let ended: u64 = self.sessions_ended.iter().sum();
         let fields = [
             ("calls", self.calls_total()),
@@ -196,6 +202,9 @@ impl Metrics {
             ("body_bytes", self.body_bytes),
             ("bodies_waited", self.bodies_waited),
             ("excess_found", self.excess_found),
+            ("files_read", self.files_read),
+            ("files_refused", self.files_refused),
+            ("staged_bytes", self.staged_bytes),
         ];
         for (i, (name, value)) in fields.iter().enumerate() {
             let open = if i == 0 { '{' } else { ',' };

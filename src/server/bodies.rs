@@ -1,8 +1,9 @@
 //! How a lane moves its calls of several frames (`exchange.rs` says what they are).
 
 use super::exchange::{Body, Exchange, Frame, LaneExchanges, Plan, Terminal, Work};
+use super::jobs::{Answer, Ticket};
 use super::lane::{Bench, Outcome, Places, SessionLane, Turn, failure};
-use super::table::{Context, Entry, HandlerError, Progress, Reply, Rest, Window};
+use super::table::{Context, Defer, Deferral, Entry, Handler, HandlerError, Progress, Reply, Rest, Window};
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::PeerFault;
@@ -25,7 +26,7 @@ enum Next {
 }
 
 impl SessionLane {
-    /// Begins a call whose body has more frames, or whose handler wants it in pieces.
+    /// Begins a call whose body has more frames, or whose handler is not one for whole requests.
     #[cold]
     pub(super) fn begin<S>(
         &mut self,
@@ -43,6 +44,9 @@ impl SessionLane {
                 return self.complete(ring, call, outcome);
             }
         };
+        if let Plan::Deferred(defer) = plan {
+            return self.begin_deferred(id, ring, call, places, defer, bench);
+        }
         let (index, mut exchange) = bench.exchanges.begin(call, ring, id);
         exchange.window = window(call, places);
         exchange.next_frame = 1;
@@ -60,6 +64,7 @@ impl SessionLane {
                     self.fail(&mut exchange, refused, bench);
                 }
             },
+            Plan::Deferred(_) => {}
         }
         self.insert(ring, call.slot, index);
         bench.exchanges.put(index, exchange);
@@ -79,9 +84,7 @@ impl SessionLane {
         bench: &mut Bench<'_, S>,
     ) -> Result<(), PeerFault> {
         let (index, mut exchange) = bench.exchanges.begin(call, ring, id);
-        if places.payload != call.slot && places.payload != call.response_slot {
-            self.lane_mut().give_back_payload(places.payload);
-        }
+        self.give_back_request(call, places);
         exchange.window = window(call, places);
         exchange.ended = true;
         exchange.filled = outcome.len as u32;
@@ -94,6 +97,76 @@ impl SessionLane {
         self.insert(ring, call.slot, index);
         bench.exchanges.put(index, exchange);
         self.step(index, bench)
+    }
+
+    /// Runs a call of one frame whose answer may be left to the reactor.
+    fn begin_deferred<S>(
+        &mut self,
+        id: u32,
+        ring: usize,
+        call: &Submission,
+        places: Places,
+        defer: Defer,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<(), PeerFault> {
+        // Copied once: from here on the client can change the slot but not the request (S3, F15).
+        let request = bench.staging.take(call.len as usize);
+        self.lane().common.payload.read(LaneLayout::slot_offset(places.payload), request);
+        let request = &request[call.meta_len as usize..];
+        let deferral = catch_unwind(AssertUnwindSafe(|| defer(request)));
+        let (index, mut exchange) = bench.exchanges.begin(call, ring, id);
+        self.give_back_request(call, places);
+        exchange.window = window(call, places);
+        exchange.ended = true;
+        bench.metrics.bytes_in += u64::from(call.len);
+        self.settle(index, &mut exchange, deferral, bench);
+        self.insert(ring, call.slot, index);
+        bench.exchanges.put(index, exchange);
+        self.step(index, bench)
+    }
+
+    /// The only frame of a request has been taken.
+    fn give_back_request(&mut self, call: &Submission, places: Places) {
+        if places.payload != call.slot && places.payload != call.response_slot {
+            self.lane_mut().give_back_payload(places.payload);
+        }
+    }
+
+    /// Answers a call, or leaves that to the reactor.
+    fn settle<S>(
+        &mut self,
+        index: u32,
+        e: &mut Exchange<S>,
+        deferral: std::thread::Result<Result<Deferral, HandlerError>>,
+        bench: &mut Bench<'_, S>,
+    ) {
+        match deferral {
+            Ok(Ok(Deferral::Answer(bytes))) => e.answer(Answer::of(bytes), bench.message_max),
+            Ok(Ok(Deferral::File(path))) => match bench.exchanges.jobs.add(e.seat, index, path) {
+                Some(number) => e.work = Work::Deferred(number),
+                None => e.answer(Answer::busy(), bench.message_max),
+            },
+            refused => self.fail(e, refused.map(|refused| refused.map(|_| ())), bench),
+        }
+    }
+
+    /// The reactor has the answer of a call; `false` if that has ended meanwhile.
+    pub(super) fn answer_deferred<S>(
+        &mut self,
+        ticket: Ticket,
+        answer: Answer,
+        exchanges: &mut super::exchange::Exchanges<S>,
+        message_max: usize,
+    ) -> bool {
+        let Some(exchange) = exchanges.get_mut(ticket.exchange) else { return false };
+        // Where it stood may be another call by now.
+        if !matches!(exchange.work, Work::Deferred(number) if number == ticket.number) {
+            return false;
+        }
+        exchange.answer(answer, message_max);
+        self.queue(ticket.exchange, exchange);
+        exchanges.jobs.answered();
+        true
     }
 
     fn insert(&mut self, ring: usize, slot: u32, index: u32) {
@@ -314,7 +387,7 @@ impl SessionLane {
                 return if more { Ok(Next::Again) } else { self.send_partial(e, free) };
             }
             match &mut e.work {
-                Work::Answered => return Ok(Next::Waits),
+                Work::Answered | Work::Deferred(_) => return Ok(Next::Waits),
                 Work::Waits(bytes) => {
                     let bytes = *bytes;
                     if !bench.exchanges.reserve(index, bytes) {
@@ -335,7 +408,7 @@ impl SessionLane {
                     self.put_together(e, bench);
                     took = true;
                 }
-                Work::Whole(_) if e.ended => self.run_whole(e, bench),
+                Work::Whole(_) if e.ended => self.run_whole(index, e, bench),
                 Work::Whole(_) => return Ok(Next::Waits),
                 Work::Pieces(_) => {
                     self.pass_empty_frames(e);
@@ -462,17 +535,31 @@ impl SessionLane {
     }
 
     /// Runs the handler of a body that has been put together.
-    fn run_whole<S>(&mut self, e: &mut Exchange<S>, bench: &mut Bench<'_, S>) {
+    fn run_whole<S>(&mut self, index: u32, e: &mut Exchange<S>, bench: &mut Bench<'_, S>) {
         let Work::Whole(body) = std::mem::replace(&mut e.work, Work::Answered) else { return };
-        let handler = match bench.handlers.get(e.call.message_type as usize) {
-            Some(Entry { whole: Some(handler), .. }) => *handler,
-            _ => return,
-        };
+        match bench.handlers.get(e.call.message_type as usize) {
+            Some(Entry { whole: Some(handler), .. }) => self.run_handler(*handler, body.bytes(), e, bench),
+            Some(Entry { deferred: Some(defer), .. }) => {
+                let deferral = catch_unwind(AssertUnwindSafe(|| defer(body.bytes())));
+                self.settle(index, e, deferral, bench);
+            }
+            _ => {}
+        }
+        bench.exchanges.give_back(body.reserved);
+    }
+
+    fn run_handler<S>(
+        &mut self,
+        handler: Handler<S>,
+        body: &[u8],
+        e: &mut Exchange<S>,
+        bench: &mut Bench<'_, S>,
+    ) {
         let context = context(bench.state, bench.metrics, bench.totals, &e.call);
         prepare(bench.rest, e, 0, bench.message_max);
         let payload = &self.lane().common.payload;
         let mut reply = Reply::new(payload, e.offset(), e.window.capacity as usize, 0, bench.rest);
-        let result = catch_unwind(AssertUnwindSafe(|| handler(&context, body.bytes(), &mut reply)));
+        let result = catch_unwind(AssertUnwindSafe(|| handler(&context, body, &mut reply)));
         let outcome = match result {
             Ok(Ok(())) if !reply.is_too_large() => Outcome::of(Status::Ok, 0),
             result => failure(result, &mut reply, bench.message_max),
@@ -482,7 +569,6 @@ impl SessionLane {
         clean(bench.rest, bench.message_max);
         bench.metrics.bytes_out += u64::from(e.filled);
         e.terminal = Some(Terminal { status: outcome.status, detail: outcome.detail });
-        bench.exchanges.give_back(body.reserved);
     }
 
     /// Gives the handler of a body that comes in pieces what is there, up to a frame.
@@ -624,7 +710,10 @@ fn plan<S>(call: &Submission, bench: &Bench<'_, S>) -> Result<Plan<S>, Outcome> 
     let entry = bench.handlers.get(call.message_type as usize);
     match entry {
         Some(Entry { pieces: Some(make), .. }) => Ok(Plan::Pieces(*make)),
-        Some(Entry { whole: Some(_), whole_max, .. }) => {
+        Some(Entry { deferred: Some(defer), .. }) if call.flags & flag::END != 0 => {
+            Ok(Plan::Deferred(*defer))
+        }
+        Some(Entry { whole: Some(_), whole_max, .. } | Entry { deferred: Some(_), whole_max, .. }) => {
             let most = (*whole_max).min(bench.message_max);
             if call.body_len > most as u64 {
                 return Err(Outcome::of(Status::TooLarge, most as u64));

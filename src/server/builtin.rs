@@ -1,16 +1,18 @@
-//! The handlers that every server has: `Ping`, `Echo`, `Stats`.
+//! The handlers that every server has: `Ping`, `Echo`, `Stats`, `AnalyzeFile`.
 
-use super::table::{Context, HandlerError, HandlerTable, Pieces, Progress, Reply};
+use super::files::{Analysis, AnalyzeRequest, Subject};
+use super::table::{Context, Deferral, HandlerError, HandlerTable, Pieces, Progress, Reply};
 use crate::protocol::MessageType;
 
 impl<S: Sync, const N: usize> HandlerTable<S, N> {
-    /// A table with `Ping`, `Echo` and `Stats`.
+    /// A table with `Ping`, `Echo`, `Stats` and `AnalyzeFile`.
     pub const fn with_builtins() -> Self {
         Self::empty()
             .on(MessageType::PING, ping)
             .on(MessageType::ECHO, echo)
             .on_pieces(MessageType::ECHO, echo_pieces)
             .on(MessageType::STATS, stats)
+            .deferred(MessageType::ANALYZE_FILE, analyze_file)
     }
 }
 
@@ -46,4 +48,12 @@ impl<S> Pieces<S> for EchoPieces {
 
 fn stats<S>(context: &Context<'_, S>, _: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
     reply.write(context.metrics().to_json().as_bytes())
+}
+
+/// Content is analysed at once, a file when it has been read.
+fn analyze_file(request: &[u8]) -> Result<Deferral, HandlerError> {
+    Ok(match AnalyzeRequest::parse(request)?.subject {
+        Subject::Content(text) => Deferral::Answer(Analysis::of(text.as_bytes()).to_json().into_bytes()),
+        Subject::Path(path) => Deferral::File(path.into_owned().into()),
+    })
 }

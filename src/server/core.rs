@@ -5,6 +5,7 @@ use super::budget::Budget;
 use super::connections::ConnectionPool;
 use super::crew::{Inbox, Message, Notice};
 use super::exchange::{Exchanges, Work};
+use super::jobs::{Answer, Job, Ticket};
 use super::lane::{Batch, Bench, SessionLane, TurnLimits};
 use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
@@ -98,7 +99,7 @@ pub(crate) struct Core<S: 'static> {
     /// Sessions that broke the protocol in this round.
     faults: Vec<(SessionId, PeerFault)>,
     connections: ConnectionPool,
-    staging: BufferPool,
+    pub staging: BufferPool,
     batch: Box<Batch>,
     exchanges: Exchanges<S>,
     rest: Rest,
@@ -185,7 +186,7 @@ impl<S> Core<S> {
             touched: Vec::with_capacity(lanes as usize),
             faults: Vec::new(),
             connections,
-            staging: BufferPool::new(),
+            staging: BufferPool::sized(config.buffer_pool_size as u16),
             batch: Box::new(Batch::new()),
             exchanges: Exchanges::new(config.body_memory as usize),
             rest: Rest { limit: config.max_message_size as usize, ..Rest::default() },
@@ -404,7 +405,8 @@ impl<S> Core<S> {
             let deadline = exchange.call.deadline;
             let holds = matches!(exchange.work, Work::Whole(_));
             if sweep {
-                exchange.stale = if std::mem::take(&mut exchange.moved) { 0 } else { exchange.stale + 1 };
+                exchange.stale =
+                    if std::mem::take(&mut exchange.moved) { 0 } else { exchange.stale.saturating_add(1) };
             }
             if deadline != 0 && now >= deadline {
                 over.push((exchange.seat, index, Status::DeadlineExceeded));
@@ -472,7 +474,33 @@ impl<S> Core<S> {
 
     /// Whether calls of several frames are under way: their next frames are about to come.
     pub fn has_exchanges(&self) -> bool {
-        self.exchanges.live() > 0
+        self.exchanges.moving() > 0
+    }
+
+    /// Whether there are jobs for the reactor, or jobs that it may forget.
+    #[inline(always)]
+    pub fn has_jobs(&self) -> bool {
+        self.exchanges.jobs.has_work()
+    }
+
+    /// The next file that the reactor is to read; [`Core::answer`] ends that.
+    pub fn next_job(&mut self) -> Option<Job> {
+        self.exchanges.jobs.next()
+    }
+
+    /// Numbers of jobs that the reactor has and that nobody waits for any more.
+    pub fn take_given_up(&mut self) -> Vec<u64> {
+        self.exchanges.jobs.take_given_up()
+    }
+
+    /// Answers the call of a job; returns whose lane is to be polled, so that the answer is sent. `None` if the call
+    /// has ended meanwhile.
+    pub fn answer(&mut self, ticket: Ticket, answer: Answer) -> Option<SessionId> {
+        let seat = self.seats.get_mut(ticket.seat as usize)?;
+        let lane = seat.lane.as_deref_mut()?;
+        let message_max = self.config.max_message_size as usize;
+        let id = SessionId { index: ticket.seat, generation: seat.generation };
+        lane.answer_deferred(ticket, answer, &mut self.exchanges, message_max).then_some(id)
     }
 
     /// Bytes that are reserved for bodies which are put together.
@@ -577,7 +605,7 @@ mod tests {
 
     use super::*;
     use crate::protocol::MessageType;
-    use crate::server::table::{Context, HandlerError, HandlerTable, Reply};
+    use crate::server::table::{Context, HandlerError, HandlerTable, Pieces, Progress, Reply};
     use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
     use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE};
     use doorbell_shm::layout::LaneLayout;
@@ -883,6 +911,170 @@ mod tests {
         let next = Client::join(&mut core);
         assert_eq!(next.id.index, bad.id.index);
         assert!(core.lane(bad.id).is_none() && core.lane(next.id).is_some());
+    }
+
+    /// Text of `AnalyzeFile` for a file.
+    const FILE: &[u8] = br#"{"path":"some/file"}"#;
+
+    impl Client {
+        /// A call of `AnalyzeFile` with this body, in one frame.
+        fn analyze(&mut self, ring: usize, body: &[u8], deadline: u64) -> (u32, u32) {
+            let grant = self.lane.slots.take(body.len()).unwrap();
+            self.lane.common.payload.write(LaneLayout::slot_offset(grant.slot), body);
+            let entry = Submission {
+                kind: kind::CALL,
+                flags: flag::END,
+                message_type: MessageType::ANALYZE_FILE.0,
+                connection: self.connections[ring],
+                slot: grant.slot,
+                generation: grant.generation,
+                len: body.len() as u32,
+                response_count: 1,
+                response_slot: grant.slot,
+                deadline,
+                ..Submission::default()
+            };
+            assert!(self.lane.submissions[ring].push(entry.pack()).unwrap());
+            let call = (grant.slot, grant.generation);
+            self.lane.slots.advance(grant);
+            call
+        }
+
+        /// The next answer: status and bytes.
+        fn answer(&mut self, ring: usize) -> Option<(Status, Vec<u8>)> {
+            let completion = self.take(ring)?;
+            let mut bytes = vec![0; completion.len as usize];
+            self.lane.common.payload.read(LaneLayout::slot_offset(completion.slot), &mut bytes);
+            Some((Status::from_code(completion.status).unwrap(), bytes))
+        }
+    }
+
+    /// Goal:   R2.11: a call that takes system calls is handed out, holds up nobody, and is answered once the reactor
+    ///         has its answer, on either ring, also of a lane that sleeps; content takes none.
+    /// Method: by hand.
+    #[test]
+    fn r2_11_a_deferred_call_is_answered_from_outside() {
+        let mut core = core(ServerConfig::default());
+        let mut client = Client::join(&mut core);
+        for ring in [INTERACTIVE, BULK] {
+            client.analyze(ring, FILE, 0);
+            client.analyze(ring, br#"{"content":"x"}"#, 0);
+            client.analyze(ring, b"nonsense", 0);
+            assert!(client.call(ring, 0));
+            round(&mut core);
+            let (status, facts) = client.answer(ring).unwrap();
+            assert!(status == Status::Ok && facts.starts_with(br#"{"size":1,"#));
+            assert_eq!(client.answer(ring).unwrap().0, Status::DecodeError);
+            assert_eq!(client.answer(ring).unwrap().0, Status::Ok);
+            assert!(client.answer(ring).is_none() && core.has_jobs() && !core.has_exchanges());
+
+            let job = core.next_job().unwrap();
+            assert_eq!(job.path.to_str(), Some("some/file"));
+            assert!(!core.has_jobs() && core.next_job().is_none());
+            core.cool(client.id);
+            assert_eq!(core.answer(job.ticket, Answer::of(b"found".to_vec())), Some(client.id));
+            core.heat(client.id);
+            assert!(core.lane(client.id).unwrap().has_work().unwrap());
+            assert_eq!(round(&mut core), 1);
+            assert_eq!(client.answer(ring), Some((Status::Ok, b"found".to_vec())));
+            assert_eq!(core.answer(job.ticket, Answer::of(b"again".to_vec())), None);
+            assert_eq!(round(&mut core), 0);
+        }
+    }
+
+    /// Goal:   S10, trap 15: the answer of a call that has ended meets nobody, whoever is in its place; the reactor is
+    ///         told that nobody waits.
+    /// Method: a deadline that passes, a session that ends; each time another call takes the same slot, exchange and
+    ///         seat before the answer comes.
+    #[test]
+    fn s10_trap15_a_late_answer_of_a_deferred_call_meets_nobody() {
+        let mut core = core(ServerConfig::default());
+        let mut client = Client::join(&mut core);
+        client.analyze(INTERACTIVE, FILE, 100);
+        round(&mut core);
+        let late = core.next_job().unwrap();
+        core.end_overdue(100, false);
+        assert_eq!(client.answer(INTERACTIVE).unwrap().0, Status::DeadlineExceeded);
+        assert_eq!(core.take_given_up(), [late.ticket.number]);
+
+        client.analyze(INTERACTIVE, FILE, 0);
+        round(&mut core);
+        let next = core.next_job().unwrap();
+        assert_eq!((next.ticket.seat, next.ticket.exchange), (late.ticket.seat, late.ticket.exchange));
+        assert_eq!(core.answer(late.ticket, Answer::of(b"late".to_vec())), None);
+        round(&mut core);
+        assert!(client.answer(INTERACTIVE).is_none());
+
+        core.unseat(client.id).unwrap();
+        assert_eq!(core.take_given_up(), [next.ticket.number]);
+        let mut other = Client::join(&mut core);
+        other.analyze(INTERACTIVE, FILE, 0);
+        round(&mut core);
+        let last = core.next_job().unwrap();
+        assert_eq!((last.ticket.seat, last.ticket.exchange), (next.ticket.seat, next.ticket.exchange));
+        assert_eq!(core.answer(next.ticket, Answer::of(b"late".to_vec())), None);
+        assert_eq!(core.answer(last.ticket, Answer::of(b"right".to_vec())), Some(other.id));
+        round(&mut core);
+        assert_eq!(other.answer(INTERACTIVE), Some((Status::Ok, b"right".to_vec())));
+        assert!(!core.has_jobs());
+    }
+
+    /// Goal:   S12: calls beyond the jobs that there may be are answered `Overloaded` at once and leave nothing.
+    /// Method: one more than there may be; a job that nobody has taken yet goes with its session.
+    #[test]
+    fn s12_deferred_calls_beyond_the_limit_are_refused() {
+        let mut core = core(ServerConfig { entries_per_turn: 1000, ..ServerConfig::default() });
+        let mut client = Client::join(&mut core);
+        for _ in 0..=crate::config::FILE_READS_MAX {
+            client.analyze(INTERACTIVE, FILE, 0);
+        }
+        round(&mut core);
+        assert_eq!(client.answer(INTERACTIVE), Some((Status::Overloaded, Vec::new())));
+        assert!(client.answer(INTERACTIVE).is_none());
+        core.unseat(client.id).unwrap();
+        assert!(!core.has_jobs() && !core.has_exchanges());
+    }
+
+    /// Goal:   an answer that exceeds the longest message is `TooLarge`, deferred or not.
+    #[test]
+    fn r1_5_a_deferred_answer_that_is_too_long_is_refused() {
+        let mut core = core(ServerConfig { max_message_size: 20, ..ServerConfig::default() });
+        let mut client = Client::join(&mut core);
+        client.analyze(INTERACTIVE, br#"{"content":"x"}"#, 0);
+        client.analyze(INTERACTIVE, FILE, 0);
+        round(&mut core);
+        assert_eq!(client.answer(INTERACTIVE), Some((Status::TooLarge, Vec::new())));
+        let job = core.next_job().unwrap();
+        core.answer(job.ticket, Answer::of(vec![7; 21])).unwrap();
+        round(&mut core);
+        assert_eq!(client.answer(INTERACTIVE), Some((Status::TooLarge, Vec::new())));
+    }
+
+    /// Goal:   a plain call of a type that has a handler for pieces only is for that handler.
+    #[test]
+    fn a_plain_call_is_given_to_a_handler_for_pieces_if_there_is_no_other() {
+        struct Count;
+        impl Pieces<AtomicU64> for Count {
+            fn take(
+                &mut self,
+                _: &Context<'_, AtomicU64>,
+                bytes: &[u8],
+                last: bool,
+                reply: &mut Reply<'_>,
+            ) -> Result<Progress, HandlerError> {
+                reply.write(&[bytes.len() as u8])?;
+                Ok(if last { Progress::Done } else { Progress::Took(bytes.len()) })
+            }
+        }
+        static PIECES: HandlerTable<AtomicU64> =
+            HandlerTable::empty().on_pieces(COUNT, |_, _| Ok(Box::new(Count)));
+        let mut core = core(ServerConfig::default());
+        core.handlers = PIECES.as_slice();
+        let mut client = Client::join(&mut core);
+        assert!(client.call_of(INTERACTIVE, COUNT, 9) && client.call_of(INTERACTIVE, MessageType::ECHO, 9));
+        round(&mut core);
+        let answers = [client.answer(INTERACTIVE).unwrap(), client.answer(INTERACTIVE).unwrap()];
+        assert_eq!(answers, [(Status::Ok, vec![9]), (Status::UnknownType, Vec::new())]);
     }
 
     /// Goal:   S12: limits are enforced at the hello, by the right code.

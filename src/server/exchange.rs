@@ -7,7 +7,8 @@
 //! Memory: a body that is put together reserves all that it may need before its first byte is taken, so that bodies
 //!         cannot wait for each other in a circle. Records are made once and used again (R1.8).
 
-use super::table::{MakePieces, Pieces, RELEASED_MASK, Window};
+use super::jobs::{Answer, Jobs};
+use super::table::{Defer, MakePieces, Pieces, RELEASED_MASK, Window};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Status, Submission};
 use doorbell_shm::layout::{LaneLayout, SLOT_SMALL};
@@ -40,6 +41,8 @@ pub(crate) enum Work<S> {
     Whole(Body),
     /// Its handler takes it as it comes.
     Pieces(Box<dyn Pieces<S>>),
+    /// It has been taken; the reactor answers, by the job of this number.
+    Deferred(u64),
     /// There is nothing to be done any more: the answer is complete.
     Answered,
 }
@@ -196,6 +199,20 @@ impl<S> Exchange<S> {
         Ok(())
     }
 
+    /// Readies all of its answer to be sent.
+    pub fn answer(&mut self, answer: Answer, message_max: usize) {
+        let Answer { status, detail, bytes } = answer;
+        let (status, detail, bytes) = match status {
+            Status::TooLarge => (status, message_max as u64, Vec::new()),
+            _ if bytes.len() > message_max => (Status::TooLarge, message_max as u64, Vec::new()),
+            _ => (status, detail, bytes),
+        };
+        (self.spill, self.spilled) = (bytes, 0);
+        self.work = Work::Answered;
+        self.terminal = Some(Terminal { status, detail });
+        self.moved = true;
+    }
+
     /// Slots of the window other than the one that names the call.
     pub fn window_slots(&self) -> impl Iterator<Item = u32> + use<S> {
         let (Window { first, count, capacity, .. }, own) = (self.window, self.call.slot);
@@ -227,6 +244,8 @@ pub(crate) struct Exchanges<S> {
     waiting: VecDeque<u32>,
     /// Exchanges for which it has come, with their seats.
     pub runnable: Vec<(u32, u32)>,
+    /// What the reactor is to do for some of them.
+    pub jobs: Jobs,
     /// Deadlines may have to be looked after.
     pub with_deadline: u32,
 }
@@ -245,6 +264,7 @@ impl<S> Exchanges<S> {
             reserved: 0,
             waiting: VecDeque::new(),
             runnable: Vec::new(),
+            jobs: Jobs::default(),
             with_deadline: 0,
         }
     }
@@ -283,6 +303,7 @@ impl<S> Exchanges<S> {
                 self.waiting.retain(|other| *other != index);
                 self.wake_waiting();
             }
+            Work::Deferred(number) => self.jobs.give_up(number),
             Work::Pieces(_) | Work::Answered => {}
         }
         self.free.push(index);
@@ -326,9 +347,9 @@ impl<S> Exchanges<S> {
         }
     }
 
-    /// Exchanges that are under way.
-    pub fn live(&self) -> usize {
-        self.records.len() - self.free.len()
+    /// Exchanges that are under way, but for those that the reactor is to answer.
+    pub fn moving(&self) -> usize {
+        self.records.len() - self.free.len() - self.jobs.live()
     }
 
     /// Bytes reserved for bodies.
@@ -407,6 +428,8 @@ pub(super) enum Plan<S> {
     Pieces(MakePieces<S>),
     /// Put together, in at most so many bytes.
     Whole(usize),
+    /// It is there as a whole, for a handler that may leave the answer to the reactor.
+    Deferred(Defer),
 }
 
 #[cfg(test)]

@@ -165,7 +165,7 @@ impl Home {
                 }
                 _ => Ok(()),
             },
-            Source::Shutdown | Source::Bell(_) | Source::Mail | Source::Timer => Ok(()),
+            Source::Shutdown | Source::Bell(_) | Source::Mail | Source::Timer | Source::File(_) => Ok(()),
         }
     }
 

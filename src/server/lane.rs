@@ -435,7 +435,10 @@ impl SessionLane {
             let places = Places { payload: call.slot, count: 1, capacity };
             let outcome = match self.refusal(call, hinted, bench) {
                 Some(refusal) => refusal,
-                None => self.run(call, places, bench),
+                None => match self.run(call, places, bench) {
+                    Some(outcome) => outcome,
+                    None => return self.begin(id, ring, call, places, bench),
+                },
             };
             if bench.rest.used {
                 return self.go_on(id, ring, call, places, outcome, bench);
@@ -467,11 +470,13 @@ impl SessionLane {
         self.leases.used |= leased;
         let places = self.lend_places(call, leased)?;
         let more = call.flags & flag::MORE != 0;
-        let whole = bench.handlers.get(call.message_type as usize).is_none_or(|entry| entry.whole.is_some());
         let outcome = match self.refusal(call, hinted, bench) {
             Some(refusal) => refusal,
-            None if more || !whole => return self.begin(id, ring, call, places, bench),
-            None => self.run(call, places, bench),
+            None if more => return self.begin(id, ring, call, places, bench),
+            None => match self.run(call, places, bench) {
+                Some(outcome) => outcome,
+                None => return self.begin(id, ring, call, places, bench),
+            },
         };
         if bench.rest.used {
             return self.go_on(id, ring, call, places, outcome, bench);
@@ -535,12 +540,13 @@ impl SessionLane {
         None
     }
 
-    /// Copies the request, runs its handler, and says how that went.
+    /// Copies the request, runs its handler, and says how that went. `None` if there is no handler for whole requests:
+    /// the call is one for [`SessionLane::begin`].
     #[inline(always)]
-    fn run<S>(&mut self, call: &Submission, places: Places, bench: &mut Bench<'_, S>) -> Outcome {
+    fn run<S>(&mut self, call: &Submission, places: Places, bench: &mut Bench<'_, S>) -> Option<Outcome> {
         let message_type = MessageType(call.message_type);
         let Some(Entry { whole: Some(handler), .. }) = bench.handlers.get(message_type.0 as usize) else {
-            return Outcome::of(Status::UnknownType, message_type.0.into());
+            return None;
         };
         let payload = &self.lane.common.payload;
         // Copied once: from here on the client can change the slot but not the request (S3, F15).
@@ -562,9 +568,9 @@ impl SessionLane {
         if let Ok(Ok(())) = result
             && !reply.is_too_large()
         {
-            return Outcome { status: Status::Ok, len: reply.in_slot(), detail: 0 };
+            return Some(Outcome { status: Status::Ok, len: reply.in_slot(), detail: 0 });
         }
-        failure(result, &mut reply, bench.message_max)
+        Some(failure(result, &mut reply, bench.message_max))
     }
 
     fn open<S>(

@@ -1,5 +1,6 @@
 //! The server: a static handler table, a listener, a reactor for each core.
 
+mod analyze;
 mod bodies;
 pub(crate) mod budget;
 pub mod builtin;
@@ -9,6 +10,7 @@ mod crew;
 mod exchange;
 pub mod files;
 mod home;
+mod jobs;
 mod lane;
 mod leases;
 mod listener;
@@ -32,6 +34,8 @@ pub use table::{
 use crate::config::ServerConfig;
 use crate::error::{IpcError, Result};
 use crate::metrics::Metrics;
+use analyze::FileSource;
+use files::Roots;
 use listener::Listener;
 use rustix::pipe::PipeFlags;
 use std::os::fd::OwnedFd;
@@ -73,21 +77,25 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
     ///
     /// # Errors
     ///
-    /// [`IpcError::Config`] for a limit out of range; [`IpcError::AlreadyRunning`],
+    /// [`IpcError::Config`] for a limit out of range, or a directory in `file_roots` that cannot be opened;
+    /// [`IpcError::AlreadyRunning`],
     /// [`IpcError::SocketPath`] or [`IpcError::SocketPathTooLong`] for a path that cannot be had.
     pub fn bind(self, path: impl AsRef<Path>) -> Result<BoundServer<S>> {
         self.config.check()?;
         self.config.raise_file_limit()?;
+        let roots = Roots::open(&self.config.file_roots, self.config.max_file_size)?;
         let listener = Listener::bind(path.as_ref())?;
         let (stop, bell) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
             .map_err(|e| IpcError::io("pipe for the shutdown handle", e))?;
-        Ok(BoundServer { server: self, listener, stop, shutdown: ShutdownHandle { bell: Arc::new(bell) } })
+        let shutdown = ShutdownHandle { bell: Arc::new(bell) };
+        Ok(BoundServer { server: self, roots, listener, stop, shutdown })
     }
 }
 
 /// A server that holds its path and can serve.
 pub struct BoundServer<S: 'static> {
     server: IpcServer<S>,
+    roots: Roots,
     listener: Listener,
     /// Readable once the server has to stop.
     stop: OwnedFd,
@@ -117,7 +125,8 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     /// ring. A client can cause none of them.
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config } = self.server;
-        start::serve(handlers, Arc::new(state), config, self.listener, self.stop, self.shutdown)
+        let files = Arc::new(FileSource::new(self.roots));
+        start::serve(handlers, Arc::new(state), config, files, self.listener, self.stop, self.shutdown)
     }
 }
 

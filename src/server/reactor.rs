@@ -3,8 +3,10 @@
 //!
 //! Reactor 0 is home to every session and has the duties of `home.rs` beside; the others have lanes only.
 
+use super::analyze::FileDesk;
 use super::core::{Core, SessionId};
 use super::crew::{Crew, Message, Notice};
+use super::files::ReadId;
 use super::home::Home;
 use super::lane::SessionLane;
 use super::leases::Verdict as LeaseVerdict;
@@ -74,6 +76,8 @@ pub(super) enum Source {
     Mail,
     /// Something is due by the clock.
     Timer,
+    /// A file that is being read.
+    File(ReadId),
 }
 
 /// Tokens: kind in the top 4 bits, 28 bits of generation, 32 bits of index.
@@ -91,6 +95,7 @@ impl Source {
             Self::Bell(id) => (6, id),
             Self::Mail => (7, none),
             Self::Timer => (8, none),
+            Self::File(ReadId { index, generation }) => (9, SessionId { index, generation }),
         };
         Token(kind << 60 | u64::from(id.generation & GENERATION_MASK) << 32 | u64::from(id.index))
     }
@@ -107,6 +112,7 @@ impl Source {
             6 => Self::Bell(id),
             7 => Self::Mail,
             8 => Self::Timer,
+            9 => Self::File(ReadId { index: id.index, generation }),
             _ => return None,
         })
     }
@@ -170,6 +176,7 @@ pub(crate) struct Reactor<S: 'static> {
     pub(super) log: Throttle,
     /// The duties of the reactor that sessions are at home with.
     home: Option<Home>,
+    pub(super) desk: FileDesk,
     totals: Totals,
     peers: Vec<Option<Peer>>,
     parting: Vec<Parting>,
@@ -204,6 +211,7 @@ impl<S> Reactor<S> {
         crew: Crew,
         totals: Totals,
         home: Option<Home>,
+        desk: FileDesk,
         wake_ns: u64,
     ) -> Self {
         let config = core.config();
@@ -212,6 +220,7 @@ impl<S> Reactor<S> {
             driver,
             crew,
             home,
+            desk,
             totals,
             log: Throttle::default(),
             peers: Vec::new(),
@@ -256,12 +265,15 @@ impl<S> Reactor<S> {
                     break;
                 }
             }
-            let taken = self.round();
+            let mut taken = self.round();
             while let Some((id, fault)) = self.core.take_fault() {
                 self.fault(id, fault)?;
             }
             if self.core.leases.has_work() {
                 self.serve_memory()?;
+            }
+            if self.core.has_jobs() {
+                taken += self.serve_files()?;
             }
             if taken > 0 {
                 // For whoever asks for the counters: a copy that is as old as one round.
@@ -508,6 +520,7 @@ impl<S> Reactor<S> {
                     self.timer_ns = u64::MAX;
                     self.tick()?;
                 }
+                Some(Source::File(id)) => self.file_came(id, result)?,
                 Some(Source::Shutdown) => self.stopping = true,
                 Some(source) => self.with_home(|home, reactor| home.event(reactor, source, result))?,
                 None => {}
@@ -551,7 +564,7 @@ impl<S> Reactor<S> {
     }
 
     /// Polls a lane again.
-    fn heat(&mut self, id: SessionId) {
+    pub(super) fn heat(&mut self, id: SessionId) {
         if let Some(lane) = self.core.lane(id) {
             lane.lane().common.server_bell.clear();
         }
@@ -715,10 +728,11 @@ impl<S> Reactor<S> {
     fn tick(&mut self) -> Result<()> {
         let home_waits = self.home.as_ref().is_some_and(Home::waits);
         // A lane may have gone while it rested: the end of its rest is due all the same.
-        if self.core.live() == 0 && !home_waits {
+        if self.core.live() == 0 && !home_waits && self.desk.due_ns() == u64::MAX {
             return Ok(());
         }
         let now = monotonic_ns();
+        self.trim_files(now)?;
         if self.rest_ends_ns != 0 && now >= self.rest_ends_ns {
             self.end_rests(now);
         }
@@ -749,6 +763,7 @@ impl<S> Reactor<S> {
     /// Shows the counters to the other reactors.
     fn show(&mut self) {
         self.core.metrics.body_bytes = self.core.body_bytes() as u64;
+        self.core.metrics.staged_bytes = self.core.staging.staged_bytes() as u64;
         if self.crew.is_home() {
             self.core.metrics.budget_used = self.core.budget.used();
         }
@@ -824,7 +839,7 @@ impl<S> Reactor<S> {
 
     /// Makes sure that a timeout ends no later than the next thing that is due by the clock. Reads no clock.
     fn arm_timer(&mut self) -> Result<()> {
-        let mut due_ns = self.home.as_ref().map_or(u64::MAX, Home::due_ns);
+        let mut due_ns = self.home.as_ref().map_or(u64::MAX, Home::due_ns).min(self.desk.due_ns());
         if self.core.live() > 0 {
             due_ns = due_ns.min(self.next_sweep_ns);
         }
@@ -944,10 +959,15 @@ mod tests {
     #[test]
     fn s10_tokens_name_what_they_were_made_of() {
         let id = SessionId { index: 7, generation: GENERATION_MASK };
+        let file = Source::File(ReadId { index: 7, generation: GENERATION_MASK });
         let sources = [Source::Listener, Source::Shutdown, Source::HalfOpen(id), Source::Socket(id)];
-        for source in
-            sources.into_iter().chain([Source::Process(id), Source::Bell(id), Source::Mail, Source::Timer])
-        {
+        for source in sources.into_iter().chain([
+            Source::Process(id),
+            Source::Bell(id),
+            Source::Mail,
+            Source::Timer,
+            file,
+        ]) {
             let read = Source::of(source.token());
             let none = SessionId { index: 0, generation: 0 };
             assert!(read == Some(source), "{source:?} {read:?} {none:?}");

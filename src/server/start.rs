@@ -1,6 +1,7 @@
 //! Starting the reactors of a server, each a thread on a core of its own, and waiting for their end.
 
 use super::ShutdownHandle;
+use super::analyze::{FileDesk, FileSource};
 use super::budget::Budget;
 use super::core::Core;
 use super::crew::{Address, Crew, Inbox, Message};
@@ -25,6 +26,7 @@ struct Plan<S: 'static> {
     handlers: &'static [Entry<S>],
     state: Arc<S>,
     config: ServerConfig,
+    files: Arc<FileSource>,
     totals: Totals,
     budget: Budget,
     /// What waking a reactor from another core costs, ns; 0 if that cannot happen.
@@ -42,7 +44,8 @@ impl<S> Plan<S> {
 
     fn reactor(&self, driver: Driver, crew: Crew, inbox: Inbox, home: Option<Home>) -> Reactor<S> {
         let totals = Totals { own: crew.own, ..self.totals.clone() };
-        Reactor::new(driver, self.core(crew.own, inbox), crew, totals, home, self.wake_ns)
+        let files = FileDesk::new(Arc::clone(&self.files));
+        Reactor::new(driver, self.core(crew.own, inbox), crew, totals, home, files, self.wake_ns)
     }
 }
 
@@ -51,6 +54,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     handlers: &'static [Entry<S>],
     state: Arc<S>,
     config: ServerConfig,
+    files: Arc<FileSource>,
     listener: Listener,
     stop: OwnedFd,
     shutdown: ShutdownHandle,
@@ -63,7 +67,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let config = ServerConfig { reactors: reactors as u32, ..config };
     let totals = Totals::new(0, reactors);
     let budget = Budget::new(config.memory_budget);
-    let plan = Plan { handlers, state, config, totals, budget, wake_ns, shutdown };
+    let plan = Plan { handlers, state, config, files, totals, budget, wake_ns, shutdown };
     tracing::info!(reactors, wake_ns, "starting");
     let before = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
     let result = std::thread::scope(|scope| {

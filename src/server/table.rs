@@ -7,6 +7,7 @@ use doorbell_shm::entry::Status;
 use doorbell_shm::layout::{LaneLayout, SLOT_SMALL};
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 
 /// Entries of a handler table unless told otherwise: the fixed types and the first 64 of the embedder's.
 pub const TABLE_LEN: usize = 320;
@@ -72,16 +73,30 @@ pub enum Progress {
     Done,
 }
 
+/// Runs one call whose whole request is at hand, as far as that takes no system call.
+pub(crate) type Defer = fn(&[u8]) -> Result<Deferral, HandlerError>;
+
+/// How a call goes on that may take system calls.
+#[derive(Debug)]
+pub(crate) enum Deferral {
+    /// It does not: this is the answer.
+    Answer(Vec<u8>),
+    /// The reactor reads this file, and answers with what it finds.
+    File(PathBuf),
+}
+
 /// How a table serves one message type.
 pub(crate) struct Entry<S: 'static> {
     pub whole: Option<Handler<S>>,
     pub pieces: Option<MakePieces<S>>,
+    /// Instead of the others.
+    pub deferred: Option<Defer>,
     /// Longest body that is put together for `whole`, bytes.
     pub whole_max: usize,
 }
 
 impl<S> Entry<S> {
-    const NONE: Self = Self { whole: None, pieces: None, whole_max: usize::MAX };
+    const NONE: Self = Self { whole: None, pieces: None, deferred: None, whole_max: usize::MAX };
 }
 
 /// Handlers by message type, built by `const fn`, so that it is a `static` and dispatch is one indexed
@@ -117,7 +132,9 @@ impl<S, const N: usize> HandlerTable<S, N> {
     pub const fn on(mut self, message_type: MessageType, handler: Handler<S>) -> Self {
         let index = message_type.0 as usize;
         assert!(index < N, "the message type lies beyond the handler table: choose a larger N");
-        assert!(self.entries[index].whole.is_none(), "the message type has a handler already");
+        let entry = &self.entries[index];
+        let free = entry.whole.is_none() && entry.deferred.is_none();
+        assert!(free, "the message type has a handler already");
         self.entries[index].whole = Some(handler);
         self
     }
@@ -131,8 +148,16 @@ impl<S, const N: usize> HandlerTable<S, N> {
     pub const fn on_pieces(mut self, message_type: MessageType, make: MakePieces<S>) -> Self {
         let index = message_type.0 as usize;
         assert!(index < N, "the message type lies beyond the handler table: choose a larger N");
-        assert!(self.entries[index].pieces.is_none(), "the message type has a handler for pieces already");
+        let entry = &self.entries[index];
+        let free = entry.pieces.is_none() && entry.deferred.is_none();
+        assert!(free, "the message type has a handler for pieces already");
         self.entries[index].pieces = Some(make);
+        self
+    }
+
+    /// The same table with `defer` for all requests of `message_type`, which has no other handler.
+    pub(crate) const fn deferred(mut self, message_type: MessageType, defer: Defer) -> Self {
+        self.entries[message_type.0 as usize].deferred = Some(defer);
         self
     }
 
@@ -157,7 +182,7 @@ impl<S, const N: usize> HandlerTable<S, N> {
 
 impl<S, const N: usize> fmt::Debug for HandlerTable<S, N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let served = |entry: &Entry<S>| entry.whole.is_some() || entry.pieces.is_some();
+        let served = |e: &Entry<S>| e.whole.is_some() || e.pieces.is_some() || e.deferred.is_some();
         let types = self.entries.iter().enumerate().filter(|(_, e)| served(e)).map(|(i, _)| i);
         f.debug_set().entries(types).finish()
     }

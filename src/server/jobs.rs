@@ -1,0 +1,150 @@
+//! Calls whose answers take system calls: what the reactor is to do for them, and which of them nobody waits for any
+//! more. Sans-I/O: doing it is the reactor's.
+//!
+//! Rule:   a job waits here, then the reactor has it, then it is over: with its answer, or when its call ends early.
+//!         Its number is never used again, so that an answer that comes late meets nobody (S10).
+//! Bound:  [`FILE_READS_MAX`] jobs that are not over; one more is answered `Overloaded` and never stored.
+
+use super::table::HandlerError;
+use crate::config::FILE_READS_MAX;
+use doorbell_shm::entry::Status;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+
+/// Milliseconds after which a client may try again for which there was no room.
+const RETRY_MS: u64 = 10;
+
+/// Names a call that is to be answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ticket {
+    /// The seat of its lane.
+    pub seat: u32,
+    /// Its exchange, if that is still the same: the number tells.
+    pub exchange: u32,
+    /// Unique at this reactor.
+    pub number: u64,
+}
+
+/// A file that is to be analysed.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub ticket: Ticket,
+    /// As the client named it.
+    pub path: PathBuf,
+}
+
+/// What a call is answered with.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub status: Status,
+    pub detail: u64,
+    pub bytes: Vec<u8>,
+}
+
+impl Answer {
+    /// Success.
+    pub fn of(bytes: Vec<u8>) -> Self {
+        Self { status: Status::Ok, detail: 0, bytes }
+    }
+
+    /// There are too many jobs.
+    pub fn busy() -> Self {
+        Self { status: Status::Overloaded, detail: RETRY_MS, bytes: Vec::new() }
+    }
+}
+
+impl From<HandlerError> for Answer {
+    fn from(error: HandlerError) -> Self {
+        Self { status: error.status(), detail: 0, bytes: error.to_string().into_bytes() }
+    }
+}
+
+/// The jobs of one reactor.
+#[derive(Debug, Default)]
+pub(crate) struct Jobs {
+    last: u64,
+    waiting: VecDeque<Job>,
+    /// Numbers of jobs that the reactor has and that nobody waits for any more.
+    given_up: Vec<u64>,
+    /// Jobs that are not over.
+    live: usize,
+}
+
+impl Jobs {
+    /// A job for the call that this exchange is; returns its number, or `None` if there are as many as may be.
+    pub fn add(&mut self, seat: u32, exchange: u32, path: PathBuf) -> Option<u64> {
+        if self.live >= FILE_READS_MAX {
+            return None;
+        }
+        self.live += 1;
+        self.last += 1;
+        let ticket = Ticket { seat, exchange, number: self.last };
+        self.waiting.push_back(Job { ticket, path });
+        Some(self.last)
+    }
+
+    /// The call of this job has ended without its answer.
+    pub fn give_up(&mut self, number: u64) {
+        self.live -= 1;
+        match self.waiting.iter().position(|job| job.ticket.number == number) {
+            Some(at) => drop(self.waiting.remove(at)),
+            None => self.given_up.push(number),
+        }
+    }
+
+    /// A job that the reactor had has been answered.
+    pub fn answered(&mut self) {
+        self.live -= 1;
+    }
+
+    /// The oldest job that waits; the reactor has it now.
+    pub fn next(&mut self) -> Option<Job> {
+        self.waiting.pop_front()
+    }
+
+    /// Numbers of jobs that the reactor has and may forget.
+    pub fn take_given_up(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.given_up)
+    }
+
+    /// Whether the reactor has anything to do.
+    #[inline(always)]
+    pub fn has_work(&self) -> bool {
+        !self.waiting.is_empty() || !self.given_up.is_empty()
+    }
+
+    /// Jobs that are not over.
+    pub fn live(&self) -> usize {
+        self.live
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal:   S12: there are only so many jobs, those that the reactor has among them; whoever goes makes room.
+    /// Method: as many as may be, then one for each way in which a job ends.
+    #[test]
+    fn s12_there_are_only_so_many_jobs() {
+        let mut jobs = Jobs::default();
+        let numbers: Vec<u64> =
+            (0..FILE_READS_MAX as u32).map(|i| jobs.add(1, i, "f".into()).unwrap()).collect();
+        assert_eq!(jobs.add(1, 99, "f".into()), None);
+        let job = jobs.next().unwrap();
+        assert_eq!(job.ticket, Ticket { seat: 1, exchange: 0, number: numbers[0] });
+        assert_eq!(jobs.add(1, 99, "f".into()), None, "the reactor has it");
+        jobs.answered();
+        assert!(jobs.add(1, 99, "f".into()).is_some());
+
+        // One that waits is forgotten here; one that the reactor has is told to it.
+        jobs.give_up(numbers[2]);
+        assert!(jobs.take_given_up().is_empty());
+        assert_eq!(jobs.next().unwrap().ticket.number, numbers[1]);
+        jobs.give_up(numbers[1]);
+        assert!(jobs.has_work());
+        assert_eq!(jobs.take_given_up(), [numbers[1]]);
+        assert_eq!(jobs.next().unwrap().ticket.number, numbers[3]);
+        assert_eq!(jobs.live(), FILE_READS_MAX - 2);
+    }
+}
