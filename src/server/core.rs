@@ -535,6 +535,11 @@ impl<S> Core<S> {
         self.faults.pop()
     }
 
+    /// Notes that a lane broke the protocol outside of its turn.
+    pub fn note_fault(&mut self, id: SessionId, fault: PeerFault) {
+        self.faults.push((id, fault));
+    }
+
     /// Puts a lane among those polled.
     pub fn heat(&mut self, id: SessionId) {
         let Some(seat) = self.seats.get_mut(id.index as usize) else { return };

@@ -46,6 +46,8 @@ pub(crate) struct LeaseQueue {
     givings: Vec<Giving>,
     /// When the oldest wish was first found to have to wait; 0 if none does.
     pub waits_since_ns: u64,
+    /// Somebody waits, as the budget knows.
+    waits: bool,
 }
 
 impl LeaseQueue {
@@ -94,6 +96,17 @@ impl LeaseQueue {
     /// Whether somebody other than the lane at `seat` waits.
     pub fn others_wait(&self, seat: u32) -> bool {
         self.waits_since_ns != 0 && self.wishes.iter().any(|wish| wish.seat != seat)
+    }
+
+    /// Whether the budget has to be told that somebody begins, or ceases, to wait. Asked once for each change.
+    pub fn begins_or_ceases_to_wait(&mut self) -> bool {
+        let before = std::mem::replace(&mut self.waits, !self.wishes.is_empty());
+        before != self.waits
+    }
+
+    /// Whether somebody waits, as the budget knows.
+    pub fn is_waiting(&self) -> bool {
+        self.waits
     }
 
     /// Wishes that wait.
