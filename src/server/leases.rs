@@ -66,10 +66,13 @@ impl LeaseQueue {
         self.wishes.remove(at)
     }
 
-    /// Forgets all that a lane wanted.
-    pub fn forget(&mut self, seat: u32) {
+    /// Forgets all that a lane wanted; returns the pages that it had returned.
+    pub fn forget(&mut self, seat: u32) -> u32 {
         self.wishes.retain(|wish| wish.seat != seat);
+        let theirs = self.givings.iter().filter(|giving| giving.seat == seat);
+        let pages = theirs.map(|giving| giving.lease.pages).sum();
         self.givings.retain(|giving| giving.seat != seat);
+        pages
     }
 
     /// The oldest wish.
@@ -87,10 +90,10 @@ impl LeaseQueue {
         self.givings.pop()
     }
 
-    /// Whether there is anything to do.
+    /// Whether there is anything to do. That nobody waits any more is to be told, too.
     #[inline(always)]
     pub fn has_work(&self) -> bool {
-        !self.givings.is_empty() || !self.wishes.is_empty()
+        !self.givings.is_empty() || !self.wishes.is_empty() || self.waits_since_ns != 0
     }
 
     /// Whether somebody other than the lane at `seat` waits.

@@ -152,7 +152,10 @@ impl<S> Core<S> {
             self.answered(id, answer);
         }
         let waits = self.leases.len() > 0;
-        if waits && self.leases.waits_since_ns == 0 {
+        if !waits {
+            // The last one may have been cancelled, or have gone.
+            self.leases.waits_since_ns = 0;
+        } else if self.leases.waits_since_ns == 0 {
             self.leases.waits_since_ns = now_ns();
             self.metrics.leases_waited += 1;
         }

@@ -739,7 +739,7 @@ impl<S> Reactor<S> {
             self.put_to_sleep(id)?;
         }
         self.arming = hot;
-        if !self.core.all_cold() {
+        if !self.core.all_cold() || self.core.bodies_can_go_on() {
             return self.submit();
         }
         // Answers given outside of a turn, of leases and of calls that have been ended.
