@@ -180,6 +180,7 @@ impl Simulation {
             entries_per_turn: 16,
             bytes_per_turn: 64 << 10,
             max_connections: 16,
+            max_sessions: 8,
             reactors: 1,
             ..ServerConfig::default()
         };
@@ -216,6 +217,7 @@ impl Simulation {
     /// Ends a session, as its death does. One that has been ended already stays so.
     pub fn end(&mut self, peer: &Peer) {
         self.end_session(peer.id);
+        self.serve_memory();
         assert!(self.core.lane(peer.id).is_none());
         assert!(self.core.connections_of(peer.id).next().is_none());
     }
@@ -297,6 +299,12 @@ impl Simulation {
         assert_eq!(dead, None, "a call of a session that has ended was run");
         // Those that ended in this very step may have run before that.
         self.buried.append(&mut self.ended);
+    }
+
+    /// Whether nothing is left of any session: to be asked when all have ended.
+    pub fn is_unused(&self) -> bool {
+        let unused = self.core.budget.used() == self.unused && self.core.body_bytes() == 0;
+        unused && !self.core.has_exchanges() && !self.core.leases.has_work()
     }
 
     /// Compares what the core believes with what there is.
@@ -605,6 +613,7 @@ mod tests {
             simulation.end(&client.peer);
             simulation.check();
         }
+        assert!(simulation.is_unused());
     }
 
     /// Goal:   a body that can have its memory gets it when it is there, not when some other body has ended.
