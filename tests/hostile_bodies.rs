@@ -81,12 +81,9 @@ fn f12_frames_out_of_order_end_the_session() {
     ] {
         attacks.push(attack(name, move |raw| {
             let call = begun(raw, 0);
-            for (i, number) in numbers.iter().enumerate() {
-                if i > 0 {
-                    raw.ring();
-                    frames_taken(raw, &call, i as u32 + 1);
-                }
-                push_frame(raw, &call, *number, b"frame", false);
+            for (number, place) in numbers.iter().zip([SMALL + 2, SMALL + 3, MEDIUM]) {
+                let entry = raw.frame(&call, *number, place, b"frame", false);
+                raw.push(INTERACTIVE, &entry);
             }
         }));
     }
