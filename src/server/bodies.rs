@@ -278,8 +278,14 @@ impl SessionLane {
     }
 
     /// Memory for the body of an exchange has come.
-    pub(super) fn run_exchange<S>(&mut self, index: u32, exchanges: &mut super::exchange::Exchanges<S>) {
-        if let Some(exchange) = exchanges.get_mut(index) {
+    pub(super) fn run_exchange<S>(
+        &mut self,
+        seat: u32,
+        index: u32,
+        exchanges: &mut super::exchange::Exchanges<S>,
+    ) {
+        // It may have ended since, and its record may be that of another call, of another lane even (S2).
+        if let Some(exchange) = exchanges.get_mut(index).filter(|exchange| exchange.seat == seat) {
             self.queue(index, exchange);
         }
     }
@@ -502,7 +508,8 @@ impl SessionLane {
     /// The frame at the head has been taken: its slot is the client's again.
     fn frame_taken<S>(&mut self, e: &mut Exchange<S>) {
         let Some(frame) = e.parked.pop_front() else { return };
-        if frame.slot != e.call.slot {
+        e.kept = Vec::new();
+        if !e.is_shared(&frame) {
             self.lane_mut().give_back_payload(frame.slot);
         }
         e.taken = e.taken.wrapping_add(1);
@@ -590,9 +597,14 @@ impl SessionLane {
         let last = e.ended && e.parked.len() <= 1 && given == there;
         let context = context(bench.state, bench.metrics, bench.totals, &e.call);
         // Copied once: a byte that the handler has taken is never looked at again (S3, F15).
-        let bytes = bench.staging.take(given);
+        let shared = e.parked.front().is_some_and(|frame| frame.slot == e.window.first);
+        let all = bench.staging.take(if shared { there } else { given });
         let payload = &self.lane().common.payload;
-        payload.read(offset, bytes);
+        match e.kept.len().checked_sub(there) {
+            Some(from) if there > 0 => all.copy_from_slice(&e.kept[from..][..all.len()]),
+            _ => payload.read(offset, all),
+        }
+        let bytes = &all[..given];
         prepare(bench.rest, e, frames, bench.message_max);
         let capacity = e.window.capacity as usize;
         let Work::Pieces(pieces) = &mut e.work else { return Ok(()) };
@@ -609,6 +621,9 @@ impl SessionLane {
                 None => {
                     if let Some(frame) = e.parked.front_mut() {
                         frame.at += taken as u32;
+                        if shared && taken < there && e.kept.is_empty() {
+                            e.kept.extend_from_slice(&all[taken..]);
+                        }
                     }
                     bench.metrics.bytes_in += taken as u64;
                     None
@@ -680,8 +695,10 @@ impl SessionLane {
         for slot in e.window_slots() {
             self.lane_mut().give_back_payload(slot);
         }
-        for frame in e.parked.drain(..).filter(|frame| frame.slot != call.slot) {
-            self.lane_mut().give_back_payload(frame.slot);
+        while let Some(frame) = e.parked.pop_front() {
+            if !e.is_shared(&frame) {
+                self.lane_mut().give_back_payload(frame.slot);
+            }
         }
         if let Some(all) = &mut self.exchanges {
             all.remove(call.slot, e.ring, index);

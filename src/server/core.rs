@@ -292,8 +292,9 @@ impl<S> Core<S> {
                 self.exchanges.end(index, exchange);
             }
         }
-        self.leases.forget(id.index);
-        let leased = u64::from(lane.lane().leases.pages()) * PAGE as u64;
+        // What it has returned and has not been given back to the kernel goes with its segment.
+        let returned = self.leases.forget(id.index);
+        let leased = u64::from(lane.lane().leases.pages() + returned) * PAGE as u64;
         self.metrics.leased_bytes -= leased;
         self.budget.give(leased);
         if home {
@@ -387,7 +388,7 @@ impl<S> Core<S> {
             else {
                 continue;
             };
-            lane.run_exchange(index, &mut self.exchanges);
+            lane.run_exchange(seat, index, &mut self.exchanges);
             let generation = self.seats[seat as usize].generation;
             self.heat(SessionId { index: seat, generation });
         }
@@ -437,7 +438,8 @@ impl<S> Core<S> {
         let seat = self.seats.get_mut(index as usize);
         let Some(lane) = seat.and_then(|seat| seat.lane.as_deref_mut()) else { return LeaseVerdict::Leave };
         let verdict = lane.judge_leases(now, wanted);
-        if verdict == LeaseVerdict::Force {
+        // There are none if the client says truly that it uses no lease.
+        if verdict != LeaseVerdict::Leave {
             let all = lane.exchanges.iter().flat_map(|all| all.all());
             let exchanges = &mut self.exchanges;
             let leased = |i: &u32| {
@@ -472,6 +474,11 @@ impl<S> Core<S> {
         Some((SessionId { index, generation: seat.generation }, seat.lane.as_deref_mut()?))
     }
 
+    /// Whether a body can go on that waited for memory: its lane is to be polled.
+    pub fn bodies_can_go_on(&self) -> bool {
+        !self.exchanges.runnable.is_empty()
+    }
+
     /// Whether calls of several frames are under way: their next frames are about to come.
     pub fn has_exchanges(&self) -> bool {
         self.exchanges.moving() > 0
@@ -501,6 +508,12 @@ impl<S> Core<S> {
         let message_max = self.config.max_message_size as usize;
         let id = SessionId { index: ticket.seat, generation: seat.generation };
         lane.answer_deferred(ticket, answer, &mut self.exchanges, message_max).then_some(id)
+    }
+
+    /// The calls of several frames.
+    #[cfg(any(test, fuzzing))]
+    pub fn exchanges(&mut self) -> &mut Exchanges<S> {
+        &mut self.exchanges
     }
 
     /// Bytes that are reserved for bodies which are put together.
@@ -561,6 +574,11 @@ impl<S> Core<S> {
     /// A session that broke the protocol, and how.
     pub fn take_fault(&mut self) -> Option<(SessionId, PeerFault)> {
         self.faults.pop()
+    }
+
+    /// Notes that a lane broke the protocol outside of its turn.
+    pub fn note_fault(&mut self, id: SessionId, fault: PeerFault) {
+        self.faults.push((id, fault));
     }
 
     /// Puts a lane among those polled.

@@ -100,6 +100,8 @@ pub(crate) struct Exchange<S> {
     pub parked: VecDeque<Frame>,
     /// Frames that have been taken.
     pub taken: u32,
+    /// The end of the frame at the head: a copy, because the answer is being written where it lay.
+    pub kept: Vec<u8>,
     pub work: Work<S>,
     pub window: Window,
     /// Bytes in the frame of the window that is being written.
@@ -142,6 +144,7 @@ impl<S> Exchange<S> {
             ended: false,
             parked: VecDeque::new(),
             taken: 0,
+            kept: Vec::new(),
             work: Work::Answered,
             window: Window::default(),
             filled: 0,
@@ -211,6 +214,11 @@ impl<S> Exchange<S> {
         self.work = Work::Answered;
         self.terminal = Some(Terminal { status, detail });
         self.moved = true;
+    }
+
+    /// Whether a frame lies in a slot that its own call or the answer's window has.
+    pub fn is_shared(&self, frame: &Frame) -> bool {
+        frame.slot == self.call.slot || frame.slot == self.window.first
     }
 
     /// Slots of the window other than the one that names the call.
@@ -325,7 +333,11 @@ impl<S> Exchanges<S> {
         // One body always fits, however long.
         if first && (self.reserved == 0 || self.reserved + bytes <= self.memory) {
             self.reserved += bytes;
-            self.waiting.retain(|other| *other != index);
+            if first && !self.waiting.is_empty() {
+                self.waiting.retain(|other| *other != index);
+                // There may be enough for the next one, too.
+                self.wake_waiting();
+            }
             return true;
         }
         if !self.waiting.contains(&index) {
@@ -345,6 +357,12 @@ impl<S> Exchanges<S> {
         if let Some(Some(record)) = self.records.get(index as usize) {
             self.runnable.push((record.seat, index));
         }
+    }
+
+    /// Exchanges that are under way.
+    #[cfg(any(test, fuzzing))]
+    pub fn live(&self) -> usize {
+        self.records.len() - self.free.len()
     }
 
     /// Exchanges that are under way, but for those that the reactor is to answer.
@@ -486,6 +504,7 @@ mod tests {
         all.give_back(60);
         assert_eq!(std::mem::take(&mut all.runnable), [(9, b)]);
         assert!(all.reserve(b, 1000) && !all.reserve(c, 10));
+        assert_eq!(std::mem::take(&mut all.runnable), [(9, c)], "there might have been enough for both");
         let record = all.take(c).unwrap();
         let mut waits = record;
         waits.work = Work::Waits(10);

@@ -79,6 +79,9 @@ pub(crate) struct SessionLane {
     /// The same without those that have been taken and not completed: completions that may be outstanding before the
     /// next call is taken.
     admitted: [u64; 2],
+    /// Entries of the batch that is being run which come after the present one: each of them may need the space of a
+    /// completion.
+    behind: u64,
     /// Entries may wait in a ring because their completions would find no space.
     starved: bool,
     drain: Drain,
@@ -171,6 +174,7 @@ impl SessionLane {
             further: 0,
             admitted_most,
             admitted: [admitted_most; 2],
+            behind: 0,
             starved: false,
             drain: Drain::default(),
             exchanges: None,
@@ -318,6 +322,7 @@ impl SessionLane {
             // Published before the entry is run: after our death the client knows which calls were not
             // started (FAULTS §5).
             self.lane.submissions[ring].publish_at(filled.first + i as u64 + 1);
+            self.behind = (filled.len - i - 1) as u64;
             let words = bench.batch.entries[i];
             flags_seen |= words[0];
             match Submission::plain(&words) {
@@ -723,9 +728,10 @@ impl SessionLane {
         self.push(ring, &completion)
     }
 
-    /// Frames that may go into a completion ring now: what neither consumed completions nor reserved ones take.
+    /// Frames that may go into a completion ring now: what neither consumed completions nor reserved ones take, nor those
+    /// of entries that have been taken from the ring and are still to be run.
     pub(super) fn frames_free(&mut self, ring: usize) -> Result<u64, PeerFault> {
-        let reserved = self.admitted_most - self.admitted[ring];
+        let reserved = self.admitted_most - self.admitted[ring] + self.behind;
         let completions = &mut self.lane.completions[ring];
         let most = completions.capacity() - reserved;
         if completions.outstanding() >= most {

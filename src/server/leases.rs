@@ -46,6 +46,8 @@ pub(crate) struct LeaseQueue {
     givings: Vec<Giving>,
     /// When the oldest wish was first found to have to wait; 0 if none does.
     pub waits_since_ns: u64,
+    /// Somebody waits, as the budget knows.
+    waits: bool,
 }
 
 impl LeaseQueue {
@@ -64,10 +66,13 @@ impl LeaseQueue {
         self.wishes.remove(at)
     }
 
-    /// Forgets all that a lane wanted.
-    pub fn forget(&mut self, seat: u32) {
+    /// Forgets all that a lane wanted; returns the pages that it had returned.
+    pub fn forget(&mut self, seat: u32) -> u32 {
         self.wishes.retain(|wish| wish.seat != seat);
+        let theirs = self.givings.iter().filter(|giving| giving.seat == seat);
+        let pages = theirs.map(|giving| giving.lease.pages).sum();
         self.givings.retain(|giving| giving.seat != seat);
+        pages
     }
 
     /// The oldest wish.
@@ -85,15 +90,26 @@ impl LeaseQueue {
         self.givings.pop()
     }
 
-    /// Whether there is anything to do.
+    /// Whether there is anything to do. That nobody waits any more is to be told, too.
     #[inline(always)]
     pub fn has_work(&self) -> bool {
-        !self.givings.is_empty() || !self.wishes.is_empty()
+        !self.givings.is_empty() || !self.wishes.is_empty() || self.waits_since_ns != 0
     }
 
     /// Whether somebody other than the lane at `seat` waits.
     pub fn others_wait(&self, seat: u32) -> bool {
         self.waits_since_ns != 0 && self.wishes.iter().any(|wish| wish.seat != seat)
+    }
+
+    /// Whether the budget has to be told that somebody begins, or ceases, to wait. Asked once for each change.
+    pub fn begins_or_ceases_to_wait(&mut self) -> bool {
+        let before = std::mem::replace(&mut self.waits, !self.wishes.is_empty());
+        before != self.waits
+    }
+
+    /// Whether somebody waits, as the budget knows.
+    pub fn is_waiting(&self) -> bool {
+        self.waits
     }
 
     /// Wishes that wait.

@@ -1,9 +1,13 @@
-//! What a lane's leases are made of: pages that the kernel gives and takes. The only part of a lane that makes system
-//! calls; the reactor asks for it.
+//! What leases are made of: pages that the kernel gives and takes. The only part of the core that makes system calls,
+//! and none of them on a segment that lies on the heap; the reactor asks for it.
 
 use super::budget::Budget;
+use super::core::{Core, SessionId};
 use super::lane::SessionLane;
+use super::leases::Verdict;
 use crate::error::{IpcError, Result};
+use doorbell_shm::PeerFault;
+use doorbell_shm::entry::Status;
 use doorbell_shm::layout::{LaneLayout, SLOTS_PER_PAGE};
 use doorbell_shm::lease::{Granted, NoRoom};
 use doorbell_shm::map::PAGE;
@@ -99,5 +103,103 @@ impl SessionLane {
             from = next;
         }
         Ok(())
+    }
+}
+
+/// Memory that has been taken back from a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Taken {
+    pub bytes: u64,
+    /// Calls that had it have ended for it.
+    pub by_force: bool,
+}
+
+impl<S> Core<S> {
+    /// Gives back what lanes have returned, and grants what there is memory for, in the order of the wishes. Lanes that
+    /// cannot be answered are among the faults afterwards.
+    pub fn serve_memory(&mut self, now_ns: &mut dyn FnMut() -> u64) -> Result<()> {
+        while let Some(giving) = self.leases.next_giving() {
+            let Some((id, lane)) = self.seated_mut(giving.seat) else { continue };
+            let bytes = lane.give_back_memory(giving.lease)?;
+            let answer = lane.answer_control(giving.ring, giving.slot, giving.generation, Status::Ok, 0);
+            self.memory_is_free(bytes);
+            self.answered(id, answer);
+        }
+        while let Some(wish) = self.leases.first() {
+            let budget = self.budget.clone();
+            let Some((id, lane)) = self.seated_mut(wish.seat) else {
+                self.leases.pop();
+                continue;
+            };
+            let granted = lane.grant(&budget, wish.bytes, wish.slots);
+            let answer = match &granted {
+                Ok(Some(grant)) => (Status::Ok, u64::from(grant.slot) | u64::from(grant.slots) << 32),
+                Ok(None) => (Status::Overloaded, 0),
+                // Nobody gives any back: its call goes on without.
+                Err(Shortage::Budget) => break,
+                Err(Shortage::Kernel) => (Status::Overloaded, 10),
+            };
+            let answer = lane.answer_control(wish.ring, wish.slot, wish.generation, answer.0, answer.1);
+            if let Ok(Some(grant)) = granted {
+                self.metrics.leases_granted += 1;
+                self.metrics.leased_bytes += u64::from(grant.bytes);
+            }
+            let waited_since = self.leases.waits_since_ns;
+            if waited_since != 0 {
+                self.metrics.lease_wait_ns += now_ns() - waited_since;
+            }
+            self.leases.pop();
+            self.answered(id, answer);
+        }
+        let waits = self.leases.len() > 0;
+        if !waits {
+            // The last one may have been cancelled, or have gone.
+            self.leases.waits_since_ns = 0;
+        } else if self.leases.waits_since_ns == 0 {
+            self.leases.waits_since_ns = now_ns();
+            self.metrics.leases_waited += 1;
+        }
+        if self.leases.begins_or_ceases_to_wait() {
+            self.budget.wait(waits);
+        }
+        Ok(())
+    }
+
+    /// A lane has been answered outside of its turn.
+    fn answered(&mut self, id: SessionId, answer: std::result::Result<(), PeerFault>) {
+        match answer {
+            Ok(()) => self.touch(id.index),
+            Err(fault) => self.note_fault(id, fault),
+        }
+    }
+
+    fn memory_is_free(&mut self, bytes: u64) {
+        self.metrics.leased_bytes -= bytes;
+        self.budget.give(bytes);
+    }
+
+    /// Whether somebody waits for memory at another reactor.
+    pub fn others_want_memory(&self) -> bool {
+        self.budget.waiting() > u32::from(self.leases.is_waiting())
+    }
+
+    /// Takes back the leases of the lane seated at `index` if nobody uses them, or if others wait and nothing is done
+    /// with them; says whether it did.
+    pub fn look_after_leases(
+        &mut self,
+        index: u32,
+        now: u64,
+        wanted_elsewhere: bool,
+    ) -> Result<Option<Taken>> {
+        let by_force = match self.judge_leases(index, now, wanted_elsewhere) {
+            Verdict::Leave => return Ok(None),
+            Verdict::Take => false,
+            Verdict::Force => true,
+        };
+        let Some((_, lane)) = self.seated_mut(index) else { return Ok(None) };
+        let bytes = lane.take_memory()?;
+        self.memory_is_free(bytes);
+        self.metrics.leases_forced += u64::from(by_force);
+        Ok(Some(Taken { bytes, by_force }))
     }
 }

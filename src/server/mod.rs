@@ -16,6 +16,8 @@ mod leases;
 mod listener;
 mod memory;
 mod reactor;
+#[cfg(any(test, fuzzing))]
+pub mod simulation;
 mod spin;
 mod staging;
 mod start;

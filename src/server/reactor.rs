@@ -9,8 +9,6 @@ use super::crew::{Crew, Message, Notice};
 use super::files::ReadId;
 use super::home::Home;
 use super::lane::SessionLane;
-use super::leases::Verdict as LeaseVerdict;
-use super::memory::Shortage;
 use super::spin::SpinBudget;
 use super::storm::{self, Storm};
 use super::throttle::Throttle;
@@ -21,7 +19,6 @@ use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET, fence_before_bell};
-use doorbell_shm::entry::Status;
 use doorbell_shm::segment::Segment;
 use doorbell_uring::{Completion, Driver, Token, Wait};
 use rustix::io::Errno;
@@ -193,8 +190,6 @@ pub(crate) struct Reactor<S: 'static> {
     handed_over_calls: u32,
     /// They were few between the last two sweeps.
     handed_over_rarely: bool,
-    /// Somebody here waits for memory, as the budget knows.
-    waits_for_memory: bool,
     /// When to look at leases next, while somebody waits.
     memory_tick_ns: u64,
     /// Lanes that are being put to sleep.
@@ -232,7 +227,6 @@ impl<S> Reactor<S> {
             timer_ns: u64::MAX,
             handed_over_calls: 0,
             handed_over_rarely: true,
-            waits_for_memory: false,
             memory_tick_ns: 0,
             arming: Vec::new(),
             stopping: false,
@@ -266,9 +260,7 @@ impl<S> Reactor<S> {
                 }
             }
             let mut taken = self.round();
-            while let Some((id, fault)) = self.core.take_fault() {
-                self.fault(id, fault)?;
-            }
+            self.end_faulty()?;
             if self.core.leases.has_work() {
                 self.serve_memory()?;
             }
@@ -352,87 +344,34 @@ impl<S> Reactor<S> {
         if self.core.has_exchanges() { budget.max(now + FRAME_POLL_NS) } else { budget }
     }
 
-    /// Gives back what lanes have returned, and grants what there is memory for, in the order of the wishes.
+    /// Gives back and grants memory; ends the sessions that could not be answered.
     #[cold]
     fn serve_memory(&mut self) -> Result<()> {
-        while let Some(giving) = self.core.leases.next_giving() {
-            let Some((id, lane)) = self.core.seated_mut(giving.seat) else { continue };
-            let bytes = lane.give_back_memory(giving.lease)?;
-            let fault = lane.answer_control(giving.ring, giving.slot, giving.generation, Status::Ok, 0);
-            self.memory_is_free(bytes);
-            self.answered(id, fault)?;
-        }
-        while let Some(wish) = self.core.leases.first() {
-            let budget = self.core.budget.clone();
-            let Some((id, lane)) = self.core.seated_mut(wish.seat) else {
-                self.core.leases.pop();
-                continue;
-            };
-            let granted = lane.grant(&budget, wish.bytes, wish.slots);
-            let answer = match &granted {
-                Ok(Some(grant)) => (Status::Ok, u64::from(grant.slot) | u64::from(grant.slots) << 32),
-                Ok(None) => (Status::Overloaded, 0),
-                // Nobody gives any back: its call goes on without.
-                Err(Shortage::Budget) => break,
-                Err(Shortage::Kernel) => (Status::Overloaded, 10),
-            };
-            let fault = lane.answer_control(wish.ring, wish.slot, wish.generation, answer.0, answer.1);
-            if let Ok(Some(grant)) = granted {
-                self.core.metrics.leases_granted += 1;
-                self.core.metrics.leased_bytes += u64::from(grant.bytes);
-            }
-            let waited_since = self.core.leases.waits_since_ns;
-            if waited_since != 0 {
-                self.core.metrics.lease_wait_ns += monotonic_ns() - waited_since;
-            }
-            self.core.leases.pop();
-            self.answered(id, fault)?;
-        }
-        let waits = self.core.leases.len() > 0;
-        if waits && self.core.leases.waits_since_ns == 0 {
-            self.core.leases.waits_since_ns = monotonic_ns();
-            self.core.metrics.leases_waited += 1;
-        }
-        if waits != self.waits_for_memory {
-            self.waits_for_memory = waits;
-            self.core.budget.wait(waits);
-        }
-        Ok(())
+        self.core.serve_memory(&mut monotonic_ns)?;
+        self.end_faulty()
     }
 
-    /// A lane has been answered outside of its turn.
-    fn answered(&mut self, id: SessionId, answer: std::result::Result<(), PeerFault>) -> Result<()> {
-        match answer {
-            Ok(()) => self.core.touch(id.index),
-            Err(fault) => self.fault(id, fault)?,
+    /// Ends the sessions that broke the protocol.
+    #[inline(always)]
+    fn end_faulty(&mut self) -> Result<()> {
+        while let Some((id, fault)) = self.core.take_fault() {
+            self.fault(id, fault)?;
         }
         Ok(())
-    }
-
-    fn memory_is_free(&mut self, bytes: u64) {
-        self.core.metrics.leased_bytes -= bytes;
-        self.core.budget.give(bytes);
     }
 
     /// Takes back leases that nobody uses, and, while others wait, those that somebody keeps.
     fn look_after_leases(&mut self, now: u64) -> Result<()> {
-        let own = u32::from(self.waits_for_memory);
-        let elsewhere = self.core.budget.waiting() > own;
+        let elsewhere = self.core.others_want_memory();
         let mut freed = false;
         for index in 0..self.peers.len() as u32 {
             if self.peers[index as usize].is_none() || !self.core.has_leases(index) {
                 continue;
             }
-            let verdict = self.core.judge_leases(index, now, elsewhere);
-            if verdict == LeaseVerdict::Leave {
-                continue;
-            }
-            let Some((_, lane)) = self.core.seated_mut(index) else { continue };
-            let bytes = lane.take_memory()?;
-            self.memory_is_free(bytes);
+            let Some(taken) = self.core.look_after_leases(index, now, elsewhere)? else { continue };
             freed = true;
-            if verdict == LeaseVerdict::Force {
-                self.core.metrics.leases_forced += 1;
+            if taken.by_force {
+                let bytes = taken.bytes;
                 self.log.warn(|| {
                     tracing::warn!(session = index, bytes, "memory taken back from a lane that stood still")
                 });
@@ -815,7 +754,7 @@ impl<S> Reactor<S> {
             self.put_to_sleep(id)?;
         }
         self.arming = hot;
-        if !self.core.all_cold() {
+        if !self.core.all_cold() || self.core.bodies_can_go_on() {
             return self.submit();
         }
         // Answers given outside of a turn, of leases and of calls that have been ended.

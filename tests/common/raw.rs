@@ -10,6 +10,7 @@ use doorbell_shm::lane::{ClientLane, INTERACTIVE};
 use doorbell_shm::layout::{Geometry, LaneLayout, state};
 use doorbell_shm::map::Shared;
 use doorbell_shm::segment::Segment;
+use doorbell_shm::slots::ClientWord;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -153,12 +154,23 @@ impl Raw {
 
     /// A session without a connection, and with room for so many lanes.
     pub fn connect_with_lanes(path: &Path, lanes: u32) -> Self {
+        Self::connect_shaped(path, GEOMETRY, lanes)
+    }
+
+    /// A session with one connection, and so many lease pages.
+    pub fn connect_with_leases(path: &Path, lease_pages: u16) -> Self {
+        let mut raw = Self::connect_shaped(path, Geometry { lease_pages, ..GEOMETRY }, 1);
+        raw.connection = raw.open(0, 0);
+        raw
+    }
+
+    fn connect_shaped(path: &Path, wanted: Geometry, lanes: u32) -> Self {
         let socket = connect_silently(path);
-        send(&socket, Hello { lanes, ..hello() }.as_bytes()).unwrap();
+        send(&socket, Hello { lanes, geometry: wanted.pack(), ..hello() }.as_bytes()).unwrap();
         let Heard::Welcome(welcome, Some(memory)) = hear(&socket) else { panic!("no welcome") };
         assert_eq!(welcome.code, code::OK);
         let geometry = Geometry::unpack(welcome.geometry);
-        assert_eq!(geometry, GEOMETRY);
+        assert_eq!(geometry, wanted);
         let segment = Segment::attach(memory.as_fd(), geometry, welcome.lanes, welcome.identity()).unwrap();
         let layout = LaneLayout::home(&geometry);
         let lane = ClientLane::open(segment.mapping(), &geometry, &layout).unwrap();
@@ -220,6 +232,65 @@ impl Raw {
             response_slot: slot,
             ..Submission::default()
         }
+    }
+
+    /// The first, empty frame of a call in `slot` whose body goes on, and whose answer goes to `window`: its first slot
+    /// and how many. `body_len` is 0 for a length that is not told.
+    pub fn begin(&self, message_type: u32, slot: u32, window: (u32, u16), body_len: u64) -> Submission {
+        let (response_slot, response_count) = window;
+        let call = self.entry(message_type, slot, b"");
+        Submission { flags: flag::MORE, response_slot, response_count, body_len, ..call }
+    }
+
+    /// Frame `frame` of `call` in the slot `place`; the bytes are in place, nothing is sent.
+    pub fn frame(&self, call: &Submission, frame: u32, place: u32, bytes: &[u8], last: bool) -> Submission {
+        self.lane.common.payload.write(LaneLayout::slot_offset(place), bytes);
+        Submission {
+            kind: kind::FRAME,
+            flags: if last { flag::END } else { flag::MORE },
+            slot: call.slot,
+            generation: call.generation,
+            len: bytes.len() as u32,
+            frame,
+            payload_slot: place,
+            ..Submission::default()
+        }
+    }
+
+    /// A LEASE of `slots` slots of `bytes` each, named by `slot`.
+    pub fn lease(&self, slot: u32, bytes: u32, slots: u16) -> Submission {
+        let generation = self.generations[slot as usize].wrapping_add(1);
+        let (len, response_count) = (bytes, slots);
+        Submission { kind: kind::LEASE, slot, generation, len, response_count, ..Submission::default() }
+    }
+
+    /// A LEASE that is granted: its first slot, how many slots it has, and its epoch.
+    pub fn leased(&mut self, slot: u32, bytes: u32, slots: u16) -> (u32, u32, u32) {
+        let granted = self.call(&self.lease(slot, bytes, slots));
+        assert_eq!(granted.status, Status::Ok as u8, "a lease");
+        (granted.detail as u32, (granted.detail >> 32) as u32, granted.frame)
+    }
+
+    /// The RETURN of a lease, named by `slot`.
+    pub fn give_back(&self, slot: u32, first: u32, epoch: u32) -> Submission {
+        let generation = self.generations[slot as usize].wrapping_add(1);
+        Submission {
+            kind: kind::RETURN,
+            flags: flag::LEASED,
+            slot,
+            generation,
+            payload_slot: first,
+            lease_epoch: epoch,
+            ..Submission::default()
+        }
+    }
+
+    /// Writes the client's word of a call and hints at it.
+    pub fn say(&self, call: &Submission, cancelled: bool, released: u32) {
+        let word = ClientWord { generation: call.generation, cancelled, released };
+        self.lane.common.client_words[call.slot as usize].store(word.pack(), Ordering::SeqCst);
+        self.lane.common.hints.set(call.slot);
+        self.ring();
     }
 
     /// A correct OPEN or CLOSE.
