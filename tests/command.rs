@@ -326,14 +326,16 @@ fn r3_1_help_mentions_every_option_and_its_default() {
     assert_eq!(output.stdout, format!("doorbell {}\n", env!("CARGO_PKG_VERSION")).as_bytes());
 }
 
-/// Goal:   options of `bench` that are not honoured yet, or mean nothing together, are refused by name, never
-///         ignored.
+/// Goal:   options of `bench` that mean nothing together are refused by name, never ignored: a wrong question,
+///         exit status 2.
 /// Method: each of them; nothing runs, so this is quick.
 #[test]
 fn bench_refuses_what_it_does_not_honour() {
     for (arguments, name) in [
-        (&["--size", "16385"][..], "--size 16385"),
-        (&["--probe", "16385"], "--probe 16385"),
+        (&["--size", "10485761"][..], "--size"),
+        (&["--size", "16385", "--rate", "10"], "--rate"),
+        (&["--probe", "16385"], "--probe"),
+        (&["--probe-process"], "--probe-process"),
         (&["--peer", "uds", "--policy", "handoff"], "--policy"),
         (&["--peer", "uds", "--probe", "64"], "--probe"),
         (&["--peer", "uds", "--reactors", "2"], "--reactors"),
@@ -346,7 +348,7 @@ fn bench_refuses_what_it_does_not_honour() {
         (&["--seconds", "0"], "--seconds"),
     ] {
         let output = run(&[&["bench"], arguments].concat());
-        fails(&output, 1, &[name]);
+        fails(&output, 2, &[name]);
     }
 }
 
@@ -357,7 +359,8 @@ const BENCH_KEYS: &str = "peer, policy, placement, connections, sessions, proces
     server_wakeups, server_sweeps, server_syscalls, server_rss_bytes, shared_bytes, footprint_bytes, \
     footprint_idle_bytes, connect_last_ms, hiccup_max_ns, floor_p50_ns, floor_p99_ns, floor_per_second, \
     floor_p999_ns, floor_max_ns, idle, hogs, think_random, seed, probe_size, probe_requests, probe_p50_ns, \
-    probe_p99_ns, probe_p999_ns, probe_max_ns, probe_errors";
+    probe_p99_ns, probe_p999_ns, probe_max_ns, probe_errors, probe_alone_p50_ns, probe_alone_p99_ns, \
+    probe_process, memory_budget_bytes, footprint_after_bytes, frames";
 
 /// Runs `bench --json` with a short window; the text it prints and its value.
 fn bench(arguments: &[&str]) -> (String, serde_json::Value) {
@@ -374,7 +377,7 @@ fn bench(arguments: &[&str]) -> (String, serde_json::Value) {
 /// Method: a short run of each policy; keys are read from the text, numbers from the value.
 #[test]
 fn bench_json_prints_one_object_with_the_keys_of_the_interface() {
-    const FLAGS: [&str; 3] = ["idle", "hogs", "think_random"];
+    const FLAGS: [&str; 4] = ["idle", "hogs", "think_random", "probe_process"];
     let expected: Vec<&str> = BENCH_KEYS.split(", ").map(str::trim).collect();
     for policy in ["handoff", "spin", "block"] {
         let (text, value) = bench(&["--size", "64", "--policy", policy]);
