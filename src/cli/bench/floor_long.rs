@@ -273,7 +273,6 @@ impl LongFloor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::bench::clock::now_ns;
 
     /// Goal:   the floor answers and checks, several bodies at once, with ends of any length, and stops when told to.
     /// Method: both sides as threads on the heap, yielding so that one core is enough.
@@ -285,8 +284,7 @@ mod tests {
             let lanes = Lanes::open(&map, &job).unwrap();
             let server = std::thread::spawn(move || serve(&lanes, &job));
             let mut client = LongFloorClient::new(&map, &job).unwrap();
-            let schedule = Schedule::at(now_ns(), 0, 30_000_000);
-            let result = long::run(&mut client, &Shape::closed(bodies, 1, size), &schedule).unwrap();
+            let result = long::run_until_answered(&mut client, &Shape::closed(bodies, 1, size));
             assert_eq!(result.errors, 0);
             assert!(result.requests > 0);
             drop(client);

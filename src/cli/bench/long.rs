@@ -124,6 +124,8 @@ struct Body {
     received: usize,
     wrong: bool,
     active: bool,
+    /// Its tag is among those to be sent from in turn.
+    queued: bool,
 }
 
 /// A body that found no room; its clock runs.
@@ -164,7 +166,7 @@ impl<'a, T: LongTarget> Generator<'a, T> {
     fn new(target: &'a mut T, shape: &Shape, schedule: &Schedule) -> Self {
         let total = shape.connections * shape.in_flight;
         let request = Outgoing { nonce: 0, at: 0, size: shape.size };
-        let body = Body { request, started: 0, received: 0, wrong: false, active: false };
+        let body = Body { request, started: 0, received: 0, wrong: false, active: false, queued: false };
         let probe = |size| ProbeCall::new(size, total as u32, shape.connections, shape.first_request);
         Self {
             target,
@@ -241,8 +243,12 @@ impl<'a, T: LongTarget> Generator<'a, T> {
             }
             self.begun += 1;
             let request = Outgoing { nonce: work::nonce(self.begun), at: 0, size: self.size };
-            self.bodies[tag as usize] = Body { request, started, received: 0, wrong: false, active: true };
-            self.sending.push_back(tag);
+            let body = &mut self.bodies[tag as usize];
+            let queued = std::mem::replace(&mut body.queued, true);
+            *body = Body { request, started, received: 0, wrong: false, active: true, queued: true };
+            if !queued {
+                self.sending.push_back(tag);
+            }
         }
         Ok(())
     }
@@ -251,19 +257,32 @@ impl<'a, T: LongTarget> Generator<'a, T> {
     fn send(&mut self) -> Result<bool, BenchError> {
         for _ in 0..self.sending.len().min(TRIES) {
             let Some(tag) = self.sending.pop_front() else { break };
+            let sent = self.send_of(tag)?;
             let body = &mut self.bodies[tag as usize];
-            let sent = self.target.try_send(tag, &body.request);
-            let sent = sent.map_err(|e| BenchError::peer("sending", e))?;
-            body.request.at += sent;
-            if body.request.left() > 0 {
+            body.queued = body.active && body.request.left() > 0;
+            if body.queued {
                 self.sending.push_back(tag);
             }
-            if sent > 0 {
-                self.flush()?;
+            if sent {
                 return Ok(true);
             }
         }
         Ok(false)
+    }
+
+    /// Sends one frame of a body, if it has one and there is room; says whether it did.
+    fn send_of(&mut self, tag: u32) -> Result<bool, BenchError> {
+        let body = &mut self.bodies[tag as usize];
+        if !body.active || body.request.left() == 0 {
+            return Ok(false);
+        }
+        let sent = self.target.try_send(tag, &body.request);
+        let sent = sent.map_err(|e| BenchError::peer("sending", e))?;
+        body.request.at += sent;
+        if sent > 0 {
+            self.flush()?;
+        }
+        Ok(sent > 0)
     }
 
     fn flush(&mut self) -> Result<(), BenchError> {
@@ -291,7 +310,11 @@ impl<'a, T: LongTarget> Generator<'a, T> {
         if self.probe.is_some() {
             self.send_probe()?;
         }
-        self.send().map(|_| ())
+        // Whose answer comes on has room: its request has been taken so far.
+        if !self.send_of(frame.tag)? {
+            self.send()?;
+        }
+        Ok(())
     }
 
     /// The last frame of an answer has been checked.
@@ -302,9 +325,6 @@ impl<'a, T: LongTarget> Generator<'a, T> {
         let unsent = body.request.left() > 0;
         let right = !body.wrong && body.received == self.size && !unsent;
         let started = body.started;
-        if unsent {
-            self.sending.retain(|other| *other != tag);
-        }
         self.see(now);
         if self.window.counts(started) {
             self.latencies.record(now.saturating_sub(started));
@@ -379,6 +399,22 @@ impl<'a, T: LongTarget> Generator<'a, T> {
             frames: Some(self.frames_in_window),
             probe: self.probe.map(|probe| probe.into_result()),
         }
+    }
+}
+
+/// Runs a load for longer and longer until something has been answered: on a busy machine a short window may find
+/// nobody at work.
+#[cfg(test)]
+pub fn run_until_answered<T: LongTarget>(target: &mut T, shape: &Shape) -> LoadResult {
+    let mut window_ns = 30_000_000;
+    loop {
+        let result = run(target, shape, &Schedule::at(now_ns(), 1_000_000, window_ns)).unwrap();
+        let probed = result.probe.as_ref().is_none_or(|probe| probe.requests > 0);
+        let loaded = shape.in_flight == 0 || result.requests > 0;
+        if probed && loaded || result.errors > 0 || window_ns > 20_000_000_000 {
+            return result;
+        }
+        window_ns *= 10;
     }
 }
 
@@ -479,11 +515,6 @@ mod tests {
         Shape { sleeps: true, ..Shape::closed(connections, in_flight, size) }
     }
 
-    fn run_for(model: &mut Model, shape: &Shape) -> LoadResult {
-        let schedule = Schedule::at(now_ns(), 5_000_000, 30_000_000);
-        run(model, shape, &schedule).unwrap()
-    }
-
     /// Goal:   bodies in frames of any length are answered rightly, several at once, and no more than there is room
     ///         for; those that found none begin later.
     #[test]
@@ -492,12 +523,12 @@ mod tests {
             [(1, 1, 20_000, 16_384, 1), (3, 2, 50_001, 1023, 9), (5, 1, 17_000, 777, 2)]
         {
             let mut model = Model::new(room, frame);
-            let result = run_for(&mut model, &shape(connections, in_flight, size));
+            let result = run_until_answered(&mut model, &shape(connections, in_flight, size));
             assert_eq!(result.errors, 0, "{size} in frames of {frame}");
             assert!(result.requests > 0);
             assert_eq!(model.most, room.min(connections * in_flight));
             let expected = model.most as f64;
-            assert!((result.in_flight_mean - expected).abs() < 0.3 * expected, "{}", result.in_flight_mean);
+            assert!(result.in_flight_mean > 0.5 * expected && result.in_flight_mean <= expected + 0.01);
             let timed: u64 = Latencies::from_sparse(&result.latencies).len();
             assert!(timed.abs_diff(result.requests) <= 2 * (connections * in_flight) as u64, "all are timed");
         }
@@ -507,17 +538,17 @@ mod tests {
     #[test]
     fn trap26_a_broken_frame_is_an_error_of_its_body() {
         let mut model = Model::new(4, 1000);
-        model.broken = Some(30);
-        let result = run_for(&mut model, &shape(2, 1, 20_000));
+        model.broken = Some(3);
+        let result = run_until_answered(&mut model, &shape(2, 1, 20_000));
         assert_eq!(result.errors, 1);
-        assert!(result.requests > 2);
+        assert!(model.served > 3);
     }
 
     #[test]
     fn a_probe_runs_beside_the_bodies_and_is_counted_for_itself() {
         let mut model = Model::new(4, 1000);
         let probed = Shape { probe: Some(100), ..shape(2, 1, 20_000) };
-        let result = run_for(&mut model, &probed);
+        let result = run_until_answered(&mut model, &probed);
         let probe = result.probe.unwrap();
         assert!(result.requests > 0 && probe.requests > 0);
         assert_eq!((result.errors, probe.errors), (0, 0));
@@ -527,7 +558,7 @@ mod tests {
     fn a_probe_alone_needs_no_bodies() {
         let mut model = Model::new(4, 1000);
         let probed = Shape { probe: Some(100), ..shape(3, 1, 20_000).without_load() };
-        let result = run_for(&mut model, &probed);
+        let result = run_until_answered(&mut model, &probed);
         assert_eq!((result.requests, result.errors, model.served), (0, 0, 0));
         assert!(result.probe.unwrap().requests > 0);
     }

@@ -643,8 +643,7 @@ mod tests {
             let mut connector = uds_long::Connector::new(&job).unwrap();
             connector.connect(0, connections).unwrap();
             let mut target = connector.finish().unwrap();
-            let schedule = Schedule::at(now_ns(), 1_000_000, 50_000_000);
-            let result = long::run(&mut target, &job.shape, &schedule).unwrap();
+            let result = long::run_until_answered(&mut target, &job.shape);
             assert_eq!(result.errors, 0);
             assert!(result.requests > 0, "{connections} x {in_flight} {policy:?}");
             drop(target);

@@ -22,14 +22,24 @@ pub struct Incoming {
     left: usize,
 }
 
+/// Bytes of a body that have come.
+struct Part<'b> {
+    tag: u32,
+    /// Their place in the body.
+    at: usize,
+    bytes: &'b [u8],
+    /// They end it.
+    last: bool,
+}
+
 impl Incoming {
-    /// The next bytes of the body that is coming in, at most [`FRAME_MAX`], with its tag, their place in it and
-    /// whether they end it; `None` if none are there. `size` is the agreed length; `begins` hears of each header.
+    /// The next bytes of the body that is coming in, at most [`FRAME_MAX`]; `None` if none are there. `begins` hears
+    /// of each header.
     fn next<'b>(
         &mut self,
         inbox: &'b mut Inbox,
         mut begins: impl FnMut(u32, usize),
-    ) -> Result<Option<(u32, usize, &'b [u8], bool)>, UdsError> {
+    ) -> Result<Option<Part<'b>>, UdsError> {
         if self.left == 0 {
             let Some((tag, len)) = inbox.header()? else { return Ok(None) };
             *self = Self { tag, at: 0, left: len };
@@ -42,7 +52,7 @@ impl Incoming {
         let at = self.at;
         self.at += bytes.len();
         self.left -= bytes.len();
-        Ok(Some((self.tag, at, bytes, self.left == 0)))
+        Ok(Some(Part { tag: self.tag, at, bytes, last: self.left == 0 }))
     }
 
     /// Server: answers all that has been received, as it comes.
@@ -52,10 +62,7 @@ impl Incoming {
         outbox: &mut Outbox,
         fd: BorrowedFd<'_>,
     ) -> Result<(), UdsError> {
-        loop {
-            let Some((_, at, bytes, _)) = self.next(inbox, |tag, len| outbox.header(tag, len))? else {
-                break;
-            };
+        while let Some(Part { at, bytes, .. }) = self.next(inbox, |tag, len| outbox.header(tag, len))? {
             outbox.extend(bytes.len(), |reply| work::answer_at(at as u64, bytes, reply));
         }
         // It may sleep: the client never sleeps on sending, so it takes the answers.
@@ -206,7 +213,9 @@ impl LongTarget for LongUdsTarget {
         loop {
             while let Some(i) = self.ready.front() {
                 let stream = &mut self.streams[*i];
-                if let Some((tag, _, bytes, last)) = stream.incoming.next(&mut stream.inbox, |_, _| {})? {
+                if let Some(Part { tag, bytes, last, .. }) =
+                    stream.incoming.next(&mut stream.inbox, |_, _| {})?
+                {
                     frame[..bytes.len()].copy_from_slice(bytes);
                     return Ok(Some(Frame { tag, len: bytes.len(), ok: true, last }));
                 }

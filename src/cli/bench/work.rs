@@ -116,7 +116,7 @@ fn head(at: u64, len: usize) -> usize {
 /// Byte `at` of the body whose word i is `nonce ^ i`.
 #[inline(always)]
 fn byte(nonce: u64, at: u64) -> u8 {
-    (nonce ^ at / 8).to_le_bytes()[(at % 8) as usize]
+    (nonce ^ (at / 8)).to_le_bytes()[(at % 8) as usize]
 }
 
 /// Writes the part from byte `at` on of the request that [`fill`] writes as a whole.
