@@ -257,7 +257,6 @@ pub fn window_ns(seconds: f64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::bench::clock::now_ns;
 
     /// Goal:   the floor answers and checks, over several laps of the ring, and stops when told to.
     /// Method: both sides as threads on the heap, yielding so that one core is enough.
@@ -270,8 +269,7 @@ mod tests {
             let server = std::thread::spawn(move || serve(&rings, true));
             let mut client = FloorClient::new(&map, &job).unwrap();
             let shape = Shape::closed(in_flight, 1, size);
-            let schedule = Schedule::at(now_ns(), 0, 30_000_000);
-            let result = load::run(&mut client, &shape, &schedule).unwrap();
+            let result = load::run_until_answered(|schedule| load::run(&mut client, &shape, schedule));
             assert_eq!(result.errors, 0);
             assert!(result.requests > 0);
             drop(client);

@@ -273,6 +273,7 @@ impl LongFloor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::bench::load::run_until_answered;
 
     /// Goal:   the floor answers and checks, several bodies at once, with ends of any length, and stops when told to.
     /// Method: both sides as threads on the heap, yielding so that one core is enough.
@@ -284,7 +285,9 @@ mod tests {
             let lanes = Lanes::open(&map, &job).unwrap();
             let server = std::thread::spawn(move || serve(&lanes, &job));
             let mut client = LongFloorClient::new(&map, &job).unwrap();
-            let result = long::run_until_answered(&mut client, &Shape::closed(bodies, 1, size));
+            let result = run_until_answered(|schedule| {
+                long::run(&mut client, &Shape::closed(bodies, 1, size), schedule)
+            });
             assert_eq!(result.errors, 0);
             assert!(result.requests > 0);
             drop(client);

@@ -751,6 +751,24 @@ impl Silence {
     }
 }
 
+/// Runs a load for longer and longer until it has been answered, and its probe too: on a busy machine a short window
+/// may find nobody at work.
+#[cfg(test)]
+pub fn run_until_answered(mut run: impl FnMut(&Schedule) -> Result<LoadResult, BenchError>) -> LoadResult {
+    let mut window_ns = 30_000_000;
+    loop {
+        let result = run(&Schedule::at(now_ns(), 1_000_000, window_ns)).unwrap();
+        let answered = match &result.probe {
+            Some(probe) => probe.requests > 0,
+            None => result.requests > 0,
+        };
+        if answered || result.errors > 0 || window_ns > 20 * SECOND {
+            return result;
+        }
+        window_ns *= 10;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -578,8 +578,7 @@ impl Target for UdsTarget {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::bench::clock::now_ns;
-    use crate::cli::bench::load::{self, Schedule, Shape};
+    use crate::cli::bench::load::{self, Shape};
     use crate::cli::bench::long;
     use crate::cli::bench::options::PeerKind;
     use crate::cli::bench::worker::Connector as _;
@@ -607,7 +606,7 @@ mod tests {
             (5, 3, 1000, Policy::Block),
             (5, 3, 1000, Policy::Spin),
             (100, 2, 64, Policy::Block),
-            (1, 64, 65_536, Policy::Block),
+            (1, 64, 16_384, Policy::Block),
         ] {
             let (listener, endpoint) = listen().unwrap();
             let server_job = UdsJob { connections, in_flight, size, policy, cpu: None, yields: true };
@@ -616,8 +615,7 @@ mod tests {
             let mut connector = Connector::new(&job).unwrap();
             connector.connect(0, connections).unwrap();
             let mut target = connector.finish().unwrap();
-            let schedule = Schedule::at(now_ns(), 1_000_000, 50_000_000);
-            let result = load::run(&mut target, &job.shape, &schedule).unwrap();
+            let result = load::run_until_answered(|schedule| load::run(&mut target, &job.shape, schedule));
             assert_eq!(result.errors, 0);
             assert!(result.requests > 0, "{connections} x {in_flight} {policy:?}");
             drop(target);
@@ -643,7 +641,7 @@ mod tests {
             let mut connector = uds_long::Connector::new(&job).unwrap();
             connector.connect(0, connections).unwrap();
             let mut target = connector.finish().unwrap();
-            let result = long::run_until_answered(&mut target, &job.shape);
+            let result = load::run_until_answered(|schedule| long::run(&mut target, &job.shape, schedule));
             assert_eq!(result.errors, 0);
             assert!(result.requests > 0, "{connections} x {in_flight} {policy:?}");
             drop(target);
