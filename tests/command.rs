@@ -326,14 +326,16 @@ fn r3_1_help_mentions_every_option_and_its_default() {
     assert_eq!(output.stdout, format!("doorbell {}\n", env!("CARGO_PKG_VERSION")).as_bytes());
 }
 
-/// Goal:   options of `bench` that are not honoured yet, or mean nothing together, are refused by name, never
-///         ignored.
+/// Goal:   options of `bench` that mean nothing together are refused by name, never ignored: a wrong question,
+///         exit status 2.
 /// Method: each of them; nothing runs, so this is quick.
 #[test]
 fn bench_refuses_what_it_does_not_honour() {
     for (arguments, name) in [
-        (&["--size", "16385"][..], "--size 16385"),
-        (&["--probe", "16385"], "--probe 16385"),
+        (&["--size", "10485761"][..], "--size"),
+        (&["--size", "16385", "--rate", "10"], "--rate"),
+        (&["--probe", "16385"], "--probe"),
+        (&["--probe-process"], "--probe-process"),
         (&["--peer", "uds", "--policy", "handoff"], "--policy"),
         (&["--peer", "uds", "--probe", "64"], "--probe"),
         (&["--peer", "uds", "--reactors", "2"], "--reactors"),
@@ -346,7 +348,7 @@ fn bench_refuses_what_it_does_not_honour() {
         (&["--seconds", "0"], "--seconds"),
     ] {
         let output = run(&[&["bench"], arguments].concat());
-        fails(&output, 1, &[name]);
+        fails(&output, 2, &[name]);
     }
 }
 
@@ -357,11 +359,17 @@ const BENCH_KEYS: &str = "peer, policy, placement, connections, sessions, proces
     server_wakeups, server_sweeps, server_syscalls, server_rss_bytes, shared_bytes, footprint_bytes, \
     footprint_idle_bytes, connect_last_ms, hiccup_max_ns, floor_p50_ns, floor_p99_ns, floor_per_second, \
     floor_p999_ns, floor_max_ns, idle, hogs, think_random, seed, probe_size, probe_requests, probe_p50_ns, \
-    probe_p99_ns, probe_p999_ns, probe_max_ns, probe_errors";
+    probe_p99_ns, probe_p999_ns, probe_max_ns, probe_errors, probe_alone_p50_ns, probe_alone_p99_ns, \
+    probe_process, memory_budget_bytes, footprint_after_bytes, frames";
 
 /// Runs `bench --json` with a short window; the text it prints and its value.
 fn bench(arguments: &[&str]) -> (String, serde_json::Value) {
-    let output = run(&[&["bench", "--json", "--seconds", "0.2"], arguments].concat());
+    bench_for("0.2", arguments)
+}
+
+/// The same with a window of so many seconds.
+fn bench_for(seconds: &str, arguments: &[&str]) -> (String, serde_json::Value) {
+    let output = run(&[&["bench", "--json", "--seconds", seconds], arguments].concat());
     assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
     let text = String::from_utf8(output.stdout).unwrap();
     let value: serde_json::Value = serde_json::from_str(&text).expect("one JSON value and nothing else");
@@ -374,7 +382,7 @@ fn bench(arguments: &[&str]) -> (String, serde_json::Value) {
 /// Method: a short run of each policy; keys are read from the text, numbers from the value.
 #[test]
 fn bench_json_prints_one_object_with_the_keys_of_the_interface() {
-    const FLAGS: [&str; 3] = ["idle", "hogs", "think_random"];
+    const FLAGS: [&str; 4] = ["idle", "hogs", "think_random", "probe_process"];
     let expected: Vec<&str> = BENCH_KEYS.split(", ").map(str::trim).collect();
     for policy in ["handoff", "spin", "block"] {
         let (text, value) = bench(&["--size", "64", "--policy", policy]);
@@ -449,6 +457,56 @@ fn bench_idle_sends_nothing_and_reports_what_idling_costs() {
         }
         assert!(value["server_wakeups"].is_u64() && value["server_cpu_percent"].is_f64(), "{value}");
         assert_eq!(value["server_sweeps"].is_u64(), peer == "doorbell");
+    }
+}
+
+/// The same with longer and longer windows, until `key` is above 0: a short one may find no time for a long body on a
+/// busy machine.
+fn bench_until(key: &str, arguments: &str) -> serde_json::Value {
+    let arguments: Vec<&str> = arguments.split_whitespace().collect();
+    let windows = ["0.2", "2", "20"].into_iter();
+    let mut values = windows.map(|seconds| bench_for(seconds, &arguments).1);
+    values.find(|value| value[key].as_u64().unwrap() > 0).expect(key)
+}
+
+/// Goal:   bodies beyond a frame are carried and checked by every peer, with every policy, over several connections,
+///         sessions and processes; what they take is reported.
+/// Method: a length that is no multiple of a word, and the longest.
+#[test]
+fn r1_5_bench_carries_long_bodies() {
+    let many = "--connections 4 --sessions 2 --processes 2";
+    for (peer, policy, size, load) in [
+        ("doorbell", "spin", 10_485_760, ""),
+        ("doorbell", "block", 100_003, many),
+        ("doorbell", "handoff", 16_385, "--connections 3 --in-flight 2"),
+        ("uds", "block", 100_003, many),
+        ("uds", "spin", 10_485_760, ""),
+        ("floor", "spin", 100_003, "--connections 3"),
+    ] {
+        let options = format!("--peer {peer} --policy {policy} --size {size} {load}");
+        let value = bench_until("requests", &options);
+        assert!(value["frames"].as_u64() >= value["requests"].as_u64(), "{value}");
+        assert!(value["floor_p50_ns"].is_u64() && value["p50_ns"].is_u64(), "{value}");
+        assert_eq!(value["memory_budget_bytes"].is_u64(), peer == "doorbell");
+        assert_eq!(value["footprint_after_bytes"].is_u64(), peer != "floor");
+    }
+    let (_, value) = bench(&["--size", "1048576", "--connect-only", "--connections", "3", "--sessions", "3"]);
+    assert!(value["connect_last_ms"].is_f64() && value["frames"].is_null() && value["requests"] == 0);
+}
+
+/// Goal:   the probe is measured beside long bodies, and alone before them, in the load's process and in its own.
+#[test]
+fn bench_probe_measures_one_interactive_call_beside_long_bodies() {
+    for (policy, probe, load) in [
+        ("spin", "1024", "--connections 5"),
+        ("block", "16384", "--connections 2 --sessions 2 --processes 2"),
+        ("handoff", "64", "--connections 5 --probe-process"),
+    ] {
+        let options = format!("--size 100000 --policy {policy} --probe {probe} {load}");
+        let value = bench_until("probe_requests", &options);
+        assert_eq!(value["probe_errors"], 0, "{value}");
+        assert_eq!(value["probe_process"], load.contains("--probe-process"));
+        assert!(value["probe_alone_p99_ns"].is_u64() && value["probe_p99_ns"].is_u64(), "{value}");
     }
 }
 

@@ -53,6 +53,10 @@ fn run_bench(options: &bench::options::BenchOptions) -> ExitCode {
             bench::print(options, &report);
             if report.all_errors() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
         }
+        Err(error @ bench::error::BenchError::Option { .. }) => {
+            fail(&error);
+            ExitCode::from(2)
+        }
         Err(error) => fail(&error),
     }
 }

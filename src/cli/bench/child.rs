@@ -4,7 +4,7 @@
 //! its [`Process`] is dropped. A descriptor that a child needs is its standard input; a job is an argument.
 
 use super::error::BenchError;
-use super::{doorbell, floor, hog, uds, worker};
+use super::{doorbell, floor, floor_long, hog, uds, worker};
 use clap::{Args, ValueEnum};
 use rustix::process::{Pid, Signal};
 use serde::de::DeserializeOwned;
@@ -23,6 +23,8 @@ pub const SUBCOMMAND: &str = "bench-child";
 pub enum Role {
     /// Serves the floor; standard input is the shared memory.
     FloorServer,
+    /// Serves the floor of long bodies; standard input is the shared memory.
+    LongFloorServer,
     /// Serves unix sockets; standard input is the listener.
     UdsServer,
     /// Serves doorbell with the bench handler.
@@ -37,6 +39,7 @@ impl Role {
     fn name(self) -> &'static str {
         match self {
             Role::FloorServer => "floor-server",
+            Role::LongFloorServer => "long-floor-server",
             Role::UdsServer => "uds-server",
             Role::DoorbellServer => "doorbell-server",
             Role::Client => "client",
@@ -67,6 +70,7 @@ pub fn run(options: &ChildOptions) -> Result<(), BenchError> {
     die_with(options.parent)?;
     match options.role {
         Role::FloorServer => floor::floor_server(stdin_fd()?, &options.job()?),
+        Role::LongFloorServer => floor_long::floor_server(stdin_fd()?, &options.job()?),
         Role::UdsServer => uds::uds_server(stdin_fd()?, &options.job()?),
         Role::DoorbellServer => doorbell::serve(&options.job()?),
         Role::Client => worker::run(&options.job()?),

@@ -4,16 +4,18 @@ use super::child::{self, Role};
 use super::clock::timespec;
 use super::error::BenchError;
 use super::load::{Received, Target};
-use super::options::{BenchOptions, Policy};
+use super::long::{Frame, LongTarget, Outgoing};
+use super::options::{BenchOptions, Policy, SLOT_MAX};
 use super::placement::Cpus;
 use super::server::{Counters, Server};
 use super::work;
 use super::worker::{self, ClientJob};
 use doorbell::{
-    CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient, IpcError,
-    IpcServer, MessageType, Reply, ServerConfig, Status, WaitPolicy,
+    CallId, CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient,
+    IpcError, IpcServer, MessageType, Pieces, Progress, Reply, ServerConfig, Status, WaitPolicy,
 };
 use doorbell_shm::entry::codec;
+use doorbell_shm::layout::{Geometry, SLOT_MEDIUM, SLOT_SMALL, segment_len};
 use rustix::event::epoll;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -32,7 +34,7 @@ const LINE: usize = 64;
 /// Sessions and connections beside those of the load: whoever asks for the counters.
 const SPARE: u32 = 8;
 
-static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on(WORK, xor);
+static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on(WORK, xor).on_pieces(WORK, begin_xor);
 
 fn xor(_: &Context<'_, ()>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
     let (blocks, rest) = request.as_chunks::<BLOCK>();
@@ -52,6 +54,48 @@ fn xor_part(request: &[u8], out: &mut [u8], reply: &mut Reply<'_>) -> Result<(),
     reply.write(out)
 }
 
+/// The same for a body that comes piece by piece.
+#[derive(Debug, Default)]
+struct XorPieces {
+    /// Bytes that have been answered: words go on across pieces.
+    at: u64,
+}
+
+fn begin_xor(_: &Context<'_, ()>, _: Option<u64>) -> Result<Box<dyn Pieces<()>>, HandlerError> {
+    Ok(Box::new(XorPieces::default()))
+}
+
+impl XorPieces {
+    fn answer(
+        &mut self,
+        bytes: &[u8],
+        mut write: impl FnMut(&[u8]) -> Result<(), HandlerError>,
+    ) -> Result<(), HandlerError> {
+        let mut out = [0; BLOCK];
+        for block in bytes.chunks(BLOCK) {
+            let out = &mut out[..block.len()];
+            work::answer_at(self.at, block, out);
+            write(out)?;
+            self.at += block.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+impl Pieces<()> for XorPieces {
+    fn take(
+        &mut self,
+        _: &Context<'_, ()>,
+        bytes: &[u8],
+        last: bool,
+        reply: &mut Reply<'_>,
+    ) -> Result<Progress, HandlerError> {
+        let taken = bytes.len().min(reply.room());
+        self.answer(&bytes[..taken], |out| reply.write(out))?;
+        Ok(if last && taken == bytes.len() { Progress::Done } else { Progress::Took(taken) })
+    }
+}
+
 /// What a doorbell server process is told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DoorbellJob {
@@ -62,6 +106,67 @@ pub struct DoorbellJob {
     pinned: bool,
     connections: u32,
     sessions: u32,
+    memory_budget: u64,
+}
+
+/// What a server has for itself at the start, bytes, rounded up.
+const PRIVATE: u64 = 1_400_000;
+/// What each session takes from the budget beside its segment, bytes.
+const PRIVATE_PER_SESSION: u64 = 1536;
+/// Sessions beyond which each adds to the budget, and what it adds, bytes.
+const SESSIONS_COVERED: u64 = 100;
+const PER_FURTHER_SESSION: u64 = 10 << 10;
+
+/// The memory budget of the server, bytes: that which was asked for, else the default, raised if the sessions' base
+/// slots do not fit into it.
+pub fn memory_budget(options: &BenchOptions, reactors: usize) -> u64 {
+    if let Some(bytes) = options.memory_budget {
+        return bytes;
+    }
+    let most = options.connections.div_ceil(options.sessions) * options.in_flight;
+    let config = client_config(most, options.size, options.probe, options.policy);
+    let lanes = if options.policy == Policy::Handoff { config.lanes.min(reactors as u32).max(1) } else { 1 };
+    let sessions = options.sessions as u64 + u64::from(options.probe_process);
+    let each = base_bytes(&config, lanes) + PRIVATE_PER_SESSION;
+    let spare = base_bytes(&ClientConfig::smallest(), 1) + PRIVATE_PER_SESSION;
+    let further = sessions.saturating_sub(SESSIONS_COVERED) * PER_FURTHER_SESSION;
+    let needed = (PRIVATE + sessions * each + u64::from(SPARE) * spare).saturating_sub(further);
+    ServerConfig::default().memory_budget.max(needed)
+}
+
+/// Shared memory that exists as long as a session does, bytes.
+fn base_bytes(config: &ClientConfig, lanes: u32) -> u64 {
+    let geometry = Geometry {
+        ring_order: config.ring_entries.trailing_zeros() as u8,
+        large: config.large_slots,
+        medium: config.medium_slots,
+        small: config.small_slots.next_multiple_of(4),
+        lease_pages: 0,
+    };
+    segment_len(&geometry, lanes) as u64
+}
+
+/// Pages that a session may lease to carry long bodies: the windows of two.
+const LEASE_PAGES: u16 = 64;
+
+/// A session for so many calls in flight, and a probe.
+fn client_config(in_flight: usize, size: usize, probe: Option<usize>, policy: Policy) -> ClientConfig {
+    let (probes, longest) = probe.map_or((0, 0), |size| (1, size));
+    let config = if size > SLOT_MAX {
+        // Small base slots: one names each body, a few carry what there is no lease for.
+        let slots = (in_flight + 3).next_multiple_of(4).min(256) as u16;
+        ClientConfig {
+            ring_entries: (4 * in_flight + 8).next_power_of_two().clamp(16, 256) as u32,
+            small_slots: slots,
+            medium_slots: u16::from(longest > SLOT_SMALL && longest <= SLOT_MEDIUM),
+            large_slots: u16::from(longest > SLOT_MEDIUM),
+            lease_pages: LEASE_PAGES,
+            ..ClientConfig::default()
+        }
+    } else {
+        ClientConfig::for_load((in_flight + probes).clamp(1, 1008) as u32, size.max(longest))
+    };
+    ClientConfig { policy: wait_policy(policy), name: "bench".to_owned(), ..config }
 }
 
 fn wait_policy(policy: Policy) -> WaitPolicy {
@@ -95,6 +200,7 @@ pub fn start_server(options: &BenchOptions, cpus: &Cpus) -> Result<Server, Bench
         pinned: cpus.reactors.pinned,
         connections: options.connections as u32 + SPARE,
         sessions: options.sessions as u32 + SPARE,
+        memory_budget: memory_budget(options, cpus.reactors.count),
     };
     // It inherits every core that this process may use, and pins nothing but its reactors.
     let mut process = child::spawn(Role::DoorbellServer, &job, Stdio::piped(), Stdio::piped())?;
@@ -213,6 +319,7 @@ pub fn serve(job: &DoorbellJob) -> Result<(), BenchError> {
         max_connections: job.connections,
         max_sessions: job.sessions,
         max_half_open: job.sessions.min(128),
+        memory_budget: job.memory_budget,
         ..ServerConfig::default()
     };
     let bound = IpcServer::new(&TABLE, ()).config(config).bind(&job.path).map_err(peer("binding"))?;
@@ -242,11 +349,8 @@ impl Connector {
     ///
     /// [`BenchError::Peer`] if descriptors are short.
     pub fn new(job: &ClientJob) -> Result<Self, BenchError> {
-        let policy = wait_policy(job.policy);
         let most = job.sessions.iter().max().copied().unwrap_or(1) * job.shape.in_flight;
-        let (probes, longest) = job.shape.probe.map_or((0, 0), |size| (1, size));
-        let load = ClientConfig::for_load((most + probes).min(1008) as u32, job.shape.size.max(longest));
-        let config = ClientConfig { policy, name: "bench".to_owned(), ..load };
+        let config = client_config(most, job.shape.size, job.shape.probe, job.policy);
         // A session of the client's is a socket and a segment.
         doorbell::config::raise_file_limit(2 * job.sessions.len() as u64).map_err(peer("raising limits"))?;
         let path = PathBuf::from(&job.endpoint);
@@ -290,7 +394,8 @@ impl worker::Connector for Connector {
         let policy = config.policy;
         let sleeps_on_several = policy != WaitPolicy::Spin && clients.len() > 1;
         let sockets = if sleeps_on_several { Some(watch_all(&clients)?) } else { None };
-        Ok(DoorbellTarget { clients, connections, dirty, cursor: 0, policy, shares_core, sockets })
+        let bodies = Vec::new();
+        Ok(DoorbellTarget { clients, connections, bodies, dirty, cursor: 0, policy, shares_core, sockets })
     }
 }
 
@@ -299,6 +404,8 @@ impl worker::Connector for Connector {
 pub struct DoorbellTarget {
     clients: Vec<IpcClient>,
     connections: Vec<(u32, ConnectionId)>,
+    /// The call that each long body is, by tag, and its session.
+    bodies: Vec<Option<(u32, CallId)>>,
     /// Sessions with something to flush, in the order of their first request.
     dirty: Vec<u32>,
     /// Session whose answers are taken next.
@@ -327,11 +434,10 @@ impl Target for DoorbellTarget {
     fn try_send(&mut self, connection: usize, payload: &[u8], tag: u32) -> Result<bool, IpcError> {
         let (session, id) = self.connections[connection];
         let options = CallOptions { tag: tag.into(), ..CallOptions::default() };
-        match self.clients[session as usize].attached(id).submit(WORK, payload, &options) {
+        let submitted = self.clients[session as usize].attached(id).submit(WORK, payload, &options);
+        match submitted {
             Ok(_) => {
-                if self.dirty.last() != Some(&session) {
-                    self.dirty.push(session);
-                }
+                self.note_unflushed(session);
                 Ok(true)
             }
             Err(IpcError::WouldBlock) => Ok(false),
@@ -382,7 +488,79 @@ impl Target for DoorbellTarget {
     }
 }
 
+impl LongTarget for DoorbellTarget {
+    type Error = IpcError;
+
+    fn try_start(&mut self, connection: usize, tag: u32, size: usize) -> Result<bool, IpcError> {
+        let (session, id) = self.connections[connection];
+        let options =
+            CallOptions { tag: tag.into(), pieces: true, reply_capacity: size, ..CallOptions::default() };
+        let tag = tag as usize;
+        let started = self.clients[session as usize].attached(id).start(WORK, Some(size as u64), &options);
+        match started {
+            Ok(call) => {
+                self.bodies.resize(self.bodies.len().max(tag + 1), None);
+                self.bodies[tag] = Some((session, call));
+                self.note_unflushed(session);
+                Ok(true)
+            }
+            Err(IpcError::WouldBlock) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn try_send(&mut self, tag: u32, body: &Outgoing) -> Result<usize, IpcError> {
+        let Some((session, call)) = self.bodies[tag as usize] else { return Ok(0) };
+        let mut len = 0;
+        let sent = self.clients[session as usize].send_with(call, |writer| {
+            len = body.left().min(writer.remaining());
+            body.write(len, |part| writer.write(part))
+        });
+        match sent {
+            Ok(true) => {
+                self.note_unflushed(session);
+                Ok(len)
+            }
+            Ok(false) => Ok(0),
+            // Refused before it was complete: its last frame says so.
+            Err(IpcError::NoSuchCall) => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn try_receive(&mut self, frame: &mut [u8]) -> Result<Option<Frame>, IpcError> {
+        for _ in 0..self.clients.len() {
+            if let Some(reply) = self.clients[self.cursor].poll()? {
+                let ok = reply.is_ok() && reply.len() <= frame.len();
+                let len = if ok { reply.copy_to(frame)? } else { 0 };
+                return Ok(Some(Frame { tag: reply.tag() as u32, len, ok, last: reply.is_last() }));
+            }
+            self.cursor = (self.cursor + 1) % self.clients.len();
+        }
+        Ok(None)
+    }
+
+    fn try_probe(&mut self, connection: usize, payload: &[u8], tag: u32) -> Result<bool, IpcError> {
+        Target::try_send(self, connection, payload, tag)
+    }
+
+    fn flush(&mut self) -> Result<(), IpcError> {
+        Target::flush(self)
+    }
+
+    fn wait(&mut self, at_most_ns: u64) -> Result<(), IpcError> {
+        Target::wait(self, at_most_ns)
+    }
+}
+
 impl DoorbellTarget {
+    #[inline(always)]
+    fn note_unflushed(&mut self, session: u32) {
+        if self.dirty.last() != Some(&session) {
+            self.dirty.push(session);
+        }
+    }
+
     /// Waits as the client does; for several sessions, on all their sockets at once.
     fn sleep(&mut self, at_most_ns: u64) -> Result<(), IpcError> {
         let Some(sockets) = &self.sockets else {
@@ -400,5 +578,55 @@ impl DoorbellTarget {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(e) => Err(IpcError::Io { call: "epoll_wait", source: e.into() }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal:   a body is answered as in one go, wherever its pieces begin and end.
+    /// Method: pieces of odd lengths, of a block and around it.
+    #[test]
+    fn words_go_on_across_pieces() {
+        let mut request = vec![0; 5003];
+        work::fill(work::nonce(3), &mut request);
+        for piece in [1, 7, 8, 1023, 1024, 1025, 5003] {
+            let (mut handler, mut reply) = (XorPieces::default(), Vec::new());
+            for bytes in request.chunks(piece) {
+                handler
+                    .answer(bytes, |out| {
+                        reply.extend_from_slice(out);
+                        Ok(())
+                    })
+                    .unwrap();
+            }
+            assert!(work::check(work::nonce(3), &reply), "pieces of {piece}");
+        }
+    }
+
+    #[test]
+    fn base_slots_beyond_the_default_budget_raise_it_and_nothing_else_does() {
+        use clap::Parser;
+        #[derive(Parser)]
+        struct Cli {
+            #[command(flatten)]
+            bench: BenchOptions,
+        }
+        let budget = |line: &str| {
+            let options = Cli::parse_from(std::iter::once("bench").chain(line.split_whitespace())).bench;
+            memory_budget(&options, 1)
+        };
+        for line in [
+            "",
+            "--size 1024 --connections 1000",
+            "--size 1024 --connections 1000 --sessions 1000",
+            "--size 1048576 --connections 100",
+            "--size 1048576 --connections 100 --sessions 100 --probe 1024",
+        ] {
+            assert_eq!(budget(line), 3 << 20, "{line}");
+        }
+        assert!(budget("--size 4096 --connections 999") > (4 << 20) + 1_000_000);
+        assert_eq!(budget("--size 4096 --connections 999 --memory-budget 9999999"), 9_999_999);
     }
 }

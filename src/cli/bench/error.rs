@@ -15,14 +15,6 @@ pub enum BenchError {
         /// What is wrong and what to do.
         reason: String,
     },
-    /// An option that is known but does nothing yet: refused, never ignored.
-    #[error("--{option} {value} is not honoured yet by this version: leave it out")]
-    NotHonoured {
-        /// The option's name, without dashes.
-        option: &'static str,
-        /// The value asked for.
-        value: String,
-    },
     /// The kernel refused a call.
     #[error("{call} failed: {source}")]
     Os {

@@ -11,7 +11,7 @@ use super::child::{self, Process, Role};
 use super::clock::SECOND;
 use super::error::BenchError;
 use super::load::{self, LoadResult, Received, Schedule, Shape, Target};
-use super::options::FLOOR_SIZE_MAX;
+use super::options::SLOT_MAX;
 use super::placement::{self, Cpus};
 use super::work;
 use doorbell_shm::bytes::SharedBytes;
@@ -91,8 +91,9 @@ fn entry(ring: &[AtomicU64], position: u32) -> &[AtomicU64; WORDS] {
     &ring.as_chunks::<WORDS>().0[at]
 }
 
+/// An empty poll.
 #[inline(always)]
-fn pause(yields: bool) {
+pub fn pause(yields: bool) {
     if yields {
         std::thread::yield_now();
     } else {
@@ -117,8 +118,8 @@ pub fn floor_server(fd: OwnedFd, job: &FloorJob) -> Result<(), BenchError> {
 
 fn serve(rings: &Rings, yields: bool) {
     // Where the reference finds its own.
-    let mut stage = work::Buffer::as_allocated(FLOOR_SIZE_MAX);
-    let mut reply = work::Buffer::at(0, FLOOR_SIZE_MAX);
+    let mut stage = work::Buffer::as_allocated(SLOT_MAX);
+    let mut reply = work::Buffer::at(0, SLOT_MAX);
     let (mut position, mut idle) = (0u32, 0u32);
     loop {
         let request = entry(&rings.requests, position);
@@ -244,19 +245,7 @@ impl Floor {
     /// As [`load::run`].
     pub fn run(&mut self, cpu: Option<usize>, schedule: &Schedule) -> Result<LoadResult, BenchError> {
         placement::pin(cpu)?;
-        let shape = Shape {
-            connections: self.job.in_flight,
-            in_flight: 1,
-            size: self.job.size,
-            think_ns: 0,
-            rate: None,
-            sleeps: false,
-            first_request: 0,
-            think_random: false,
-            seed: 0,
-            probe: None,
-        };
-        load::run(&mut self.client, &shape, schedule)
+        load::run(&mut self.client, &Shape::closed(self.job.in_flight, 1, self.job.size), schedule)
     }
 }
 
@@ -268,7 +257,6 @@ pub fn window_ns(seconds: f64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::bench::clock::now_ns;
 
     /// Goal:   the floor answers and checks, over several laps of the ring, and stops when told to.
     /// Method: both sides as threads on the heap, yielding so that one core is enough.
@@ -280,20 +268,8 @@ mod tests {
             let rings = Rings::open(&map, &job).unwrap();
             let server = std::thread::spawn(move || serve(&rings, true));
             let mut client = FloorClient::new(&map, &job).unwrap();
-            let shape = Shape {
-                connections: in_flight,
-                in_flight: 1,
-                size,
-                think_ns: 0,
-                rate: None,
-                sleeps: false,
-                first_request: 0,
-                think_random: false,
-                seed: 0,
-                probe: None,
-            };
-            let schedule = Schedule { start_ns: now_ns(), warm_up_ns: 0, window_ns: 30_000_000 };
-            let result = load::run(&mut client, &shape, &schedule).unwrap();
+            let shape = Shape::closed(in_flight, 1, size);
+            let result = load::run_until_answered(|schedule| load::run(&mut client, &shape, schedule));
             assert_eq!(result.errors, 0);
             assert!(result.requests > 0);
             drop(client);

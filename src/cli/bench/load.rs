@@ -81,6 +81,29 @@ pub struct Shape {
     pub probe: Option<usize>,
 }
 
+impl Shape {
+    /// A closed loop that polls, as fast as answers come.
+    pub fn closed(connections: usize, in_flight: usize, size: usize) -> Self {
+        Self {
+            connections,
+            in_flight,
+            size,
+            think_ns: 0,
+            rate: None,
+            sleeps: false,
+            first_request: 0,
+            think_random: false,
+            seed: 0,
+            probe: None,
+        }
+    }
+
+    /// What is left of it when the probe is alone.
+    pub fn without_load(&self) -> Self {
+        Self { in_flight: 0, ..self.clone() }
+    }
+}
+
 /// When the load runs; all client processes get the same.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Schedule {
@@ -90,12 +113,19 @@ pub struct Schedule {
     pub warm_up_ns: u64,
     /// The window.
     pub window_ns: u64,
+    /// Only the probe is sent.
+    pub probe_alone: bool,
 }
 
 impl Schedule {
+    /// Starts at a time of CLOCK_MONOTONIC, nanoseconds.
+    pub fn at(start_ns: u64, warm_up_ns: u64, window_ns: u64) -> Self {
+        Self { start_ns, warm_up_ns, window_ns, probe_alone: false }
+    }
+
     /// Starts in a moment: long enough for every process to have read it.
     pub fn soon(warm_up_ns: u64, window_ns: u64) -> Self {
-        Self { start_ns: now_ns() + 20_000_000, warm_up_ns, window_ns }
+        Self::at(now_ns() + 20_000_000, warm_up_ns, window_ns)
     }
 
     /// When the window opens.
@@ -124,8 +154,26 @@ pub struct LoadResult {
     pub cpu_ns: u64,
     /// Latencies of the timed calls.
     pub latencies: SparseLatencies,
+    /// Frames of the answers that came in the window; `None` where none has several.
+    pub frames: Option<u64>,
     /// What the probe found, which is in none of the above.
     pub probe: Option<ProbeResult>,
+}
+
+impl LoadResult {
+    /// Of a process that had nothing to do.
+    pub fn none(schedule: &Schedule) -> Self {
+        Self {
+            requests: 0,
+            window_ns: schedule.window_ns,
+            errors: 0,
+            in_flight_mean: 0.0,
+            cpu_ns: 0,
+            latencies: Latencies::new().to_sparse(),
+            frames: None,
+            probe: None,
+        }
+    }
 }
 
 /// Drives `target` through one schedule.
@@ -158,7 +206,7 @@ const UNTIMED: u64 = 0;
 /// One call in so many is timed, unless all are.
 const SAMPLE: u64 = 64;
 /// A spinning generator looks at the clock every so many empty polls.
-const LOOK_EVERY: u32 = 1024;
+pub(super) const LOOK_EVERY: u32 = 1024;
 /// Requests sent before a flush, at most.
 const FLUSH_EVERY: u64 = 32;
 /// Refused requests tried again after an answer, at most.
@@ -166,7 +214,7 @@ const RETRIES: usize = 4;
 /// A generator with nothing outstanding wakes so much before a request is due and polls for the rest.
 const WAKE_EARLY_NS: u64 = 100_000;
 /// The longest sleep.
-const SLEEP_MAX_NS: u64 = 100_000_000;
+pub(super) const SLEEP_MAX_NS: u64 = 100_000_000;
 /// How long answers may fail to come.
 const SILENCE_NS: u64 = 10 * SECOND;
 
@@ -190,8 +238,9 @@ struct Refused {
     started: u64,
 }
 
+/// Where the load is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+pub(super) enum Phase {
     WarmUp,
     Window,
     Drain,
@@ -250,27 +299,27 @@ struct Generator<'a, T, const PROBED: bool> {
 
 /// The measured window, and what is taken at its edges.
 #[derive(Debug)]
-struct Window {
-    phase: Phase,
-    begin_ns: u64,
-    end_ns: u64,
-    correct: u64,
-    cpu_ns: u64,
-    level: Level,
+pub(super) struct Window {
+    pub phase: Phase,
+    pub begin_ns: u64,
+    pub end_ns: u64,
+    pub correct: u64,
+    pub cpu_ns: u64,
+    pub level: Level,
     /// Whether calls that were due before it count.
     open: bool,
 }
 
 /// Calls in flight times nanoseconds.
 #[derive(Debug, Default)]
-struct Level {
+pub(super) struct Level {
     last_ns: u64,
-    sum: u128,
+    pub sum: u128,
 }
 
 /// How long no answer has come.
 #[derive(Debug, Default)]
-struct Silence {
+pub(super) struct Silence {
     answers: u64,
     since_ns: u64,
 }
@@ -632,6 +681,7 @@ impl<'a, T: Target, const PROBED: bool> Generator<'a, T, PROBED> {
             in_flight_mean: self.window.level.sum as f64 / window_ns as f64,
             cpu_ns: self.window.cpu_ns,
             latencies: self.latencies.to_sparse(),
+            frames: None,
             probe: self.probe.map(|probe| probe.into_result()),
         }
     }
@@ -644,21 +694,21 @@ fn seeded(shape: &Shape) -> u64 {
 }
 
 impl Window {
-    fn new(schedule: &Schedule, open: bool) -> Self {
+    pub fn new(schedule: &Schedule, open: bool) -> Self {
         let (begin_ns, end_ns) = (schedule.begin_ns(), schedule.end_ns());
         Self { phase: Phase::WarmUp, begin_ns, end_ns, correct: 0, cpu_ns: 0, level: Level::default(), open }
     }
 
     /// Whether a call that started then belongs to the window.
     #[inline(always)]
-    fn counts(&self, started: u64) -> bool {
+    pub fn counts(&self, started: u64) -> bool {
         self.phase != Phase::WarmUp && started < self.end_ns && (self.open || started >= self.begin_ns)
     }
 
     /// Takes note of the time, and opens or closes the window. The edges become the times at which that
     /// was noticed, so that counts and length belong together.
     #[inline(always)]
-    fn see(&mut self, now: u64, outstanding: u64, correct: u64) {
+    pub fn see(&mut self, now: u64, outstanding: u64, correct: u64) {
         if self.phase == Phase::Window {
             self.level.add(now.min(self.end_ns), outstanding);
         }
@@ -691,13 +741,31 @@ impl Level {
 }
 
 impl Silence {
-    fn check(&mut self, now: u64, answers: u64, outstanding: u64) -> Result<(), BenchError> {
+    pub fn check(&mut self, now: u64, answers: u64, outstanding: u64) -> Result<(), BenchError> {
         if answers != self.answers || outstanding == 0 || self.since_ns == 0 {
             (self.answers, self.since_ns) = (answers, now);
         } else if now.saturating_sub(self.since_ns) > SILENCE_NS {
             return Err(BenchError::Silent { seconds: SILENCE_NS / SECOND, outstanding });
         }
         Ok(())
+    }
+}
+
+/// Runs a load for longer and longer until it has been answered, and its probe too: on a busy machine a short window
+/// may find nobody at work.
+#[cfg(test)]
+pub fn run_until_answered(mut run: impl FnMut(&Schedule) -> Result<LoadResult, BenchError>) -> LoadResult {
+    let mut window_ns = 30_000_000;
+    loop {
+        let result = run(&Schedule::at(now_ns(), 1_000_000, window_ns)).unwrap();
+        let answered = match &result.probe {
+            Some(probe) => probe.requests > 0,
+            None => result.requests > 0,
+        };
+        if answered || result.errors > 0 || window_ns > 20 * SECOND {
+            return result;
+        }
+        window_ns *= 10;
     }
 }
 
@@ -781,7 +849,7 @@ mod tests {
     }
 
     fn drive(model: &mut Model, shape: &Shape) -> (LoadResult, Latencies) {
-        let schedule = Schedule { start_ns: now_ns(), warm_up_ns: 5_000_000, window_ns: 40_000_000 };
+        let schedule = Schedule::at(now_ns(), 5_000_000, 40_000_000);
         let result = run(model, shape, &schedule).unwrap();
         let latencies = Latencies::from_sparse(&result.latencies);
         (result, latencies)

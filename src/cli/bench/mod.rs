@@ -9,9 +9,11 @@ pub mod clock;
 pub mod doorbell;
 pub mod error;
 pub mod floor;
+pub mod floor_long;
 pub mod histogram;
 pub mod hog;
 pub mod load;
+pub mod long;
 pub mod memory;
 pub mod options;
 pub mod placement;
@@ -20,6 +22,7 @@ pub mod procfs;
 pub mod report;
 pub mod server;
 pub mod uds;
+pub mod uds_long;
 pub mod work;
 pub mod worker;
 
@@ -27,6 +30,7 @@ use child::Process;
 use clock::{SECOND, now_ns, sleep_until};
 use error::BenchError;
 use floor::Floor;
+use floor_long::LongFloor;
 use load::{LoadResult, Schedule};
 use memory::{Probe, Sampler, Segments};
 use options::{BenchOptions, PeerKind};
@@ -52,6 +56,9 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, BenchError> {
     let cpus = placement::plan(options.placement, options.policy, options.reactors())?;
     warn_of_siblings(&cpus);
     let mut report = BenchReport::new(options, cpus.reactors.count);
+    if options.peer == PeerKind::Doorbell && options.socket.is_none() {
+        report.memory_budget_bytes = Some(announced_budget(options, &cpus));
+    }
     if options.connect_only {
         connect_only(options, &cpus, &mut report)?;
         return Ok(report);
@@ -76,6 +83,18 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, BenchError> {
     progress("hiccups again");
     report.hiccup_max_ns = Some(before.max(clock::hiccup(cpus.client(0), hiccup_seconds)?));
     Ok(report)
+}
+
+/// The server's memory budget, bytes; says so if it had to be raised.
+fn announced_budget(options: &BenchOptions, cpus: &Cpus) -> u64 {
+    let budget = doorbell::memory_budget(options, cpus.reactors.count);
+    let usual = ::doorbell::ServerConfig::default().memory_budget;
+    if options.memory_budget.is_none() && budget > usual {
+        eprintln!(
+            "bench: memory budget raised from {usual} to {budget} bytes: base slots of the sessions need it"
+        );
+    }
+    budget
 }
 
 /// Draws a seed where one is needed and none was given.
@@ -142,12 +161,23 @@ struct FloorRun {
 
 /// The floor's client is a thread of this process; the main thread watches and keeps the server alive.
 fn measure_floor(options: &BenchOptions, cpus: &Cpus, window_ns: u64) -> Result<FloorRun, BenchError> {
-    let mut floor = Floor::start(options.size, options.total_in_flight(), cpus)?;
-    let pid = floor.server_pid();
+    let (size, bodies, cpu) = (options.size, options.total_in_flight(), cpus.client(0));
+    if options.is_long() {
+        let mut floor = LongFloor::start(size, bodies, cpus)?;
+        return watch_floor(floor.server_pid(), window_ns, |schedule| floor.run(cpu, schedule));
+    }
+    let mut floor = Floor::start(size, bodies, cpus)?;
+    watch_floor(floor.server_pid(), window_ns, |schedule| floor.run(cpu, schedule))
+}
+
+fn watch_floor(
+    pid: u32,
+    window_ns: u64,
+    run: impl FnOnce(&Schedule) -> Result<LoadResult, BenchError> + Send,
+) -> Result<FloorRun, BenchError> {
     let schedule = Schedule::soon(WARM_UP_NS, window_ns);
-    let cpu = cpus.client(0);
     std::thread::scope(|scope| {
-        let client = scope.spawn(|| floor.run(cpu, &schedule));
+        let client = scope.spawn(|| run(&schedule));
         let usage = watch(Some(pid), &schedule, Counters::default);
         let result = client.join().expect("the floor's client does not panic")?;
         Ok(FloorRun { result, usage })
@@ -183,7 +213,8 @@ impl Connected {
             PeerKind::Floor => return Err(BenchError::option("peer floor", "has no sessions")),
         };
         let start = |i| worker::start(&ClientJob::new(options, &server.endpoint, cpus, i));
-        let mut clients = (0..options.processes).map(start).collect::<Result<Vec<_>, _>>()?;
+        let processes = options.processes + usize::from(options.probe_process);
+        let mut clients = (0..processes).map(start).collect::<Result<Vec<_>, _>>()?;
         let ready = clients.iter_mut().map(Process::receive).collect::<Result<Vec<Ready>, _>>()?;
         let connect_last_ns = ready.iter().map(|r| r.connect_last_ns).max().unwrap_or_default();
         Ok(Self { server, clients, connect_last_ns })
@@ -223,17 +254,27 @@ fn measure_peer(options: &BenchOptions, cpus: &Cpus, report: &mut BenchReport) -
     let idle = probe.as_mut().and_then(Probe::sample);
     let sampler = probe.map(Sampler::start);
 
+    if options.probe.is_some() {
+        progress("the probe alone");
+        let window_ns = floor::window_ns(options.seconds);
+        let schedule = Schedule { probe_alone: true, ..Schedule::soon(WARM_UP_NS, window_ns) };
+        report.add_probe_alone(&connected.drive(&schedule)?.0);
+    }
     progress("the load");
     let hogs = start_hogs(options)?;
     let schedule = Schedule::soon(WARM_UP_NS, window_ns(options));
     let (results, usage) = connected.drive(&schedule)?;
     let peak = sampler.and_then(Sampler::stop);
     drop(hogs);
+    let ended = now_ns();
 
     report.add_load(&results);
     report.add_server_cpu(usage.cpu_ns, usage.wall_ns);
     report.add_counters(&usage.counters);
     report.add_memory(peak, idle, has_segments);
+    sleep_until(ended + SECOND);
+    let after = connected.server.pid.and_then(|pid| Probe::new(pid, connected.segments()).sample());
+    report.footprint_after_bytes = after.map(|memory| memory.footprint);
     Ok(())
 }
 

@@ -1,16 +1,15 @@
 //! What `doorbell bench` can be asked, and what it refuses.
 
 use super::error::BenchError;
+use super::floor_long::BODIES_MAX;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-/// Slots of the largest class, bytes: longer bodies need frames.
-const SLOT_MAX: usize = 16 << 10;
-/// The largest payload of the floor, bytes.
-pub const FLOOR_SIZE_MAX: usize = 64 << 10;
-/// The largest payload of the unix-socket peer, bytes.
-const UDS_SIZE_MAX: usize = 1 << 20;
+/// Slots of the largest class, bytes: longer bodies pass in frames.
+pub const SLOT_MAX: usize = 16 << 10;
+/// The longest body, bytes.
+const SIZE_MAX: usize = 10 << 20;
 
 /// More reactors than any machine has cores.
 const REACTORS_MAX: usize = 1024;
@@ -66,7 +65,7 @@ pub struct BenchOptions {
     /// Calls in flight on each connection.
     #[arg(long, value_name = "K", default_value_t = 1)]
     pub in_flight: usize,
-    /// Bytes of each request and of each answer.
+    /// Bytes of each request and of each answer, up to 10485760; beyond 16384 they pass in frames, in a closed loop.
     #[arg(long, value_name = "BYTES", default_value_t = 64)]
     pub size: usize,
     /// Pause between an answer and the next request of that call, microseconds.
@@ -102,6 +101,12 @@ pub struct BenchOptions {
     /// Measure one interactive call of BYTES, always in flight, beside the load, whose connections are then bulk.
     #[arg(long, value_name = "BYTES")]
     pub probe: Option<usize>,
+    /// Run the probe in a process of its own instead of the load's event loop.
+    #[arg(long)]
+    pub probe_process: bool,
+    /// Memory budget of the server, bytes [default: 3 MiB, more if the sessions' base slots need it].
+    #[arg(long, value_name = "BYTES")]
+    pub memory_budget: Option<u64>,
     /// Connect, send nothing for the whole window, and report what idling costs.
     #[arg(long)]
     pub idle: bool,
@@ -128,36 +133,27 @@ impl BenchOptions {
         self.reactors.unwrap_or(if self.policy == Policy::Handoff { 0 } else { 1 })
     }
 
-    /// Whether the floor is measured too: it has no pacing, and slots up to a limit.
-    pub fn wants_floor(&self) -> bool {
-        self.size <= FLOOR_SIZE_MAX && self.rate.is_none() && !self.connect_only && !self.idle
+    /// Whether calls pass in frames.
+    pub fn is_long(&self) -> bool {
+        self.size > SLOT_MAX
     }
 
-    /// Refuses what cannot be meant and what is not honoured.
+    /// Whether the floor is measured too: it has no pacing.
+    pub fn wants_floor(&self) -> bool {
+        self.rate.is_none() && !self.connect_only && !self.idle
+    }
+
+    /// Refuses what cannot be meant.
     ///
     /// # Errors
     ///
-    /// [`BenchError::Option`] or [`BenchError::NotHonoured`], naming the option.
+    /// [`BenchError::Option`], naming the option.
     pub fn validate(&self) -> Result<(), BenchError> {
-        self.check_not_honoured_yet()?;
         self.check_counts()?;
+        self.check_sizes()?;
         self.check_pace()?;
         self.check_beside()?;
         self.check_peer()
-    }
-
-    /// Options that are known but do nothing yet. Whoever makes one work deletes its line here.
-    fn check_not_honoured_yet(&self) -> Result<(), BenchError> {
-        let doorbell = self.peer == PeerKind::Doorbell;
-        let too_long = |size: usize| (doorbell && size > SLOT_MAX, format!("{size} (above {SLOT_MAX})"));
-        let sizes = [("size", self.size), ("probe", self.probe.unwrap_or_default())];
-        let refused = sizes.map(|(option, size)| (option, too_long(size)));
-        for (option, (asked, value)) in refused {
-            if asked {
-                return Err(BenchError::NotHonoured { option, value });
-            }
-        }
-        Ok(())
     }
 
     fn check_counts(&self) -> Result<(), BenchError> {
@@ -217,8 +213,36 @@ impl BenchOptions {
         Ok(())
     }
 
+    fn check_sizes(&self) -> Result<(), BenchError> {
+        if self.size > SIZE_MAX {
+            return Err(BenchError::option("size", format!("must be at most {SIZE_MAX} bytes")));
+        }
+        if self.probe.is_some_and(|size| size > SLOT_MAX) {
+            let reason = format!("is one interactive call of one frame: at most {SLOT_MAX} bytes");
+            return Err(BenchError::option("probe", reason));
+        }
+        let paced = [(self.rate.is_some(), "rate"), (self.think_us > 0, "think-us")];
+        match paced.iter().find(|(asked, _)| *asked && self.is_long()) {
+            Some((_, option)) => {
+                let reason =
+                    format!("needs calls of one frame: bodies beyond {SLOT_MAX} bytes go in a closed loop");
+                Err(BenchError::option(option, reason))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// What goes on beside the load.
     fn check_beside(&self) -> Result<(), BenchError> {
+        if self.probe_process && self.probe.is_none() {
+            return Err(BenchError::option("probe-process", "needs --probe: the size of its calls"));
+        }
+        if self.memory_budget.is_some() && self.socket.is_some() {
+            return Err(BenchError::option(
+                "memory-budget",
+                "of the server at --socket was chosen where it started",
+            ));
+        }
         if self.probe.is_some() && (self.idle || self.connect_only) {
             return Err(BenchError::option("probe", "needs a load: leave out --idle and --connect-only"));
         }
@@ -235,14 +259,6 @@ impl BenchOptions {
     }
 
     fn check_peer(&self) -> Result<(), BenchError> {
-        let limit = match self.peer {
-            PeerKind::Doorbell => usize::MAX,
-            PeerKind::Uds => UDS_SIZE_MAX,
-            PeerKind::Floor => FLOOR_SIZE_MAX,
-        };
-        if self.size > limit {
-            return Err(BenchError::option("size", format!("this peer takes at most {limit} bytes")));
-        }
         if self.peer != PeerKind::Doorbell {
             self.check_other_peers()?;
         }
@@ -257,6 +273,7 @@ impl BenchOptions {
         let refused = [
             (self.socket.is_some(), "socket", "other peers start their own server"),
             (self.reactors.is_some(), "reactors", "other peers have none"),
+            (self.memory_budget.is_some(), "memory-budget", "other peers have none"),
             (self.probe.is_some(), "probe", "other peers know no interactive and bulk connections"),
         ];
         if let Some((_, option, why)) = refused.iter().find(|(asked, ..)| *asked) {
@@ -274,18 +291,21 @@ impl BenchOptions {
         let refused = [
             (self.policy != Policy::Spin, "policy"),
             (self.processes != 1, "processes"),
+            (self.sessions != 1, "sessions"),
             (self.rate.is_some(), "rate"),
             (self.think_us != 0, "think-us"),
             (self.connect_only, "connect-only"),
             (self.idle, "idle"),
         ];
-        match refused.iter().find(|(asked, _)| *asked) {
-            Some((_, option)) => Err(BenchError::option(
-                option,
-                "has no meaning with --peer floor: it polls, unpaced, from one process",
-            )),
-            None => Ok(()),
+        if let Some((_, option)) = refused.iter().find(|(asked, _)| *asked) {
+            let reason = "has no meaning with --peer floor: it polls, unpaced, from one process";
+            return Err(BenchError::option(option, reason));
         }
+        if self.is_long() && self.total_in_flight() > BODIES_MAX {
+            let reason = format!("the floor carries at most {BODIES_MAX} long bodies at once");
+            return Err(BenchError::option("connections", reason));
+        }
+        Ok(())
     }
 }
 
@@ -321,15 +341,11 @@ mod tests {
         parse("--policy handoff --think-us 1000 --think-random --seed 7 --hogs").validate().unwrap();
         parse("--policy handoff --idle --connections 1000 --sessions 1000").validate().unwrap();
         parse("--connections 999 --size 4096 --probe 1024").validate().unwrap();
+        parse("--connections 100 --size 1048576 --probe 1024 --probe-process").validate().unwrap();
+        parse("--size 10485760 --memory-budget 4000000 --connect-only").validate().unwrap();
+        parse("--peer uds --size 10485760 --policy block --connections 3").validate().unwrap();
+        parse("--peer floor --size 10485760 --connections 4").validate().unwrap();
         parse("--policy block --connections 4 --sessions 4 --processes 4").validate().unwrap();
-    }
-
-    #[test]
-    fn what_is_not_honoured_yet_is_refused_by_name() {
-        for (line, name) in [("--size 16385", "--size 16385"), ("--probe 16385", "--probe 16385")] {
-            let refusal = refusal(line);
-            assert!(refusal.contains(name) && refusal.contains("not honoured"), "{refusal}");
-        }
     }
 
     #[test]
@@ -347,7 +363,17 @@ mod tests {
             ("--connections 1000000 --in-flight 1000000", "in-flight"),
             ("--peer floor --rate 100", "rate"),
             ("--peer floor --policy block", "policy"),
-            ("--peer floor --size 65537", "size"),
+            ("--size 10485761", "size"),
+            ("--peer uds --size 10485761", "size"),
+            ("--peer floor --size 10485761", "size"),
+            ("--peer floor --size 16385 --connections 129", "connections"),
+            ("--peer floor --connections 2 --sessions 2", "sessions"),
+            ("--size 16385 --rate 10", "rate"),
+            ("--size 16385 --think-us 10", "think-us"),
+            ("--probe 16385", "probe"),
+            ("--probe-process", "probe-process"),
+            ("--socket /run/x --memory-budget 5000000", "memory-budget"),
+            ("--peer uds --memory-budget 5000000", "memory-budget"),
             ("--peer uds --socket /run/x", "socket"),
             ("--peer uds --policy handoff", "policy"),
             ("--peer uds --reactors 2", "reactors"),
@@ -396,8 +422,8 @@ mod tests {
 
     #[test]
     fn the_floor_is_left_out_where_it_means_nothing() {
-        assert!(parse("").wants_floor());
-        for line in ["--rate 10", "--connect-only", "--peer uds --size 65537"] {
+        assert!(parse("").wants_floor() && parse("--size 10485760").wants_floor());
+        for line in ["--rate 10", "--connect-only", "--idle"] {
             assert!(!parse(line).wants_floor(), "{line}");
         }
     }

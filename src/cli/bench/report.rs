@@ -65,6 +65,12 @@ pub struct BenchReport {
     pub probe_p999_ns: Option<u64>,
     pub probe_max_ns: Option<u64>,
     pub probe_errors: Option<u64>,
+    pub probe_alone_p50_ns: Option<u64>,
+    pub probe_alone_p99_ns: Option<u64>,
+    pub probe_process: bool,
+    pub memory_budget_bytes: Option<u64>,
+    pub footprint_after_bytes: Option<u64>,
+    pub frames: Option<u64>,
 }
 
 impl BenchReport {
@@ -123,6 +129,12 @@ impl BenchReport {
             probe_p999_ns: None,
             probe_max_ns: None,
             probe_errors: None,
+            probe_alone_p50_ns: None,
+            probe_alone_p99_ns: None,
+            probe_process: options.probe_process,
+            memory_budget_bytes: None,
+            footprint_after_bytes: None,
+            frames: None,
         }
     }
 
@@ -139,6 +151,7 @@ impl BenchReport {
         self.max_ns = summary.latencies.max();
         self.in_flight_mean = Some(summary.in_flight_mean);
         self.client_cpu_percent = Some(summary.cpu_percent);
+        self.frames = results.iter().filter_map(|result| result.frames).reduce(|a, b| a + b);
         if let Some(probe) = results.iter().find_map(|result| result.probe.as_ref()) {
             self.add_probe(probe);
         }
@@ -147,11 +160,20 @@ impl BenchReport {
     fn add_probe(&mut self, probe: &ProbeResult) {
         let latencies = Latencies::from_sparse(&probe.latencies);
         self.probe_requests = Some(probe.requests);
-        self.probe_errors = Some(probe.errors);
+        self.probe_errors = Some(self.probe_errors.unwrap_or_default() + probe.errors);
         self.probe_p50_ns = latencies.quantile(0.5);
         self.probe_p99_ns = latencies.quantile(0.99);
         self.probe_p999_ns = latencies.quantile(0.999);
         self.probe_max_ns = latencies.max();
+    }
+
+    /// What the probe found while there was no load. Its errors count with those beside the load.
+    pub fn add_probe_alone(&mut self, results: &[LoadResult]) {
+        let Some(probe) = results.iter().find_map(|result| result.probe.as_ref()) else { return };
+        let latencies = Latencies::from_sparse(&probe.latencies);
+        self.probe_errors = Some(self.probe_errors.unwrap_or_default() + probe.errors);
+        self.probe_alone_p50_ns = latencies.quantile(0.5);
+        self.probe_alone_p99_ns = latencies.quantile(0.99);
     }
 
     /// What the server counted over the window.
@@ -242,10 +264,11 @@ impl BenchReport {
         let mut row = |name, value: Option<String>| rows.extend(value.map(|value| (name, value)));
         let answered = |n| {
             format!(
-                "{} in {} s, {} per second, {} errors",
+                "{} in {} s, {} per second{}, {} errors",
                 self.requests,
                 self.seconds,
                 count(n),
+                self.frames.map(|frames| format!(", {frames} frames of answers")).unwrap_or_default(),
                 self.errors
             )
         };
@@ -293,8 +316,11 @@ impl BenchReport {
     fn probe(&self) -> Option<String> {
         let values = [self.probe_p50_ns, self.probe_p99_ns, self.probe_p999_ns, self.probe_max_ns];
         let (answered, errors, size) = (self.probe_requests?, self.probe_errors?, self.probe_size?);
-        let times = times(&["p50", "p99", "p99.9", "max"], &values).unwrap_or_default();
-        Some(format!("{answered} interactive calls of {size} bytes, {errors} errors, {times}"))
+        let beside = times(&["p50", "p99", "p99.9", "max"], &values).unwrap_or_default();
+        let values = [self.probe_alone_p50_ns, self.probe_alone_p99_ns];
+        let alone =
+            times(&["p50", "p99"], &values).map(|alone| format!("; alone {alone}")).unwrap_or_default();
+        Some(format!("{answered} interactive calls of {size} bytes, {errors} errors, {beside}{alone}"))
     }
 
     fn server(&self) -> Option<String> {
@@ -316,6 +342,8 @@ impl BenchReport {
             self.shared_bytes.map(|n| format!("{} shared", kib(n))),
             self.footprint_bytes.map(|n| format!("{} footprint", kib(n))),
             self.footprint_idle_bytes.map(|n| format!("{} of it before the load", kib(n))),
+            self.footprint_after_bytes.map(|n| format!("{} a second after it", kib(n))),
+            self.memory_budget_bytes.map(|n| format!("the budget is {}", kib(n))),
         ];
         parts.into_iter().flatten().for_each(|part| memory += &format!(", {part}"));
         Some(memory)
@@ -385,7 +413,16 @@ mod tests {
         latencies.record(latency);
         let latencies = latencies.to_sparse();
         let (in_flight_mean, cpu_ns) = (2.0, window_ns / 2);
-        LoadResult { requests, window_ns, errors: 1, in_flight_mean, cpu_ns, latencies, probe: None }
+        LoadResult {
+            requests,
+            window_ns,
+            errors: 1,
+            in_flight_mean,
+            cpu_ns,
+            latencies,
+            frames: None,
+            probe: None,
+        }
     }
 
     /// Goal:   the JSON object has exactly the keys of the interface, in order, strings first.
@@ -397,7 +434,8 @@ mod tests {
             server_sweeps server_syscalls server_rss_bytes shared_bytes footprint_bytes footprint_idle_bytes \
             connect_last_ms hiccup_max_ns floor_p50_ns floor_p99_ns floor_per_second \
             floor_p999_ns floor_max_ns idle hogs think_random seed probe_size probe_requests probe_p50_ns \
-            probe_p99_ns probe_p999_ns probe_max_ns probe_errors";
+            probe_p99_ns probe_p999_ns probe_max_ns probe_errors probe_alone_p50_ns probe_alone_p99_ns \
+            probe_process memory_budget_bytes footprint_after_bytes frames";
         let json = report().to_json();
         let written: Vec<&str> =
             json.trim_matches(['{', '}']).split(',').map(|field| field.split('"').nth(1).unwrap()).collect();

@@ -12,10 +12,11 @@ use super::child::{self, Role};
 use super::clock::timespec;
 use super::error::BenchError;
 use super::load::{Received, Target};
-use super::options::{BenchOptions, Policy};
+use super::options::{BenchOptions, Policy, SLOT_MAX};
 use super::placement::{self, Cpus};
 use super::procfs;
 use super::server::Server;
+use super::uds_long::{self, Incoming};
 use super::work;
 use super::worker::{self, ClientJob};
 use rustix::buffer::spare_capacity;
@@ -40,7 +41,7 @@ const EVENTS: usize = 256;
 /// How long a receive that sleeps sleeps at most, so that a server that hangs is noticed.
 const RECV_TIMEOUT: Duration = Duration::from_millis(100);
 /// How long to wait for answers while a request has not been written in full.
-const STALLED_NS: u64 = 100_000;
+pub(super) const STALLED_NS: u64 = 100_000;
 
 /// What went wrong on a socket.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +74,7 @@ fn os(call: &'static str) -> impl Fn(Errno) -> UdsError {
 
 /// Bytes received and not yet taken.
 #[derive(Debug)]
-struct Inbox {
+pub struct Inbox {
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
@@ -86,8 +87,13 @@ impl Inbox {
         Self { bytes: vec![0; frames].into_boxed_slice(), start: 0, end: 0, size }
     }
 
+    /// An inbox of `len` bytes for bodies of `size` that pass through it in parts.
+    pub fn of_bytes(len: usize, size: usize) -> Self {
+        Self { bytes: vec![0; len].into_boxed_slice(), start: 0, end: 0, size }
+    }
+
     /// Receives once. `false` if nothing was there.
-    fn refill(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> Result<bool, UdsError> {
+    pub fn refill(&mut self, fd: BorrowedFd<'_>, flags: RecvFlags) -> Result<bool, UdsError> {
         self.bytes.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         match rustix::net::recv(fd, &mut self.bytes[self.end..], flags) {
@@ -106,20 +112,37 @@ impl Inbox {
     fn next(&mut self) -> Result<Option<(u32, &[u8])>, UdsError> {
         let frame = &self.bytes[self.start..self.end];
         let Some((header, rest)) = frame.split_first_chunk::<HEADER>() else { return Ok(None) };
-        let word = u64::from_le_bytes(*header);
-        let (len, tag) = (word as u32 as usize, (word >> 32) as u32);
-        if len != self.size {
-            return Err(UdsError::Frame { len, expected: self.size });
-        }
+        let (tag, len) = self.parse(header)?;
         let Some(payload) = rest.get(..len) else { return Ok(None) };
         self.start += HEADER + len;
         Ok(Some((tag, payload)))
+    }
+
+    fn parse(&self, header: &[u8; HEADER]) -> Result<(u32, usize), UdsError> {
+        let word = u64::from_le_bytes(*header);
+        let (len, tag) = (word as u32 as usize, (word >> 32) as u32);
+        if len == self.size { Ok((tag, len)) } else { Err(UdsError::Frame { len, expected: self.size }) }
+    }
+
+    /// Takes the header of a body: its tag and length.
+    pub fn header(&mut self) -> Result<Option<(u32, usize)>, UdsError> {
+        let Some(header) = self.bytes[self.start..self.end].first_chunk() else { return Ok(None) };
+        let parsed = self.parse(header)?;
+        self.start += HEADER;
+        Ok(Some(parsed))
+    }
+
+    /// Takes what is there, at most so many bytes.
+    pub fn bytes(&mut self, at_most: usize) -> &[u8] {
+        let start = self.start;
+        self.start = self.end.min(start + at_most);
+        &self.bytes[start..self.start]
     }
 }
 
 /// Bytes to be sent.
 #[derive(Debug, Default)]
-struct Outbox {
+pub struct Outbox {
     bytes: Vec<u8>,
     sent: usize,
 }
@@ -129,12 +152,25 @@ impl Outbox {
         Self { bytes: Vec::with_capacity(frames * (HEADER + size)), sent: 0 }
     }
 
-    fn header(&mut self, tag: u32, len: usize) {
+    /// Appends `len` bytes that `write` writes.
+    pub fn extend(&mut self, len: usize, write: impl FnOnce(&mut [u8])) {
+        let at = self.bytes.len();
+        self.bytes.resize(at + len, 0);
+        write(&mut self.bytes[at..]);
+    }
+
+    /// Appends bytes.
+    pub fn append(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    /// Appends the header of a frame or body.
+    pub fn header(&mut self, tag: u32, len: usize) {
         self.bytes.extend_from_slice(&(len as u64 | u64::from(tag) << 32).to_le_bytes());
     }
 
     /// Sends all that it can. `false` if the socket's buffer is full.
-    fn send(&mut self, fd: BorrowedFd<'_>, flags: SendFlags) -> Result<bool, UdsError> {
+    pub fn send(&mut self, fd: BorrowedFd<'_>, flags: SendFlags) -> Result<bool, UdsError> {
         while self.sent < self.bytes.len() {
             match rustix::net::send(fd, &self.bytes[self.sent..], flags | SendFlags::NOSIGNAL) {
                 Ok(n) => self.sent += n,
@@ -156,11 +192,20 @@ struct Line {
     fd: OwnedFd,
     inbox: Inbox,
     outbox: Outbox,
+    /// At a server of long bodies: the one that is coming in.
+    incoming: Option<Incoming>,
 }
 
 impl Line {
     fn new(fd: OwnedFd, size: usize, in_flight: usize) -> Self {
-        Self { fd, inbox: Inbox::new(size, in_flight), outbox: Outbox::for_frames(size, in_flight) }
+        let (inbox, outbox) = (Inbox::new(size, in_flight), Outbox::for_frames(size, in_flight));
+        Self { fd, inbox, outbox, incoming: None }
+    }
+
+    /// Server: a connection whose bodies pass through it in parts.
+    fn of_long(fd: OwnedFd, size: usize) -> Self {
+        let inbox = Inbox::of_bytes(uds_long::INBOX, size);
+        Self { fd, inbox, outbox: Outbox::default(), incoming: Some(Incoming::default()) }
     }
 
     /// Server: receives once and answers all that came. `false` if nothing did. The answers may sleep: the
@@ -169,11 +214,13 @@ impl Line {
         if !self.inbox.refill(self.fd.as_fd(), flags)? {
             return Ok(false);
         }
+        if let Some(incoming) = &mut self.incoming {
+            incoming.answer(&mut self.inbox, &mut self.outbox, self.fd.as_fd())?;
+            return Ok(true);
+        }
         while let Some((tag, request)) = self.inbox.next()? {
             self.outbox.header(tag, request.len());
-            let at = self.outbox.bytes.len();
-            self.outbox.bytes.resize(at + request.len(), 0);
-            work::answer(request, &mut self.outbox.bytes[at..]);
+            self.outbox.extend(request.len(), |reply| work::answer(request, reply));
         }
         self.outbox.send(self.fd.as_fd(), SendFlags::empty())?;
         Ok(true)
@@ -192,7 +239,8 @@ impl Line {
     }
 }
 
-fn pause(yields: bool) {
+/// An empty poll.
+pub fn pause(yields: bool) {
     if yields {
         std::thread::yield_now();
     } else {
@@ -201,23 +249,23 @@ fn pause(yields: bool) {
 }
 
 /// Which connections have something to receive.
-struct Poller {
+pub struct Poller {
     epoll: OwnedFd,
     events: Vec<Event>,
 }
 
 impl Poller {
-    fn new(lines: &[Line]) -> Result<Self, UdsError> {
+    /// Watches the sockets, which are numbered in this order.
+    pub fn new<'f>(fds: impl Iterator<Item = BorrowedFd<'f>>) -> Result<Self, UdsError> {
         let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(os("epoll_create1"))?;
-        for (i, line) in lines.iter().enumerate() {
-            epoll::add(&epoll, &line.fd, EventData::new_u64(i as u64), EventFlags::IN)
-                .map_err(os("epoll_ctl"))?;
+        for (i, fd) in fds.enumerate() {
+            epoll::add(&epoll, fd, EventData::new_u64(i as u64), EventFlags::IN).map_err(os("epoll_ctl"))?;
         }
         Ok(Self { epoll, events: Vec::with_capacity(EVENTS) })
     }
 
     /// Waits; afterwards [`Poller::ready`] says for whom.
-    fn wait(&mut self, at_most_ns: Option<u64>) -> Result<(), UdsError> {
+    pub fn wait(&mut self, at_most_ns: Option<u64>) -> Result<(), UdsError> {
         self.events.clear();
         let timeout = at_most_ns.map(timespec);
         match epoll::wait(&self.epoll, spare_capacity(&mut self.events), timeout.as_ref()) {
@@ -226,7 +274,8 @@ impl Poller {
         }
     }
 
-    fn ready(&self) -> impl Iterator<Item = usize> {
+    /// Who has something.
+    pub fn ready(&self) -> impl Iterator<Item = usize> {
         self.events.iter().map(|event| event.data.u64() as usize)
     }
 }
@@ -299,7 +348,10 @@ pub fn uds_server(listener: OwnedFd, job: &UdsJob) -> Result<(), BenchError> {
 fn serve(listener: &OwnedFd, job: &UdsJob) -> Result<(), UdsError> {
     let accept = |_| {
         let fd = rustix::net::accept_with(listener, SocketFlags::CLOEXEC).map_err(os("accept"))?;
-        Ok(Line::new(fd, job.size, job.in_flight))
+        Ok(match job.size > SLOT_MAX {
+            true => Line::of_long(fd, job.size),
+            false => Line::new(fd, job.size, job.in_flight),
+        })
     };
     let mut lines = (0..job.connections).map(accept).collect::<Result<Vec<_>, _>>()?;
     let spins = job.policy == Policy::Spin;
@@ -317,7 +369,7 @@ fn serve_by_threads(lines: Vec<Line>) -> Result<(), UdsError> {
 }
 
 fn serve_by_polling(lines: Vec<Line>, spins: bool, yields: bool) -> Result<(), UdsError> {
-    let mut poller = Poller::new(&lines)?;
+    let mut poller = Poller::new(lines.iter().map(|line| line.fd.as_fd()))?;
     let mut open = lines.len();
     let mut lines: Vec<Option<Line>> = lines.into_iter().map(Some).collect();
     while open > 0 {
@@ -339,10 +391,40 @@ fn serve_by_polling(lines: Vec<Line>, spins: bool, yields: bool) -> Result<(), U
     Ok(())
 }
 
+/// Makes sockets that are connected to the server.
+#[derive(Debug)]
+pub struct Sockets(SocketAddrUnix);
+
+impl Sockets {
+    /// For the server at `endpoint`.
+    ///
+    /// # Errors
+    ///
+    /// [`BenchError`] if the address is none or descriptors are short.
+    pub fn new(endpoint: &str) -> Result<Self, BenchError> {
+        procfs::raise_descriptor_limit()?;
+        SocketAddrUnix::new_abstract_name(endpoint.as_bytes())
+            .map(Self)
+            .map_err(|e| BenchError::os("the server's address", e))
+    }
+
+    /// One more.
+    ///
+    /// # Errors
+    ///
+    /// [`UdsError::Os`] if the kernel refuses.
+    pub fn connect(&self) -> Result<OwnedFd, UdsError> {
+        let fd = socket()?;
+        rustix::net::connect(&fd, &self.0).map_err(os("connect"))?;
+        set_socket_timeout(&fd, Timeout::Recv, Some(RECV_TIMEOUT)).map_err(os("setsockopt(SO_RCVTIMEO)"))?;
+        Ok(fd)
+    }
+}
+
 /// Connects the sessions of one client process; a session is as many sockets as it has connections.
 #[derive(Debug)]
 pub struct Connector {
-    address: SocketAddrUnix,
+    sockets: Sockets,
     job: ClientJob,
     lines: Vec<Line>,
 }
@@ -354,16 +436,15 @@ impl Connector {
     ///
     /// [`BenchError`] if the address is none or descriptors are short.
     pub fn new(job: &ClientJob) -> Result<Self, BenchError> {
-        procfs::raise_descriptor_limit()?;
-        let address = SocketAddrUnix::new_abstract_name(job.endpoint.as_bytes())
-            .map_err(|e| BenchError::os("the server's address", e))?;
-        Ok(Self { address, job: job.clone(), lines: Vec::with_capacity(job.shape.connections) })
+        Ok(Self {
+            sockets: Sockets::new(&job.endpoint)?,
+            job: job.clone(),
+            lines: Vec::with_capacity(job.shape.connections),
+        })
     }
 
     fn connect_one(&mut self) -> Result<(), UdsError> {
-        let fd = socket()?;
-        rustix::net::connect(&fd, &self.address).map_err(os("connect"))?;
-        set_socket_timeout(&fd, Timeout::Recv, Some(RECV_TIMEOUT)).map_err(os("setsockopt(SO_RCVTIMEO)"))?;
+        let fd = self.sockets.connect()?;
         self.lines.push(Line::new(fd, self.job.shape.size, self.job.shape.in_flight));
         Ok(())
     }
@@ -377,7 +458,8 @@ impl worker::Connector for Connector {
     }
 
     fn finish(self) -> Result<UdsTarget, BenchError> {
-        let poller = Poller::new(&self.lines).map_err(|e| BenchError::peer("connecting", e))?;
+        let fds = self.lines.iter().map(|line| line.fd.as_fd());
+        let poller = Poller::new(fds).map_err(|e| BenchError::peer("connecting", e))?;
         let count = self.lines.len();
         Ok(UdsTarget {
             lines: self.lines,
@@ -496,8 +578,8 @@ impl Target for UdsTarget {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::bench::clock::now_ns;
-    use crate::cli::bench::load::{self, Schedule, Shape};
+    use crate::cli::bench::load::{self, Shape};
+    use crate::cli::bench::long;
     use crate::cli::bench::options::PeerKind;
     use crate::cli::bench::worker::Connector as _;
 
@@ -506,18 +588,7 @@ mod tests {
             peer: PeerKind::Uds,
             endpoint,
             sessions: vec![connections],
-            shape: Shape {
-                connections,
-                in_flight,
-                size,
-                think_ns: 0,
-                rate: None,
-                sleeps: policy != Policy::Spin,
-                first_request: 0,
-                think_random: false,
-                seed: 0,
-                probe: None,
-            },
+            shape: Shape { sleeps: policy != Policy::Spin, ..Shape::closed(connections, in_flight, size) },
             policy,
             bulk: false,
             cpu: None,
@@ -535,7 +606,7 @@ mod tests {
             (5, 3, 1000, Policy::Block),
             (5, 3, 1000, Policy::Spin),
             (100, 2, 64, Policy::Block),
-            (1, 64, 65_536, Policy::Block),
+            (1, 64, 16_384, Policy::Block),
         ] {
             let (listener, endpoint) = listen().unwrap();
             let server_job = UdsJob { connections, in_flight, size, policy, cpu: None, yields: true };
@@ -544,8 +615,33 @@ mod tests {
             let mut connector = Connector::new(&job).unwrap();
             connector.connect(0, connections).unwrap();
             let mut target = connector.finish().unwrap();
-            let schedule = Schedule { start_ns: now_ns(), warm_up_ns: 1_000_000, window_ns: 50_000_000 };
-            let result = load::run(&mut target, &job.shape, &schedule).unwrap();
+            let result = load::run_until_answered(|schedule| load::run(&mut target, &job.shape, schedule));
+            assert_eq!(result.errors, 0);
+            assert!(result.requests > 0, "{connections} x {in_flight} {policy:?}");
+            drop(target);
+            server.join().unwrap().unwrap();
+        }
+    }
+
+    /// Goal:   every way of serving long bodies answers every byte rightly and ends when the client is gone; several
+    ///         bodies of one connection have their turns.
+    #[test]
+    fn every_way_of_serving_long_bodies_answers_and_ends() {
+        for (connections, in_flight, size, policy) in [
+            (1, 1, 1 << 20, Policy::Block),
+            (1, 1, 1 << 20, Policy::Spin),
+            (3, 2, 100_003, Policy::Block),
+            (3, 2, 16_385, Policy::Spin),
+            (70, 1, 65_537, Policy::Block),
+        ] {
+            let (listener, endpoint) = listen().unwrap();
+            let server_job = UdsJob { connections, in_flight, size, policy, cpu: None, yields: true };
+            let server = std::thread::spawn(move || uds_server(listener, &server_job));
+            let job = job(endpoint, connections, in_flight, size, policy);
+            let mut connector = uds_long::Connector::new(&job).unwrap();
+            connector.connect(0, connections).unwrap();
+            let mut target = connector.finish().unwrap();
+            let result = load::run_until_answered(|schedule| long::run(&mut target, &job.shape, schedule));
             assert_eq!(result.errors, 0);
             assert!(result.requests > 0, "{connections} x {in_flight} {policy:?}");
             drop(target);

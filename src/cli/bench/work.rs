@@ -79,12 +79,17 @@ pub fn fill(nonce: u64, payload: &mut [u8]) {
 /// If `reply` is shorter than `request`.
 #[inline(always)]
 pub fn answer(request: &[u8], reply: &mut [u8]) {
+    answer_with(XOR_CONSTANT, request, reply);
+}
+
+#[inline(always)]
+fn answer_with(key: u64, request: &[u8], reply: &mut [u8]) {
     let (words, tail) = request.as_chunks::<8>();
     let (reply_words, reply_tail) = reply[..request.len()].as_chunks_mut::<8>();
     for (reply, word) in reply_words.iter_mut().zip(words) {
-        *reply = (u64::from_le_bytes(*word) ^ XOR_CONSTANT).to_le_bytes();
+        *reply = (u64::from_le_bytes(*word) ^ key).to_le_bytes();
     }
-    for ((reply, byte), key) in reply_tail.iter_mut().zip(tail).zip(XOR_CONSTANT.to_le_bytes()) {
+    for ((reply, byte), key) in reply_tail.iter_mut().zip(tail).zip(key.to_le_bytes()) {
         *reply = byte ^ key;
     }
 }
@@ -100,6 +105,61 @@ pub fn check(nonce: u64, reply: &[u8]) -> bool {
         .enumerate()
         .fold(0, |wrong, (i, word)| wrong | (u64::from_le_bytes(*word) ^ expected ^ i as u64));
     wrong == 0 && (tail.is_empty() || tail == &(expected ^ words.len() as u64).to_le_bytes()[..tail.len()])
+}
+
+/// Splits `len` bytes that begin at byte `at` of a body: how many belong to a word that began earlier.
+#[inline(always)]
+fn head(at: u64, len: usize) -> usize {
+    ((at.wrapping_neg() % 8) as usize).min(len)
+}
+
+/// Byte `at` of the body whose word i is `nonce ^ i`.
+#[inline(always)]
+fn byte(nonce: u64, at: u64) -> u8 {
+    (nonce ^ (at / 8)).to_le_bytes()[(at % 8) as usize]
+}
+
+/// Writes the part from byte `at` on of the request that [`fill`] writes as a whole.
+#[inline(always)]
+pub fn fill_at(nonce: u64, at: u64, part: &mut [u8]) {
+    let (begun, rest) = part.split_at_mut(head(at, part.len()));
+    for (at, target) in (at..).zip(begun.iter_mut()) {
+        *target = byte(nonce, at);
+    }
+    let first = (at + begun.len() as u64) / 8;
+    let (words, tail) = rest.as_chunks_mut::<8>();
+    let count = words.len() as u64;
+    for (i, word) in words.iter_mut().enumerate() {
+        *word = (nonce ^ (first + i as u64)).to_le_bytes();
+    }
+    tail.copy_from_slice(&(nonce ^ (first + count)).to_le_bytes()[..tail.len()]);
+}
+
+/// Writes the answer to the part of a request that begins at byte `at` of it.
+///
+/// # Panics
+///
+/// If `reply` is shorter than `request`.
+#[inline(always)]
+pub fn answer_at(at: u64, request: &[u8], reply: &mut [u8]) {
+    let key = XOR_CONSTANT.rotate_right(8 * (at % 8) as u32);
+    answer_with(key, request, reply);
+}
+
+/// Whether `part` is, in every byte, the part from byte `at` on of the answer to the request of this nonce.
+#[inline(always)]
+pub fn check_at(nonce: u64, at: u64, part: &[u8]) -> bool {
+    let expected = nonce ^ XOR_CONSTANT;
+    let (begun, rest) = part.split_at(head(at, part.len()));
+    let begun_right = (at..).zip(begun).all(|(at, found)| *found == byte(expected, at));
+    let first = (at + begun.len() as u64) / 8;
+    let (words, tail) = rest.as_chunks::<8>();
+    let wrong = words
+        .iter()
+        .enumerate()
+        .fold(0, |wrong, (i, word)| wrong | (u64::from_le_bytes(*word) ^ expected ^ (first + i as u64)));
+    let last = (expected ^ (first + words.len() as u64)).to_le_bytes();
+    begun_right && wrong == 0 && tail == &last[..tail.len()]
 }
 
 #[cfg(test)]
@@ -123,6 +183,36 @@ mod tests {
                 reply[i] ^= 0x40;
             }
         }
+    }
+
+    /// Goal:   a body generated, answered and checked in parts is the same as in one go, wherever it is cut.
+    /// Method: lengths around words; every pair of cuts, aligned or not; every byte broken in turn.
+    #[test]
+    fn parts_of_any_length_from_any_place_make_up_the_whole() {
+        for len in [1, 7, 8, 9, 16, 29] {
+            let (mut request, mut reply) = (vec![0; len], vec![0; len]);
+            fill(nonce(5), &mut request);
+            answer(&request, &mut reply);
+            for from in 0..=len {
+                for to in from..=len {
+                    let at = from as u64;
+                    let (mut part, mut answered) = (vec![0; to - from], vec![0; to - from]);
+                    fill_at(nonce(5), at, &mut part);
+                    assert_eq!(part, request[from..to], "{from}..{to} of {len}");
+                    answer_at(at, &part, &mut answered);
+                    assert_eq!(answered, reply[from..to], "{from}..{to} of {len}");
+                    assert!(check_at(nonce(5), at, &answered));
+                    for i in 0..answered.len() {
+                        answered[i] ^= 0x40;
+                        assert!(!check_at(nonce(5), at, &answered), "byte {i} of {from}..{to}");
+                        answered[i] ^= 0x40;
+                    }
+                }
+            }
+        }
+        let mut far = [0; 24];
+        fill_at(nonce(5), 10 << 20, &mut far);
+        assert_eq!(far[8..16], (nonce(5) ^ ((10 << 20) / 8 + 1)).to_le_bytes(), "a place beyond all windows");
     }
 
     #[test]

@@ -2,12 +2,13 @@
 //! reports, and stays connected until its standard input ends.
 
 use super::child::{self, Process, Role};
-use super::clock::now_ns;
+use super::clock::{now_ns, sleep_until};
 use super::error::BenchError;
-use super::load::{self, LoadResult, Schedule, Shape, Target};
-use super::options::{BenchOptions, PeerKind, Policy, share};
+use super::load::{self, LoadResult, Schedule, Shape};
+use super::long;
+use super::options::{BenchOptions, PeerKind, Policy, SLOT_MAX, share};
 use super::placement::{self, Cpus};
-use super::{doorbell, uds};
+use super::{doorbell, uds, uds_long};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, Write};
 use std::num::NonZeroU64;
@@ -35,9 +36,9 @@ pub struct ClientJob {
 }
 
 impl ClientJob {
-    /// The share of process `index`.
+    /// The share of process `index`; the one behind all others has the probe and no load.
     pub fn new(options: &BenchOptions, endpoint: &str, cpus: &Cpus, index: usize) -> Self {
-        let sessions = sessions_of_process(options, index);
+        let sessions = if index < options.processes { sessions_of_process(options, index) } else { vec![0] };
         let connections = sessions.iter().sum();
         let part = connections as f64 / options.connections as f64;
         Self {
@@ -54,8 +55,10 @@ impl ClientJob {
                 first_request: (index as u64) << 44,
                 think_random: options.think_random,
                 seed: options.seed.unwrap_or_default(),
-                // The first connection of the first process.
-                probe: options.probe.filter(|_| index == 0),
+                // On the first session of the first process, or in a process of its own.
+                probe: options
+                    .probe
+                    .filter(|_| index == if options.probe_process { options.processes } else { 0 }),
             },
             policy: options.policy,
             bulk: options.probe.is_some(),
@@ -101,17 +104,19 @@ pub fn run(job: &ClientJob) -> Result<(), BenchError> {
     // Pauses and due times are the load: the 50 µs that the kernel may add to every sleep would be another one.
     rustix::thread::set_current_timer_slack(NonZeroU64::new(1))
         .map_err(|e| BenchError::os("prctl(PR_SET_TIMERSLACK)", e))?;
-    match job.peer {
-        PeerKind::Uds => drive(job, uds::Connector::new(job)?),
-        PeerKind::Doorbell => drive(job, doorbell::Connector::new(job)?),
-        PeerKind::Floor => Err(BenchError::option("peer floor", "has no client process")),
+    match (job.peer, job.shape.size > SLOT_MAX) {
+        (PeerKind::Uds, false) => drive(job, uds::Connector::new(job)?, load::run),
+        (PeerKind::Uds, true) => drive(job, uds_long::Connector::new(job)?, long::run),
+        (PeerKind::Doorbell, false) => drive(job, doorbell::Connector::new(job)?, load::run),
+        (PeerKind::Doorbell, true) => drive(job, doorbell::Connector::new(job)?, long::run),
+        (PeerKind::Floor, _) => Err(BenchError::option("peer floor", "has no client process")),
     }
 }
 
 /// Connects the sessions of one client process, one after another.
 pub trait Connector {
-    /// What comes out of it.
-    type Target: Target;
+    /// What comes out of it, to be driven.
+    type Target;
 
     /// Connects session `index` with so many connections.
     ///
@@ -128,7 +133,10 @@ pub trait Connector {
     fn finish(self) -> Result<Self::Target, BenchError>;
 }
 
-fn drive<C: Connector>(job: &ClientJob, mut connector: C) -> Result<(), BenchError> {
+/// What drives a target through one schedule.
+type Run<T> = fn(&mut T, &Shape, &Schedule) -> Result<LoadResult, BenchError>;
+
+fn drive<C: Connector>(job: &ClientJob, mut connector: C, run: Run<C::Target>) -> Result<(), BenchError> {
     let before = now_ns();
     for (index, connections) in job.sessions.iter().enumerate() {
         connector.connect(index, *connections)?;
@@ -137,7 +145,14 @@ fn drive<C: Connector>(job: &ClientJob, mut connector: C) -> Result<(), BenchErr
     let mut target = connector.finish()?;
     say(&Ready { connect_last_ns })?;
     while let Some(schedule) = hear()? {
-        let result: LoadResult = load::run(&mut target, &job.shape, &schedule)?;
+        let result = match (schedule.probe_alone, job.shape.probe) {
+            (false, _) => run(&mut target, &job.shape, &schedule)?,
+            (true, Some(_)) => run(&mut target, &job.shape.without_load(), &schedule)?,
+            (true, None) => {
+                sleep_until(schedule.end_ns());
+                LoadResult::none(&schedule)
+            }
+        };
         say(&result)?;
     }
     Ok(())
