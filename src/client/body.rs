@@ -170,14 +170,6 @@ impl Bodies {
             }
         }
     }
-
-    /// The body that a call names.
-    fn of_call(&self, id: CallId) -> Option<u32> {
-        let is = |body: &Body| {
-            body.lane == id.lane && (body.name.slot, body.name.generation) == (id.slot, id.generation)
-        };
-        self.all.iter().position(|body| body.as_deref().is_some_and(is)).map(|index| index as u32)
-    }
 }
 
 impl Session {
@@ -329,6 +321,11 @@ impl Session {
         }
         let mut at = 0;
         while let Some(index) = self.bodies.sending.get(at).copied() {
+            let body = self.bodies.all[index as usize].as_deref();
+            if body.is_some_and(|body| !body.can_move(self.lane(body.lane))) {
+                at += 1;
+                continue;
+            }
             if self.send_owned(index)? {
                 self.bodies.sending.swap_remove(at);
             } else {
@@ -422,16 +419,18 @@ impl Session {
         if self.end.is_some() {
             return Err(self.ended());
         }
-        let index = self.bodies.of_call(id).ok_or(IpcError::NoSuchCall)?;
-        let ended = self.bodies.get(index).is_none_or(|body| body.stage == Stage::Ended);
-        if ended { Err(IpcError::NoSuchCall) } else { Ok(index) }
+        if id.lane as usize > self.further.len() {
+            return Err(IpcError::NoSuchCall);
+        }
+        // One that has been answered is in flight no more.
+        self.lane(id.lane).body_of(id).ok_or(IpcError::NoSuchCall)
     }
 
-    /// Whether a body can send more than when it was last looked at.
+    /// Whether a body can send more than when it was last looked at, or than its caller has been told.
     pub(super) fn body_has_room(&self) -> bool {
         self.bodies.sending.iter().any(|index| {
             let body = self.bodies.all[*index as usize].as_deref();
-            body.is_some_and(|body| body.has_new_room(self.lane(body.lane)))
+            body.is_some_and(|body| body.has_news || body.has_new_room(self.lane(body.lane)))
         })
     }
 
@@ -680,6 +679,12 @@ impl Body {
         let word = lane.lane.common.server_words.get(self.name.slot as usize)?;
         let word = ServerWord::read(word);
         (word.generation == self.name.generation).then_some(word.taken)
+    }
+
+    /// Whether anything can be sent that is the session's to send, or the caller can be told of new room.
+    fn can_move(&self, lane: &Lane) -> bool {
+        let own = self.owned.is_some() || self.finishing;
+        self.stage != Stage::Begun || own && !self.free.is_empty() || self.has_new_room(lane)
     }
 
     fn has_new_room(&self, lane: &Lane) -> bool {
