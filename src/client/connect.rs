@@ -3,9 +3,9 @@
 use super::session::{Joined, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
-use crate::protocol::handshake::{Goodbye, Hello, VERSION_MAX, VERSION_MIN, Welcome, code};
+use crate::protocol::handshake::{Answer, DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
 use crate::protocol::rendezvous::{self, monotonic_ns};
-use doorbell_shm::layout::{Geometry, LANES_MAX, MAGIC};
+use doorbell_shm::layout::{Geometry, LANES_MAX};
 use doorbell_shm::segment::Segment;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -13,10 +13,13 @@ use rustix::net::{RecvFlags, SocketAddrUnix, SocketFlags};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
 /// Longest time that connecting may take.
 const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Pauses between two attempts to connect, while the server cannot take us: the first one, then twice the last.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+const PAUSE_MAX: Duration = Duration::from_millis(16);
 
 /// What a client asks for when it connects.
 #[derive(Debug, Clone)]
@@ -102,14 +105,42 @@ impl ClientConfig {
     }
 }
 
-/// Connects, checks who is there, shakes hands, attaches the segment.
+/// Connects, checks who is there, shakes hands, attaches the segment. What only means that the server is busy is tried
+/// again until the time is over: a full backlog (F26), other handshakes of this process under way, and a hello that
+/// went out too late because this thread was kept from running (F27).
 pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     rendezvous::check_length(path)?;
     let geometry = config.geometry()?;
     config.check_lanes()?;
     // A time-out beyond all clocks is none worth a name: a day will do.
     let give_up = Instant::now() + config.connect_timeout.min(CONNECT_TIMEOUT_MAX);
-    let socket = connect_socket(path, give_up)?;
+    let mut backoff = Backoff::until(give_up);
+    loop {
+        let socket = connect_socket(path, &mut backoff)?;
+        match shake_hands(path, config, geometry, socket, give_up)? {
+            Shaken::Joined(session) => return Ok(*session),
+            Shaken::NotNow(why) => {
+                if !backoff.pause()? {
+                    return Err(why);
+                }
+            }
+        }
+    }
+}
+
+/// How a handshake ended, unless it failed for good.
+enum Shaken {
+    Joined(Box<Session>),
+    NotNow(IpcError),
+}
+
+fn shake_hands(
+    path: &Path,
+    config: &ClientConfig,
+    geometry: Geometry,
+    socket: OwnedFd,
+    give_up: Instant,
+) -> Result<Shaken> {
     let uid = rendezvous::peer_uid(&socket)?;
     if uid != rustix::process::geteuid().as_raw() {
         return Err(IpcError::WrongServer { path: path.to_owned(), uid });
@@ -122,14 +153,54 @@ pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
         Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => {}
         Err(e) => return Err(IpcError::io("send of the hello", e)),
     }
-    let (welcome, memory) = receive_welcome(path, &socket, give_up, config.connect_timeout)?;
-    let Some(memory) = memory else { return Err(refusal(&welcome)) };
+    let (answer, memory) = receive_answer(path, &socket, give_up, config.connect_timeout)?;
+    let (welcome, memory) = match (answer, memory) {
+        (Answer::Granted(welcome), Some(memory)) => (welcome, memory),
+        (Answer::Granted(_), None) => return Err(IpcError::Handshake("the welcome came without a segment")),
+        (Answer::Refused(welcome), _) if welcome.scope() == Some(Scope::HandshakesOfProcess) => {
+            return Ok(Shaken::NotNow(refusal(&welcome)));
+        }
+        (Answer::Refused(welcome), _) => return Err(refusal(&welcome)),
+        (Answer::Ended(reason), _) => {
+            let why = IpcError::Disconnected(reason);
+            let late = reason == DisconnectReason::HandshakeTimeout;
+            return if late { Ok(Shaken::NotNow(why)) } else { Err(why) };
+        }
+    };
     let granted = Geometry::unpack(welcome.geometry);
     let segment = Segment::attach(memory.as_fd(), granted, welcome.lanes, welcome.identity())?;
     let took_ns = monotonic_ns() - sent_ns;
     let clock_offset_ns = clock_offset(welcome.clock_offset_ns, took_ns);
     let (home_core, reactors, policy) = (welcome.home_core, welcome.reactors, config.policy);
-    Session::new(Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, policy })
+    let joined = Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, policy };
+    Ok(Shaken::Joined(Box::new(Session::new(joined)?)))
+}
+
+/// Pauses between attempts, each twice as long as the last and cut short at random, so that many who were sent away
+/// at the same moment do not come back at the same moment.
+struct Backoff {
+    next: Duration,
+    give_up: Instant,
+}
+
+impl Backoff {
+    fn until(give_up: Instant) -> Self {
+        Self { next: PAUSE_MIN, give_up }
+    }
+
+    /// Sleeps; `false` at once if the time is over.
+    fn pause(&mut self) -> Result<bool> {
+        let left = self.give_up.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        let [random, _] = rendezvous::random_id()?;
+        // From half to all of it.
+        let part = 512 + (random % 513) as u32;
+        std::thread::sleep((self.next * part / 1024).min(left));
+        self.next = (self.next * 2).min(PAUSE_MAX);
+        Ok(true)
+    }
 }
 
 /// The server's CLOCK_MONOTONIC minus ours, ns. The server measured it when it read the hello, which may
@@ -140,7 +211,7 @@ fn clock_offset(measured_ns: u64, took_ns: u64) -> u64 {
     if (least..=most).contains(&0) { 0 } else { least.midpoint(most) as u64 }
 }
 
-fn connect_socket(path: &Path, give_up: Instant) -> Result<OwnedFd> {
+fn connect_socket(path: &Path, backoff: &mut Backoff) -> Result<OwnedFd> {
     let not_running = || IpcError::NotRunning { path: path.to_owned() };
     let address = SocketAddrUnix::new(path).map_err(|e| IpcError::io("making a socket address", e))?;
     let socket = rendezvous::packet_socket(SocketFlags::NONBLOCK)?;
@@ -160,18 +231,24 @@ fn connect_socket(path: &Path, give_up: Instant) -> Result<OwnedFd> {
             }
             Err(Errno::ACCESS | Errno::PERM) => return Err(IpcError::NotPermitted),
             // The backlog is full: the server is there and busy (F26).
-            Err(Errno::AGAIN) if Instant::now() < give_up => std::thread::sleep(Duration::from_millis(1)),
+            Err(Errno::AGAIN) if backoff.pause()? => {}
+            Err(Errno::AGAIN) => {
+                return Err(IpcError::io(
+                    "connect, with the server's queue full all the time,",
+                    Errno::AGAIN,
+                ));
+            }
             Err(e) => return Err(IpcError::io("connect", e)),
         }
     }
 }
 
-fn receive_welcome(
+fn receive_answer(
     path: &Path,
     socket: &OwnedFd,
     give_up: Instant,
     timeout: Duration,
-) -> Result<(Welcome, Option<OwnedFd>)> {
+) -> Result<(Answer, Option<OwnedFd>)> {
     let mut bytes = [0u8; size_of::<Welcome>() + 1];
     let mut reset = false;
     let mut packet = loop {
@@ -200,24 +277,14 @@ fn receive_welcome(
     if packet.len == 0 {
         return Err(IpcError::Handshake("the server closed the socket without an answer"));
     }
-    if let Some(reason) = Goodbye::read(&bytes[..packet.len]) {
-        return Err(IpcError::Disconnected(reason));
+    if packet.truncated {
+        // The kernel does not say which.
+        return Err(IpcError::Handshake(
+            "the answer was cut: no file descriptor is free for the segment (ulimit -n), or it is too long",
+        ));
     }
-    let welcome = Welcome::read_from_bytes(&bytes[..packet.len])
-        .ok()
-        .filter(|w| w.magic == MAGIC && !packet.truncated)
-        .ok_or(IpcError::Handshake("the answer is not a doorbell welcome"))?;
-    if welcome.code != code::OK {
-        return Ok((welcome, None));
-    }
-    if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
-        let (min, max) = (welcome.version_min, welcome.version_max);
-        return Err(IpcError::VersionMismatch { min, max, ours: VERSION_MAX });
-    }
-    match (packet.fds.pop(), packet.fds.len()) {
-        (Some(memory), 0) => Ok((welcome, Some(memory))),
-        _ => Err(IpcError::Handshake("the welcome did not come with exactly one descriptor")),
-    }
+    let answer = Answer::read(&bytes[..packet.len], packet.fds.len()).map_err(IpcError::Handshake)?;
+    Ok((answer, packet.fds.pop()))
 }
 
 /// What a refusal means.
@@ -229,7 +296,10 @@ fn refusal(welcome: &Welcome) -> IpcError {
             IpcError::VersionMismatch { min, max, ours: VERSION_MAX }
         }
         code::NOT_PERMITTED => IpcError::NotPermitted,
-        code::TOO_MANY => IpcError::TooMany { scope: "sessions", limit: welcome.limit.into(), retry_ms },
+        code::TOO_MANY => {
+            let scope = welcome.scope().map_or("things of an unknown kind", Scope::name);
+            IpcError::TooMany { scope, limit: welcome.limit.into(), retry_ms }
+        }
         code::NO_MEMORY => IpcError::NoMemory { retry_ms },
         code::DRAINING => IpcError::Draining { retry_ms },
         code::BAD_HELLO => IpcError::Handshake("the server did not understand our hello"),
