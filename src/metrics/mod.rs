@@ -48,6 +48,8 @@ pub struct Metrics {
     pub storms_damped: u64,
     /// Nanoseconds spent on waiting for calls that were about to come.
     pub spun_ns: u64,
+    /// Clients that could not be accepted, or were sent away at once, because the kernel gave no descriptor (F32).
+    pub accepts_failed: u64,
 }
 
 /// Counters of a [`Metrics`].
@@ -168,6 +170,7 @@ impl Metrics {
             ("further_lanes", self.further_lanes),
             ("storms_damped", self.storms_damped),
             ("spun_ns", self.spun_ns),
+            ("accepts_failed", self.accepts_failed),
         ];
         for (i, (name, value)) in fields.iter().enumerate() {
             let open = if i == 0 { '{' } else { ',' };
