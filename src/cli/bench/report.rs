@@ -65,6 +65,7 @@ pub struct BenchReport {
     pub probe_p999_ns: Option<u64>,
     pub probe_max_ns: Option<u64>,
     pub probe_errors: Option<u64>,
+    pub half_open: u64,
 }
 
 impl BenchReport {
@@ -123,6 +124,7 @@ impl BenchReport {
             probe_p999_ns: None,
             probe_max_ns: None,
             probe_errors: None,
+            half_open: options.half_open as u64,
         }
     }
 
@@ -280,6 +282,7 @@ impl BenchReport {
             self.rate.map(|rate| format!("{rate} per second in all")),
             self.hogs.then(|| "a busy process on every core".to_owned()),
             self.idle.then(|| format!("nothing sent for {} s", self.seconds)),
+            (self.half_open > 0).then(|| format!("beside {} sockets without a hello", self.half_open)),
         ];
         parts.into_iter().flatten().for_each(|part| load += &format!(", {part}"));
         load
@@ -397,7 +400,7 @@ mod tests {
             server_sweeps server_syscalls server_rss_bytes shared_bytes footprint_bytes footprint_idle_bytes \
             connect_last_ms hiccup_max_ns floor_p50_ns floor_p99_ns floor_per_second \
             floor_p999_ns floor_max_ns idle hogs think_random seed probe_size probe_requests probe_p50_ns \
-            probe_p99_ns probe_p999_ns probe_max_ns probe_errors";
+            probe_p99_ns probe_p999_ns probe_max_ns probe_errors half_open";
         let json = report().to_json();
         let written: Vec<&str> =
             json.trim_matches(['{', '}']).split(',').map(|field| field.split('"').nth(1).unwrap()).collect();
