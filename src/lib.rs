@@ -26,6 +26,9 @@ pub use doorbell_shm::entry::Status;
 pub use error::{IpcError, Result};
 pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use server::fuzz;
 pub use server::{
     BoundServer, BufferPool, ConnectionPool, Context, Handler, HandlerError, HandlerTable, IpcServer, Reply,
     ShutdownHandle, TABLE_LEN,

@@ -35,6 +35,15 @@ macro_rules! hooked {
         #[derive(Debug)]
         pub struct $name(std::sync::atomic::$name);
 
+        /// For those who hand the word to the kernel.
+        impl std::ops::Deref for $name {
+            type Target = std::sync::atomic::$name;
+
+            fn deref(&self) -> &Self::Target {
+                &self.0
+            }
+        }
+
         impl $name {
             /// A new atomic.
             pub const fn new(value: $value) -> Self {

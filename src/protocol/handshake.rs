@@ -347,6 +347,9 @@ impl Answer {
         if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
             return Ok(Self::Refused(Welcome { code: code::VERSION_MISMATCH, ..welcome }));
         }
+        if welcome.doorbell_kind != doorbell_kind::FUTEX || welcome.features != 0 {
+            return Err("the welcome speaks of bells or features that this client does not know");
+        }
         match descriptors {
             1 => Ok(Self::Granted(welcome)),
             _ => Err("the welcome did not come with exactly one descriptor"),
@@ -375,7 +378,8 @@ impl Goodbye {
     /// The reason in a received message; `None` if it is not a goodbye.
     pub fn read(bytes: &[u8]) -> Option<DisconnectReason> {
         let bye = Self::read_from_bytes(bytes).ok()?;
-        (bye.magic == u32::from_le_bytes(*b"BYE\0")).then(|| DisconnectReason::from_code(bye.reason))?
+        let right = bye.magic == u32::from_le_bytes(*b"BYE\0") && bye.reserved == 0;
+        right.then(|| DisconnectReason::from_code(bye.reason))?
     }
 }
 
@@ -525,6 +529,9 @@ mod tests {
         for bytes in [&good.as_bytes()[1..], &[good.as_bytes(), &[0]].concat(), &[], &[1]] {
             assert!(Answer::read(bytes, 1).unwrap_err().contains("not a doorbell"));
         }
+        for unknown in [Welcome { doorbell_kind: 1, ..good }, Welcome { features: 1, ..good }] {
+            assert!(Answer::read(unknown.as_bytes(), 1).unwrap_err().contains("does not know"));
+        }
         let other = Welcome { magic: 0, ..good };
         assert!(Answer::read(other.as_bytes(), 1).unwrap_err().contains("not a doorbell"));
         let newer = Welcome { version: VERSION_MAX + 1, ..good };
@@ -541,6 +548,8 @@ mod tests {
         for reason in DisconnectReason::ALL {
             assert_eq!(Goodbye::read(Goodbye::new(reason).as_bytes()), Some(reason));
         }
+        let reserved = Goodbye { reserved: 1, ..Goodbye::new(DisconnectReason::Draining) };
+        assert_eq!(Goodbye::read(reserved.as_bytes()), None);
         assert_eq!(Goodbye::read(&[0; 16]), None);
         assert_eq!(Goodbye::read(b"x"), None);
     }

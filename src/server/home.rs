@@ -72,8 +72,11 @@ pub(crate) struct Home {
 }
 
 /// What a socket that has not said hello says.
-enum Heard {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing yet.
     Nothing,
+    /// No more.
     End,
     /// A packet of so many bytes; `false` if it was longer or did not come alone.
     Packet(usize, bool),
@@ -574,7 +577,7 @@ fn is_ours(socket: &OwnedFd) -> bool {
 }
 
 /// Takes what a socket that has not said hello says. Descriptors that come with it are closed with the packet (F31).
-fn hear(socket: &OwnedFd, bytes: &mut [u8; size_of::<Hello>() + 1]) -> Heard {
+pub fn hear(socket: &OwnedFd, bytes: &mut [u8; size_of::<Hello>() + 1]) -> Heard {
     match rendezvous::receive(socket.as_fd(), bytes, RecvFlags::DONTWAIT) {
         Err(Errno::AGAIN) => Heard::Nothing,
         Ok(packet) if packet.len > 0 => Heard::Packet(packet.len, !packet.truncated && packet.fds.is_empty()),

@@ -4,6 +4,8 @@ pub mod builtin;
 mod connections;
 pub(crate) mod core;
 mod crew;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod half_open;
 mod home;
 mod lane;
