@@ -353,7 +353,7 @@ impl Limited {
 
 impl Drop for Limited {
     fn drop(&mut self) {
-        prlimit(Some(self.pid), self.resource, self.before.clone()).unwrap();
+        prlimit(Some(self.pid), self.resource, self.before).unwrap();
     }
 }
 
@@ -412,7 +412,7 @@ fn f32_a_server_without_descriptors_does_not_spin() {
     drop(connect(server.path()));
 }
 
-/// Goal:   F32: the end of a session ends the pause: a client that waits is let in with its descriptors.
+/// Goal:   F32: a client is let in with the descriptors of sessions that end, although accepting paused for want of them.
 /// Method: two sessions and no room for a third; they end while a client keeps trying.
 #[test]
 fn f32_a_session_that_ends_makes_room_for_another() {
