@@ -15,6 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use std::collections::BTreeSet;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -256,6 +257,9 @@ fn listen(path: &Path) -> OwnedFd {
 
 /// Accepts a client, hears its hello, answers.
 fn answer(listener: &OwnedFd, bytes: &[u8]) {
+    let half_a_minute = Timespec { tv_sec: 30, tv_nsec: 0 };
+    let came = poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&half_a_minute)).unwrap();
+    assert_eq!(came, 1, "nobody came for 30 s");
     let socket = rustix::net::accept(listener).unwrap();
     let mut hello = [0; 96];
     assert_eq!(rustix::net::recv(&socket, &mut hello[..], rustix::net::RecvFlags::empty()).unwrap().0, 96);
@@ -583,9 +587,12 @@ impl Limits {
 
     /// Starts a server that has to end with an error; returns what it said.
     fn refused(&mut self) -> String {
-        let output = self.command.output().unwrap();
-        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
-        stderr(&output)
+        let mut server = Process(self.command.stderr(Stdio::piped()).spawn().unwrap());
+        let status = server.wait();
+        let mut said = String::new();
+        server.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert_eq!(status.code(), Some(1), "{said}");
+        said
     }
 }
 
