@@ -117,8 +117,13 @@ impl Default for ServerConfig {
 
 /// File descriptors of a session: its socket, its process, its segment.
 const FDS_PER_SESSION: u64 = 3;
-/// File descriptors beside those of sessions: standard streams, ring, listener, lock, directory, spare.
+/// File descriptors beside those of sessions: standard streams, rings, listener, lock, directory, spare, and what the
+/// embedder opens.
 const FDS_BESIDE_SESSIONS: u64 = 64;
+/// Reactors whose rings are among them.
+const REACTORS_BESIDE_SESSIONS: u64 = 16;
+/// File descriptors of a reactor: its ring, twice.
+const FDS_PER_REACTOR: u64 = 2;
 /// Connection numbers have 20 bits of index.
 const CONNECTIONS_LIMIT: u32 = 1 << 20;
 /// Reactors of a server.
@@ -158,14 +163,16 @@ impl ServerConfig {
     }
 
     /// Raises the soft limit of file descriptors to the hard one and checks that it carries the sessions
-    /// configured, three descriptors each (socket, process, segment), and 64 beside them (F39).
+    /// configured, three descriptors each (socket, process, segment), and 64 beside them, or more if there are more than
+    /// 16 reactors (F39).
     ///
     /// # Errors
     ///
     /// [`IpcError::Config`] with both numbers when the hard limit is too low; the soft limit is as it was.
     pub fn raise_file_limit(&self) -> Result<()> {
         let sessions = self.max_sessions;
-        let needed = FDS_PER_SESSION * u64::from(sessions);
+        let reactors = self.count_reactors()?.saturating_sub(REACTORS_BESIDE_SESSIONS);
+        let needed = FDS_PER_SESSION * u64::from(sessions) + FDS_PER_REACTOR * reactors;
         check_file_limit(needed).map_err(|error| match error {
             IpcError::Config(why) => {
                 IpcError::Config(format!("max_sessions = {sessions}: {why}; or lower max_sessions"))
@@ -174,6 +181,19 @@ impl ServerConfig {
         })?;
         // All of it: half-open sessions and what handlers open take descriptors, too.
         raise_soft_file_limit()
+    }
+
+    /// How many reactors there will be.
+    fn count_reactors(&self) -> Result<u64> {
+        if self.reactors > 0 {
+            return Ok(self.reactors.into());
+        }
+        if !self.cores.is_empty() {
+            return Ok(self.cores.len() as u64);
+        }
+        let cores =
+            rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
+        Ok(cores.count().into())
     }
 }
 
