@@ -19,7 +19,8 @@ pub mod protocol;
 mod server;
 
 pub use client::{
-    CallId, CallOptions, ClientConfig, Connection, ConnectionId, IpcClient, Reply as Answer, SlotWriter,
+    CallId, CallOptions, ClientConfig, Connecting, Connection, ConnectionId, IpcClient, Reply as Answer,
+    SlotWriter,
 };
 pub use config::{ServerConfig, WaitPolicy};
 pub use doorbell_shm::entry::Status;

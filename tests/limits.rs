@@ -10,7 +10,7 @@ use common::process::{
 use common::raw::{Heard, connect_silently, hear, hear_goodbye, hear_refusal, hello, send, send_with_fds};
 use common::{Bystander, TestDir, TestServer, eventually};
 use doorbell::protocol::handshake::{DisconnectReason, Goodbye, Scope, Welcome, code};
-use doorbell::{ClientConfig, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy};
+use doorbell::{ClientConfig, Connecting, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
@@ -244,6 +244,39 @@ fn f26_f27_threads_of_one_process_connect_at_once() {
         });
         bystander.check("32 threads");
     }
+}
+
+/// Goal:   F26: one thread that begins to connect many sessions before it waits for the first gets them all, and can
+///         wait for each on its descriptor.
+/// Method: a hundred, finished from the last to the first; then one that nobody answers, and one that is refused.
+#[test]
+fn f26_many_handshakes_of_one_thread_are_under_way_at_once() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let bystander = Bystander::new(server.path());
+    let config = ClientConfig::smallest();
+    let begun: Vec<_> = (0..100).map(|_| Connecting::begin(server.path(), &config).unwrap()).collect();
+    let finished = begun.into_iter().rev().map(|connecting| {
+        let half_a_minute = Timespec { tv_sec: 30, tv_nsec: 0 };
+        let readable = poll(&mut [PollFd::new(&connecting, PollFlags::IN)], Some(&half_a_minute)).unwrap();
+        assert_eq!(readable, 1, "no answer for 30 s");
+        connecting.finish().unwrap()
+    });
+    let clients: Vec<_> = finished.collect();
+    for client in &clients {
+        assert_eq!(client.open().unwrap().call(MessageType::ECHO, b"one of many").unwrap(), b"one of many");
+    }
+    bystander.check("a hundred handshakes at once");
+
+    let directory = TestDir::new();
+    let path = directory.join("s");
+    let listener = listen(&path);
+    let config = ClientConfig { connect_timeout: Duration::from_millis(20), ..config };
+    let unanswered = Connecting::begin(&path, &config).unwrap().finish().map(|_| ());
+    assert!(matches!(unanswered, Err(IpcError::HandshakeTimeout(_))), "{unanswered:?}");
+    drop(rustix::net::accept(&listener).unwrap());
+    let refused = Connecting::begin(&path, &config).unwrap();
+    answer(&listener, Welcome::too_many(Scope::Sessions, 7, 1).as_bytes());
+    assert_eq!(too_many(refused.finish()), ("sessions", 7));
 }
 
 /// A socket that listens as a server's does, and whose backlog holds one.
@@ -637,6 +670,9 @@ fn f39_the_limit_on_descriptors_carries_all_sessions_or_the_server_does_not_star
     {
         assert!(said.contains(words), "`{words}` in: {said}");
     }
+    let said =
+        serve_under("ulimit -n 256", None, &[&arguments[..], &["--reactors", "64"]].concat()).refused();
+    assert!(said.contains("352 file descriptors are needed"), "{said}");
     let mut limits = serve_under("ulimit -Sn 40; ulimit -Hn 256", None, &arguments);
     let server = limits.start();
     let bystander = Bystander::new(&limits.socket);

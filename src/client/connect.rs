@@ -1,5 +1,6 @@
 //! Finding the server and shaking hands with it.
 
+use super::IpcClient;
 use super::session::{Joined, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
@@ -10,8 +11,10 @@ use doorbell_shm::segment::Segment;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SocketAddrUnix, SocketFlags};
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::cell::RefCell;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
@@ -105,42 +108,116 @@ impl ClientConfig {
     }
 }
 
-/// Connects, checks who is there, shakes hands, attaches the segment. What only means that the server is busy is tried
-/// again until the time is over: a full backlog (F26), other handshakes of this process under way, and a hello that
-/// went out too late because this thread was kept from running (F27).
-pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
-    rendezvous::check_length(path)?;
-    let geometry = config.geometry()?;
-    config.check_lanes()?;
-    // A time-out beyond all clocks is none worth a name: a day will do.
-    let give_up = Instant::now() + config.connect_timeout.min(CONNECT_TIMEOUT_MAX);
-    let mut backoff = Backoff::until(give_up);
-    loop {
-        let socket = connect_socket(path, &mut backoff)?;
-        match shake_hands(path, config, geometry, socket, give_up)? {
-            Shaken::Joined(session) => return Ok(*session),
-            Shaken::NotNow(why) => {
-                if !backoff.pause()? {
-                    return Err(why);
-                }
-            }
-        }
+/// A client that has said hello and has not been answered yet.
+///
+/// Whoever connects many sessions, or has an event loop, begins all of them and finishes them as they are answered:
+/// the descriptor is readable then.
+///
+/// ```no_run
+/// # use doorbell::{ClientConfig, Connecting};
+/// # fn main() -> doorbell::Result<()> {
+/// let config = ClientConfig::default();
+/// let begun: Vec<_> =
+///     (0..100).map(|_| Connecting::begin("/run/doorbell.sock", &config)).collect::<doorbell::Result<_>>()?;
+/// let clients: Vec<_> = begun.into_iter().map(Connecting::finish).collect::<doorbell::Result<_>>()?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Connecting {
+    path: PathBuf,
+    config: ClientConfig,
+    geometry: Geometry,
+    socket: OwnedFd,
+    sent_ns: u64,
+    give_up: Instant,
+    backoff: Backoff,
+}
+
+impl AsFd for Connecting {
+    /// Readable once the server has answered.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 
-/// How a handshake ended, unless it failed for good.
-enum Shaken {
-    Joined(Box<Session>),
-    NotNow(IpcError),
+impl Connecting {
+    /// Connects, checks who is there, says hello. Waits for nobody but a server whose queue is full.
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::connect_with`].
+    pub fn begin(path: impl AsRef<Path>, config: &ClientConfig) -> Result<Self> {
+        let path = path.as_ref();
+        rendezvous::check_length(path)?;
+        let geometry = config.geometry()?;
+        config.check_lanes()?;
+        // A time-out beyond all clocks is none worth a name: a day will do.
+        let give_up = Instant::now() + config.connect_timeout.min(CONNECT_TIMEOUT_MAX);
+        let mut backoff = Backoff::until(give_up);
+        let (socket, sent_ns) = say_hello(path, config, geometry, &mut backoff)?;
+        let (path, config) = (path.to_owned(), config.clone());
+        Ok(Self { path, config, geometry, socket, sent_ns, give_up, backoff })
+    }
+
+    /// Waits for the answer and attaches the segment. What only means that the server is busy is tried again until
+    /// the time is over: other handshakes of this process under way, and a hello that went out too late because this
+    /// thread was kept from running (F27).
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::connect_with`].
+    pub fn finish(self) -> Result<IpcClient> {
+        let session = self.session()?;
+        let socket = Arc::clone(&session.socket);
+        Ok(IpcClient { session: RefCell::new(session), socket })
+    }
+
+    fn session(mut self) -> Result<Session> {
+        loop {
+            let (answer, memory) =
+                receive_answer(&self.path, &self.socket, self.give_up, self.config.connect_timeout)?;
+            let why = match (answer, memory) {
+                (Answer::Granted(welcome), Some(memory)) => return self.join(&welcome, memory),
+                (Answer::Granted(_), None) => {
+                    return Err(IpcError::Handshake("the welcome came without a segment"));
+                }
+                (Answer::Refused(welcome), _) if welcome.scope() == Some(Scope::HandshakesOfProcess) => {
+                    refusal(&welcome)
+                }
+                (Answer::Refused(welcome), _) => return Err(refusal(&welcome)),
+                (Answer::Ended(reason), _) if reason == DisconnectReason::HandshakeTimeout => {
+                    IpcError::Disconnected(reason)
+                }
+                (Answer::Ended(reason), _) => return Err(IpcError::Disconnected(reason)),
+            };
+            if !self.backoff.pause()? {
+                return Err(why);
+            }
+            (self.socket, self.sent_ns) =
+                say_hello(&self.path, &self.config, self.geometry, &mut self.backoff)?;
+        }
+    }
+
+    fn join(self, welcome: &Welcome, memory: OwnedFd) -> Result<Session> {
+        let granted = Geometry::unpack(welcome.geometry);
+        let segment = Segment::attach(memory.as_fd(), granted, welcome.lanes, welcome.identity())?;
+        let took_ns = monotonic_ns() - self.sent_ns;
+        let clock_offset_ns = clock_offset(welcome.clock_offset_ns, took_ns);
+        let (home_core, reactors, policy) = (welcome.home_core, welcome.reactors, self.config.policy);
+        let socket = self.socket;
+        Session::new(Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, policy })
+    }
 }
 
-fn shake_hands(
+/// Connects and says hello; returns the socket, and when that was.
+fn say_hello(
     path: &Path,
     config: &ClientConfig,
     geometry: Geometry,
-    socket: OwnedFd,
-    give_up: Instant,
-) -> Result<Shaken> {
+    backoff: &mut Backoff,
+) -> Result<(OwnedFd, u64)> {
+    let socket = connect_socket(path, backoff)?;
     let uid = rendezvous::peer_uid(&socket)?;
     if uid != rustix::process::geteuid().as_raw() {
         return Err(IpcError::WrongServer { path: path.to_owned(), uid });
@@ -150,34 +227,14 @@ fn shake_hands(
     let hello = Hello { lanes: config.lanes, ..hello };
     match rendezvous::send(socket.as_fd(), hello.as_bytes(), None) {
         // Refused before it was heard: the answer says why.
-        Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => {}
-        Err(e) => return Err(IpcError::io("send of the hello", e)),
+        Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => Ok((socket, sent_ns)),
+        Err(e) => Err(IpcError::io("send of the hello", e)),
     }
-    let (answer, memory) = receive_answer(path, &socket, give_up, config.connect_timeout)?;
-    let (welcome, memory) = match (answer, memory) {
-        (Answer::Granted(welcome), Some(memory)) => (welcome, memory),
-        (Answer::Granted(_), None) => return Err(IpcError::Handshake("the welcome came without a segment")),
-        (Answer::Refused(welcome), _) if welcome.scope() == Some(Scope::HandshakesOfProcess) => {
-            return Ok(Shaken::NotNow(refusal(&welcome)));
-        }
-        (Answer::Refused(welcome), _) => return Err(refusal(&welcome)),
-        (Answer::Ended(reason), _) => {
-            let why = IpcError::Disconnected(reason);
-            let late = reason == DisconnectReason::HandshakeTimeout;
-            return if late { Ok(Shaken::NotNow(why)) } else { Err(why) };
-        }
-    };
-    let granted = Geometry::unpack(welcome.geometry);
-    let segment = Segment::attach(memory.as_fd(), granted, welcome.lanes, welcome.identity())?;
-    let took_ns = monotonic_ns() - sent_ns;
-    let clock_offset_ns = clock_offset(welcome.clock_offset_ns, took_ns);
-    let (home_core, reactors, policy) = (welcome.home_core, welcome.reactors, config.policy);
-    let joined = Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, policy };
-    Ok(Shaken::Joined(Box::new(Session::new(joined)?)))
 }
 
 /// Pauses between attempts, each twice as long as the last and cut short at random, so that many who were sent away
 /// at the same moment do not come back at the same moment.
+#[derive(Debug)]
 struct Backoff {
     next: Duration,
     give_up: Instant,
