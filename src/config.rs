@@ -4,6 +4,7 @@ use crate::error::{IpcError, Result};
 use crate::server::budget::BUDGET_MIN;
 use crate::server::reactor_cores;
 use doorbell_shm::layout::LANES_MAX;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -53,10 +54,16 @@ impl FromStr for WaitPolicy {
 pub struct ServerConfig {
     /// Connections over all sessions.
     pub max_connections: u32,
-    /// Sessions; each takes two file descriptors.
+    /// Sessions; each takes three file descriptors: its socket, its process, its segment. All of them are of the
+    /// server's own user, for others are refused, so this is also that user's quota.
     pub max_sessions: u32,
-    /// Sessions whose hello has not come yet; when reached, the kernel's backlog holds the others (F27).
+    /// Sessions of one process (F29). The default leaves it to `max_sessions`.
+    pub max_sessions_per_process: u32,
+    /// Sessions whose hello has not come yet; when reached, the kernel's backlog holds the others until the oldest has
+    /// had a tenth of `handshake_timeout` (F27).
     pub max_half_open: u32,
+    /// Those of one process; whoever comes beyond that without a hello is refused (F27).
+    pub max_half_open_per_process: u32,
     /// How long a session may stay half open.
     pub handshake_timeout: Duration,
     /// Largest ring order a client may ask for.
@@ -114,7 +121,9 @@ impl Default for ServerConfig {
         Self {
             max_connections: 1000,
             max_sessions: 1024,
+            max_sessions_per_process: CONNECTIONS_LIMIT,
             max_half_open: 128,
+            max_half_open_per_process: 4,
             handshake_timeout: Duration::from_millis(100),
             max_ring_order: 10,
             max_slot_pages: 1024,
@@ -141,8 +150,15 @@ impl Default for ServerConfig {
     }
 }
 
-/// File descriptors beside those of sessions: standard streams, ring, listener, lock, directory, spare.
+/// File descriptors of a session: its socket, its process, its segment.
+const FDS_PER_SESSION: u64 = 3;
+/// File descriptors beside those of sessions: standard streams, rings, listener, lock, directory, spare, and what the
+/// embedder opens.
 const FDS_BESIDE_SESSIONS: u64 = 64;
+/// Reactors whose rings are among them.
+const REACTORS_BESIDE_SESSIONS: u64 = 16;
+/// File descriptors of a reactor: its ring, twice.
+const FDS_PER_REACTOR: u64 = 2;
 /// Connection numbers have 20 bits of index.
 const CONNECTIONS_LIMIT: u32 = 1 << 20;
 /// 4 KiB staging buffers; a ring registers 16 384 buffers at most.
@@ -165,7 +181,10 @@ impl ServerConfig {
         };
         range("max_connections", self.max_connections.into(), 1, CONNECTIONS_LIMIT.into())?;
         range("max_sessions", self.max_sessions.into(), 1, CONNECTIONS_LIMIT.into())?;
+        range("max_sessions_per_process", self.max_sessions_per_process.into(), 1, CONNECTIONS_LIMIT.into())?;
         range("max_half_open", self.max_half_open.into(), 1, self.max_sessions.into())?;
+        let (per_process, most) = (self.max_half_open_per_process.into(), CONNECTIONS_LIMIT.into());
+        range("max_half_open_per_process", per_process, 1, most)?;
         range("handshake_timeout (ms)", self.handshake_timeout.as_millis() as u64, 1, 60_000)?;
         range("max_ring_order", self.max_ring_order.into(), 3, 10)?;
         range("max_slot_pages", self.max_slot_pages.into(), 1, 1024)?;
@@ -185,10 +204,16 @@ impl ServerConfig {
         range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
     }
 
-    /// File descriptors that a server of this configuration may need at once: two for each session, those of files that
-    /// are read for clients, and spare ones.
+    /// File descriptors that a server of this configuration may need at once: three for each session (socket, process,
+    /// segment), those of files that are read for clients, and 64 beside them, or more if there are more than 16
+    /// reactors.
     pub fn descriptors_needed(&self) -> u64 {
-        2 * u64::from(self.max_sessions) + self.descriptors_of_files() + FDS_BESIDE_SESSIONS
+        // Cores that cannot be asked for are reported when the server starts.
+        let reactors = self.count_reactors().unwrap_or(1).saturating_sub(REACTORS_BESIDE_SESSIONS);
+        FDS_PER_SESSION * u64::from(self.max_sessions)
+            + FDS_PER_REACTOR * reactors
+            + self.descriptors_of_files()
+            + FDS_BESIDE_SESSIONS
     }
 
     /// One for each root, and those of the files that all reactors may read at once; none without roots.
@@ -202,19 +227,35 @@ impl ServerConfig {
     }
 
     /// Raises the soft limit of file descriptors to the hard one and checks that it carries the sessions
-    /// configured (F39).
+    /// configured, three descriptors each (socket, process, segment), and 64 beside them, or more if there are more than
+    /// 16 reactors (F39).
     ///
     /// # Errors
     ///
-    /// [`IpcError::Config`] with both numbers when the hard limit is too low.
+    /// [`IpcError::Config`] with both numbers when the hard limit is too low; the soft limit is as it was.
     pub fn raise_file_limit(&self) -> Result<()> {
         let sessions = self.max_sessions;
-        raise_file_limit(2 * u64::from(sessions) + self.descriptors_of_files()).map_err(|error| match error {
+        check_file_limit(self.descriptors_needed() - FDS_BESIDE_SESSIONS).map_err(|error| match error {
             IpcError::Config(why) => {
                 IpcError::Config(format!("max_sessions = {sessions}: {why}; or lower max_sessions"))
             }
             other => other,
-        })
+        })?;
+        // All of it: half-open sessions and what handlers open take descriptors, too.
+        raise_soft_file_limit()
+    }
+
+    /// How many reactors there will be.
+    fn count_reactors(&self) -> Result<u64> {
+        if self.reactors > 0 {
+            return Ok(self.reactors.into());
+        }
+        if !self.cores.is_empty() {
+            return Ok(self.cores.len() as u64);
+        }
+        let cores =
+            rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
+        Ok(cores.count().into())
     }
 }
 
@@ -225,21 +266,29 @@ impl ServerConfig {
 ///
 /// [`IpcError::Config`] with both numbers when the hard limit is too low.
 pub fn raise_file_limit(needed: u64) -> Result<()> {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
+    check_file_limit(needed)?;
+    let soft = getrlimit(Resource::Nofile).current;
+    if soft.is_some_and(|soft| soft < needed + FDS_BESIDE_SESSIONS) {
+        raise_soft_file_limit()
+    } else {
+        Ok(())
+    }
+}
+
+fn check_file_limit(needed: u64) -> Result<()> {
     let needed = needed + FDS_BESIDE_SESSIONS;
-    if let Some(hard) = limit.maximum
-        && hard < needed
-    {
-        return Err(IpcError::Config(format!(
+    match getrlimit(Resource::Nofile).maximum {
+        Some(hard) if hard < needed => Err(IpcError::Config(format!(
             "{needed} file descriptors are needed, the hard limit is {hard}: raise it (ulimit -Hn {needed})"
-        )));
+        ))),
+        _ => Ok(()),
     }
-    if limit.current.is_some_and(|soft| soft < needed) {
-        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
-            .map_err(|e| IpcError::io("setrlimit(RLIMIT_NOFILE)", e))?;
-    }
-    Ok(())
+}
+
+fn raise_soft_file_limit() -> Result<()> {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+        .map_err(|e| IpcError::io("setrlimit(RLIMIT_NOFILE)", e))
 }
 
 #[cfg(test)]

@@ -139,12 +139,12 @@ pub enum IpcError {
         /// Ours.
         ours: u16,
     },
-    /// A limit of the server on sessions or connections is reached. Existing ones are unaffected.
+    /// A limit of the server is reached. Existing sessions and connections are unaffected.
     #[error(
         "the server's limit of {limit} {scope} is reached: close some, or raise it; try again in {retry_ms} ms"
     )]
     TooMany {
-        /// `sessions` or `connections`.
+        /// `connections`, or the [name](crate::protocol::handshake::Scope::name) of what there are too many of.
         scope: &'static str,
         /// The limit.
         limit: u64,

@@ -19,18 +19,19 @@ pub mod protocol;
 mod server;
 
 pub use client::{
-    CallId, CallOptions, ClientConfig, Connection, ConnectionId, IpcClient, Reply as Answer, SlotWriter,
+    CallId, CallOptions, ClientConfig, Connecting, Connection, ConnectionId, IpcClient, Reply as Answer,
+    SlotWriter,
 };
 pub use config::{ServerConfig, WaitPolicy};
 pub use doorbell_shm::entry::Status;
 pub use error::{IpcError, Result};
 pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};
-#[cfg(fuzzing)]
-#[doc(hidden)]
-pub use server::simulation;
 pub use server::{
     BoundServer, BufferPool, ConnectionPool, Context, Handler, HandlerError, HandlerTable, IpcServer,
     MakePieces, Pieces, Progress, Reply, ShutdownHandle, TABLE_LEN, check_socket_path, files, reactor_cores,
     wake_cost,
 };
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use server::{fuzz, simulation};

@@ -201,6 +201,7 @@ fn r1_8_a_limit_out_of_range_is_refused_by_name() {
         ("--max-connections", "1048577", &["max_connections is 1048577"]),
         ("--max-sessions", "0", &["max_sessions is 0"]),
         ("--max-sessions", "1048577", &["max_sessions is 1048577"]),
+        ("--max-sessions-per-process", "0", &["max_sessions_per_process is 0", "1 to 1048576"]),
         ("--cores", "0,100000", &["core 100000 may not be used", "taskset"]),
         ("--reactors", "1025", &["reactors is 1025", "0 to 1024"]),
     ] {
@@ -272,6 +273,8 @@ fn r3_1_help_mentions_every_option_and_its_default() {
                 "--max-connections <N>",
                 "[default: 1000]",
                 "--max-sessions <N>",
+                "--max-sessions-per-process <N>",
+                "[default: --max-sessions]",
                 "--reactors <N>",
                 "--cores <CPUS>",
                 "--unpinned",
@@ -310,6 +313,7 @@ fn r3_1_help_mentions_every_option_and_its_default() {
                 "--seed <N>",
                 "--idle",
                 "--connect-only",
+                "--half-open <N>",
                 "--socket <PATH>",
                 "--json",
             ],
@@ -343,6 +347,7 @@ fn bench_refuses_what_it_does_not_honour() {
         (&["--think-random"], "--think-random"),
         (&["--seed", "1"], "--seed"),
         (&["--hogs", "--connect-only"], "--hogs"),
+        (&["--half-open", "200"], "--half-open"),
         (&["--sessions", "2"], "--sessions"),
         (&["--in-flight", "0"], "--in-flight"),
         (&["--seconds", "0"], "--seconds"),
@@ -360,7 +365,7 @@ const BENCH_KEYS: &str = "peer, policy, placement, connections, sessions, proces
     footprint_idle_bytes, connect_last_ms, hiccup_max_ns, floor_p50_ns, floor_p99_ns, floor_per_second, \
     floor_p999_ns, floor_max_ns, idle, hogs, think_random, seed, probe_size, probe_requests, probe_p50_ns, \
     probe_p99_ns, probe_p999_ns, probe_max_ns, probe_errors, probe_alone_p50_ns, probe_alone_p99_ns, \
-    probe_process, memory_budget_bytes, footprint_after_bytes, frames";
+    probe_process, memory_budget_bytes, footprint_after_bytes, frames, half_open";
 
 /// Runs `bench --json` with a short window; the text it prints and its value.
 fn bench(arguments: &[&str]) -> (String, serde_json::Value) {

@@ -3,17 +3,15 @@
 
 mod common;
 
-use common::process::{Process, ServerProcess, copy_of_test, returns, role};
+use common::process::{Actor, Process, ServerProcess, copy_of_test, ready, returns, role};
 use common::raw::{Heard, Raw, SMALL, connect_silently, hear, hello, send, send_with_fds};
 use common::{Bystander, COUNT, GATE, TestDir, TestServer, client, eventually, stat};
 use doorbell::protocol::handshake::DisconnectReason;
 use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy};
 use doorbell_shm::lane::INTERACTIVE;
 use rustix::process::Signal;
-use std::io::{Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::process::Stdio;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
@@ -21,22 +19,15 @@ use zerocopy::IntoBytes;
 
 const ALL: [WaitPolicy; 3] = [WaitPolicy::Block, WaitPolicy::Spin, WaitPolicy::Handoff];
 
-/// What a child says once it is where the test wants it.
-const READY: u8 = 1;
-
 fn tagged(tag: u64) -> CallOptions {
     CallOptions { tag, ..CallOptions::default() }
 }
 
-/// What a copy of this program does, as the client or server that a test kills. Each part writes
-/// [`READY`] to its standard output once it is where the test wants it.
+/// What a copy of this program does, as the client or server that a test kills. Each part says so once it is where the
+/// test wants it.
 #[test]
 fn child() {
     let Some((role, path)) = role() else { return };
-    let ready = || {
-        let mut stdout = std::io::stdout();
-        stdout.write_all(&[READY]).and_then(|()| stdout.flush()).unwrap();
-    };
     let for_ever = || loop {
         std::thread::park();
     };
@@ -141,37 +132,6 @@ fn child() {
             ready();
         }),
         other => panic!("no part is called {other}"),
-    }
-}
-
-/// A child in a role, and what it says.
-struct Actor {
-    process: Process,
-    stdout: std::process::ChildStdout,
-}
-
-impl Actor {
-    fn start(role: &str, path: &Path) -> Self {
-        let mut command = copy_of_test("child", role, path);
-        let mut process = Process(command.stdout(Stdio::piped()).spawn().unwrap());
-        let stdout = process.0.stdout.take().unwrap();
-        Self { process, stdout }
-    }
-
-    /// Starts it and waits until it is where its role wants it.
-    fn ready(role: &str, path: &Path) -> Self {
-        let mut actor = Self::start(role, path);
-        actor.wait_until_ready();
-        actor
-    }
-
-    fn wait_until_ready(&mut self) {
-        // The test harness of the child says something first, in plain text.
-        let mut byte = [0u8];
-        while byte != [READY] {
-            let got = self.stdout.read(&mut byte).unwrap();
-            assert_eq!(got, 1, "the child ended before it was ready");
-        }
     }
 }
 
@@ -659,14 +619,6 @@ fn trap11_many_idle_sessions_cost_no_thread_and_no_wake_up() {
 #[test]
 fn f24_a_stormer_that_leaves_while_it_rests_leaves_a_sleeping_server() {
     let server = ServerProcess::start(&["--reactors", "1"]);
-    let tasks = || std::fs::read_dir(format!("/proc/{}/task", server.process.0.id())).unwrap();
-    let used = || {
-        let time = |task: std::io::Result<std::fs::DirEntry>| {
-            let text = std::fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap();
-            text.split_whitespace().next().unwrap().parse::<u64>().unwrap()
-        };
-        tasks().map(time).sum::<u64>()
-    };
     for _ in 0..5 {
         let raw = Raw::connect(server.path());
         for _ in 0..2000 {
@@ -674,8 +626,8 @@ fn f24_a_stormer_that_leaves_while_it_rests_leaves_a_sleeping_server() {
         }
         drop(raw);
         eventually("the server sleeps", || {
-            let before = used();
-            (0..500).all(|_| used() == before)
+            let before = server.process.used_ns();
+            (0..500).all(|_| server.process.used_ns() == before)
         });
     }
 }

@@ -1,7 +1,7 @@
 //! The handshake's bytes against `shm/LAYOUT.md`.
 
 use doorbell::protocol::handshake::{
-    DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, Welcome, code,
+    DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, Scope, Welcome, code,
 };
 use doorbell_shm::layout::Geometry;
 use std::mem::offset_of;
@@ -68,6 +68,9 @@ fn codes_are_as_drawn() {
     assert_eq!(codes, [0, 1, 2, 3, 4, 5, 6]);
     for reason in DisconnectReason::ALL {
         assert!(LAYOUT.contains(&format!("{} {reason:?}", reason as u32)), "{reason:?}");
+    }
+    for scope in Scope::ALL {
+        assert!(LAYOUT.contains(&format!("{} {scope:?}", scope as u32)), "{scope:?}");
     }
 }
 

@@ -2,9 +2,10 @@
 
 use clap::Args;
 use doorbell::{HandlerTable, IpcServer, ServerConfig, WaitPolicy, default_socket_path};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use std::error::Error;
 use std::path::PathBuf;
+use std::sync::Arc;
 use tracing_subscriber::filter::LevelFilter;
 
 static TABLE: HandlerTable<()> = HandlerTable::with_builtins();
@@ -25,6 +26,9 @@ pub struct ServeOptions {
     /// Sessions, that is, connected client processes.
     #[arg(long, value_name = "N", default_value_t = ServerConfig::default().max_sessions)]
     max_sessions: u32,
+    /// Sessions of one client process [default: --max-sessions]
+    #[arg(long, value_name = "N")]
+    max_sessions_per_process: Option<u32>,
     /// Reactors, each a thread; 0 means one for every core that may be used.
     #[arg(long, value_name = "N", default_value_t = ServerConfig::default().reactors)]
     reactors: u32,
@@ -48,19 +52,26 @@ pub struct ServeOptions {
 /// Serves until SIGTERM or SIGINT.
 pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
     let level = if options.verbose { LevelFilter::DEBUG } else { LevelFilter::INFO };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false).init();
+    let log = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
+    // A line that cannot be written must not end the server, as complaining about it on the same stderr would.
+    log.log_internal_errors(false).init();
+    survive_a_file_size_limit()?;
+    let default = ServerConfig::default();
     let file_roots = options.roots.iter().map(std::path::absolute).collect::<Result<_, _>>()?;
     let config = ServerConfig {
         policy: options.policy,
         max_connections: options.max_connections,
         max_sessions: options.max_sessions,
-        max_half_open: ServerConfig::default().max_half_open.min(options.max_sessions),
+        max_sessions_per_process: options
+            .max_sessions_per_process
+            .unwrap_or(default.max_sessions_per_process),
+        max_half_open: default.max_half_open.min(options.max_sessions),
         reactors: options.reactors,
         cores: options.cores.clone(),
         pinned: !options.unpinned,
         file_roots,
         max_file_size: options.max_file_size,
-        ..ServerConfig::default()
+        ..default
     };
     let path = options.socket.clone().unwrap_or_else(default_socket_path);
     let bound = IpcServer::new(&TABLE, ()).config(config).bind(path)?;
@@ -70,14 +81,24 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         signal_hook::low_level::pipe::register(signal, stop.descriptor().try_clone()?)?;
     }
     limit_panic_messages();
-    eprintln!("doorbell: serving at {}", bound.path().display());
+    say(format_args!("doorbell: serving at {}\n", bound.path().display()));
     let metrics = bound.serve()?;
-    eprintln!(
-        "doorbell: stopped after {} calls in {} sessions",
-        metrics.calls_total(),
-        metrics.sessions_opened
-    );
+    let (calls, sessions) = (metrics.calls_total(), metrics.sessions_opened);
+    say(format_args!("doorbell: stopped after {calls} calls in {sessions} sessions\n"));
     Ok(())
+}
+
+/// Writes to stderr. Whether that can be written is no business of the clients' (F41): a full disk or a closed pipe
+/// behind it stops nobody, as a panic of `eprintln!` would.
+fn say(text: std::fmt::Arguments<'_>) {
+    use std::io::Write;
+    std::io::stderr().write_fmt(text).ok();
+}
+
+/// A segment that does not fit RLIMIT_FSIZE shall be an error of one handshake (F33), not the end of the server, as
+/// the signal is that the kernel sends for it beside the error.
+fn survive_a_file_size_limit() -> std::io::Result<()> {
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).map(|_| ())
 }
 
 /// A handler that panics at every call must not fill the log (F43): the first ten panics are printed, then
@@ -89,7 +110,7 @@ fn limit_panic_messages() {
     std::panic::set_hook(Box::new(move |info| {
         let n = PANICS.fetch_add(1, Ordering::Relaxed) + 1;
         if n <= 10 || n.is_multiple_of(1000) {
-            eprint!("doorbell: panic {n}: ");
+            say(format_args!("doorbell: panic {n}: "));
             print(info);
         }
     }));

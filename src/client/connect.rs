@@ -1,22 +1,28 @@
 //! Finding the server and shaking hands with it.
 
+use super::IpcClient;
 use super::session::{Joined, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
-use crate::protocol::handshake::{Goodbye, Hello, VERSION_MAX, VERSION_MIN, Welcome, code};
+use crate::protocol::handshake::{Answer, DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
 use crate::protocol::rendezvous::{self, monotonic_ns};
-use doorbell_shm::layout::{Geometry, LANES_MAX, MAGIC};
+use doorbell_shm::layout::{Geometry, LANES_MAX};
 use doorbell_shm::segment::Segment;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SocketAddrUnix, SocketFlags};
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::cell::RefCell;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::IntoBytes;
 
 /// Longest time that connecting may take.
 const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Pauses between two attempts to connect, while the server cannot take us: the first one, then twice the last.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+const PAUSE_MAX: Duration = Duration::from_millis(16);
 
 /// What a client asks for when it connects.
 #[derive(Debug, Clone)]
@@ -106,14 +112,125 @@ impl ClientConfig {
     }
 }
 
-/// Connects, checks who is there, shakes hands, attaches the segment.
-pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
-    rendezvous::check_length(path)?;
-    let geometry = config.geometry()?;
-    config.check_lanes()?;
-    // A time-out beyond all clocks is none worth a name: a day will do.
-    let give_up = Instant::now() + config.connect_timeout.min(CONNECT_TIMEOUT_MAX);
-    let socket = connect_socket(path, give_up)?;
+/// A client that has said hello and has not been answered yet.
+///
+/// Whoever connects many sessions, or has an event loop, begins all of them and finishes them as they are answered:
+/// the descriptor is readable then.
+///
+/// ```no_run
+/// # use doorbell::{ClientConfig, Connecting};
+/// # fn main() -> doorbell::Result<()> {
+/// let config = ClientConfig::default();
+/// let begun: Vec<_> =
+///     (0..100).map(|_| Connecting::begin("/run/doorbell.sock", &config)).collect::<doorbell::Result<_>>()?;
+/// let clients: Vec<_> = begun.into_iter().map(Connecting::finish).collect::<doorbell::Result<_>>()?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Connecting {
+    path: PathBuf,
+    config: ClientConfig,
+    geometry: Geometry,
+    socket: OwnedFd,
+    sent_ns: u64,
+    give_up: Instant,
+    backoff: Backoff,
+}
+
+impl AsFd for Connecting {
+    /// Readable once the server has answered.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Connecting {
+    /// Connects, checks who is there, says hello. Waits for nobody but a server whose queue is full.
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::connect_with`].
+    pub fn begin(path: impl AsRef<Path>, config: &ClientConfig) -> Result<Self> {
+        let path = path.as_ref();
+        rendezvous::check_length(path)?;
+        let geometry = config.geometry()?;
+        config.check_lanes()?;
+        // A time-out beyond all clocks is none worth a name: a day will do.
+        let give_up = Instant::now() + config.connect_timeout.min(CONNECT_TIMEOUT_MAX);
+        let mut backoff = Backoff::until(give_up);
+        let (socket, sent_ns) = say_hello(path, config, geometry, &mut backoff)?;
+        let (path, config) = (path.to_owned(), config.clone());
+        Ok(Self { path, config, geometry, socket, sent_ns, give_up, backoff })
+    }
+
+    /// Waits for the answer and attaches the segment. What only means that the server is busy is tried again until
+    /// the time is over: other handshakes of this process under way, and a hello that went out too late because this
+    /// thread was kept from running (F27).
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::connect_with`].
+    pub fn finish(self) -> Result<IpcClient> {
+        let session = self.session()?;
+        let socket = Arc::clone(&session.socket);
+        Ok(IpcClient { session: RefCell::new(session), socket })
+    }
+
+    fn session(mut self) -> Result<Session> {
+        loop {
+            let (answer, memory) =
+                receive_answer(&self.path, &self.socket, self.give_up, self.config.connect_timeout)?;
+            let why = match (answer, memory) {
+                (Answer::Granted(welcome), Some(memory)) => return self.join(&welcome, memory),
+                (Answer::Granted(_), None) => {
+                    return Err(IpcError::Handshake("the welcome came without a segment"));
+                }
+                (Answer::Refused(welcome), _) if welcome.scope() == Some(Scope::HandshakesOfProcess) => {
+                    refusal(&welcome)
+                }
+                (Answer::Refused(welcome), _) => return Err(refusal(&welcome)),
+                (Answer::Ended(reason), _) if reason == DisconnectReason::HandshakeTimeout => {
+                    IpcError::Disconnected(reason)
+                }
+                (Answer::Ended(reason), _) => return Err(IpcError::Disconnected(reason)),
+            };
+            if !self.backoff.pause()? {
+                return Err(why);
+            }
+            (self.socket, self.sent_ns) =
+                say_hello(&self.path, &self.config, self.geometry, &mut self.backoff)?;
+        }
+    }
+
+    fn join(self, welcome: &Welcome, memory: OwnedFd) -> Result<Session> {
+        let granted = Geometry::unpack(welcome.geometry);
+        let segment = Segment::attach(memory.as_fd(), granted, welcome.lanes, welcome.identity())?;
+        let took_ns = monotonic_ns() - self.sent_ns;
+        let clock_offset_ns = clock_offset(welcome.clock_offset_ns, took_ns);
+        let (home_core, reactors, policy) = (welcome.home_core, welcome.reactors, self.config.policy);
+        let (socket, max_message) = (self.socket, welcome.max_message_size);
+        Session::new(Joined {
+            segment,
+            socket,
+            memory,
+            clock_offset_ns,
+            home_core,
+            reactors,
+            max_message,
+            policy,
+        })
+    }
+}
+
+/// Connects and says hello; returns the socket, and when that was.
+fn say_hello(
+    path: &Path,
+    config: &ClientConfig,
+    geometry: Geometry,
+    backoff: &mut Backoff,
+) -> Result<(OwnedFd, u64)> {
+    let socket = connect_socket(path, backoff)?;
     let uid = rendezvous::peer_uid(&socket)?;
     if uid != rustix::process::geteuid().as_raw() {
         return Err(IpcError::WrongServer { path: path.to_owned(), uid });
@@ -123,20 +240,37 @@ pub(super) fn connect(path: &Path, config: &ClientConfig) -> Result<Session> {
     let hello = Hello { lanes: config.lanes, ..hello };
     match rendezvous::send(socket.as_fd(), hello.as_bytes(), None) {
         // Refused before it was heard: the answer says why.
-        Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => {}
-        Err(e) => return Err(IpcError::io("send of the hello", e)),
+        Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => Ok((socket, sent_ns)),
+        Err(e) => Err(IpcError::io("send of the hello", e)),
     }
-    let (welcome, memory) = receive_welcome(path, &socket, give_up, config.connect_timeout)?;
-    let Some(memory) = memory else { return Err(refusal(&welcome)) };
-    let granted = Geometry::unpack(welcome.geometry);
-    let segment = Segment::attach(memory.as_fd(), granted, welcome.lanes, welcome.identity())?;
-    let took_ns = monotonic_ns() - sent_ns;
-    let clock_offset_ns = clock_offset(welcome.clock_offset_ns, took_ns);
-    let (home_core, reactors, policy) = (welcome.home_core, welcome.reactors, config.policy);
-    let max_message = welcome.max_message_size;
-    let joined =
-        Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, max_message, policy };
-    Session::new(joined)
+}
+
+/// Pauses between attempts, each twice as long as the last and cut short at random, so that many who were sent away
+/// at the same moment do not come back at the same moment.
+#[derive(Debug)]
+struct Backoff {
+    next: Duration,
+    give_up: Instant,
+}
+
+impl Backoff {
+    fn until(give_up: Instant) -> Self {
+        Self { next: PAUSE_MIN, give_up }
+    }
+
+    /// Sleeps; `false` at once if the time is over.
+    fn pause(&mut self) -> Result<bool> {
+        let left = self.give_up.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        let [random, _] = rendezvous::random_id()?;
+        // From half to all of it.
+        let part = 512 + (random % 513) as u32;
+        std::thread::sleep((self.next * part / 1024).min(left));
+        self.next = (self.next * 2).min(PAUSE_MAX);
+        Ok(true)
+    }
 }
 
 /// The server's CLOCK_MONOTONIC minus ours, ns. The server measured it when it read the hello, which may
@@ -147,7 +281,7 @@ fn clock_offset(measured_ns: u64, took_ns: u64) -> u64 {
     if (least..=most).contains(&0) { 0 } else { least.midpoint(most) as u64 }
 }
 
-fn connect_socket(path: &Path, give_up: Instant) -> Result<OwnedFd> {
+fn connect_socket(path: &Path, backoff: &mut Backoff) -> Result<OwnedFd> {
     let not_running = || IpcError::NotRunning { path: path.to_owned() };
     let address = SocketAddrUnix::new(path).map_err(|e| IpcError::io("making a socket address", e))?;
     let socket = rendezvous::packet_socket(SocketFlags::NONBLOCK)?;
@@ -167,18 +301,24 @@ fn connect_socket(path: &Path, give_up: Instant) -> Result<OwnedFd> {
             }
             Err(Errno::ACCESS | Errno::PERM) => return Err(IpcError::NotPermitted),
             // The backlog is full: the server is there and busy (F26).
-            Err(Errno::AGAIN) if Instant::now() < give_up => std::thread::sleep(Duration::from_millis(1)),
+            Err(Errno::AGAIN) if backoff.pause()? => {}
+            Err(Errno::AGAIN) => {
+                return Err(IpcError::io(
+                    "connect, with the server's queue full all the time,",
+                    Errno::AGAIN,
+                ));
+            }
             Err(e) => return Err(IpcError::io("connect", e)),
         }
     }
 }
 
-fn receive_welcome(
+fn receive_answer(
     path: &Path,
     socket: &OwnedFd,
     give_up: Instant,
     timeout: Duration,
-) -> Result<(Welcome, Option<OwnedFd>)> {
+) -> Result<(Answer, Option<OwnedFd>)> {
     let mut bytes = [0u8; size_of::<Welcome>() + 1];
     let mut reset = false;
     let mut packet = loop {
@@ -207,24 +347,14 @@ fn receive_welcome(
     if packet.len == 0 {
         return Err(IpcError::Handshake("the server closed the socket without an answer"));
     }
-    if let Some(reason) = Goodbye::read(&bytes[..packet.len]) {
-        return Err(IpcError::Disconnected(reason));
+    if packet.truncated {
+        // The kernel does not say which.
+        return Err(IpcError::Handshake(
+            "the answer was cut: no file descriptor is free for the segment (ulimit -n), or it is too long",
+        ));
     }
-    let welcome = Welcome::read_from_bytes(&bytes[..packet.len])
-        .ok()
-        .filter(|w| w.magic == MAGIC && !packet.truncated)
-        .ok_or(IpcError::Handshake("the answer is not a doorbell welcome"))?;
-    if welcome.code != code::OK {
-        return Ok((welcome, None));
-    }
-    if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
-        let (min, max) = (welcome.version_min, welcome.version_max);
-        return Err(IpcError::VersionMismatch { min, max, ours: VERSION_MAX });
-    }
-    match (packet.fds.pop(), packet.fds.len()) {
-        (Some(memory), 0) => Ok((welcome, Some(memory))),
-        _ => Err(IpcError::Handshake("the welcome did not come with exactly one descriptor")),
-    }
+    let answer = Answer::read(&bytes[..packet.len], packet.fds.len()).map_err(IpcError::Handshake)?;
+    Ok((answer, packet.fds.pop()))
 }
 
 /// What a refusal means.
@@ -236,7 +366,10 @@ fn refusal(welcome: &Welcome) -> IpcError {
             IpcError::VersionMismatch { min, max, ours: VERSION_MAX }
         }
         code::NOT_PERMITTED => IpcError::NotPermitted,
-        code::TOO_MANY => IpcError::TooMany { scope: "sessions", limit: welcome.limit.into(), retry_ms },
+        code::TOO_MANY => {
+            let scope = welcome.scope().map_or("things of an unknown kind", Scope::name);
+            IpcError::TooMany { scope, limit: welcome.limit.into(), retry_ms }
+        }
         code::NO_MEMORY => IpcError::NoMemory { retry_ms },
         code::DRAINING => IpcError::Draining { retry_ms },
         code::BAD_HELLO => IpcError::Handshake("the server did not understand our hello"),

@@ -9,7 +9,7 @@ mod session;
 mod waiting;
 
 pub use call::{CallId, CallOptions, Reply, SlotWriter, Taken};
-pub use connect::ClientConfig;
+pub use connect::{ClientConfig, Connecting};
 
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
@@ -55,9 +55,7 @@ impl IpcClient {
     ///
     /// As for [`IpcClient::connect`].
     pub fn connect_with(path: impl AsRef<Path>, config: &ClientConfig) -> Result<Self> {
-        let session = connect::connect(path.as_ref(), config)?;
-        let socket = Arc::clone(&session.socket);
-        Ok(Self { session: RefCell::new(session), socket })
+        Connecting::begin(path, config)?.finish()
     }
 
     /// Opens an interactive connection for bodies that doorbell does not interpret.

@@ -72,6 +72,8 @@ pub struct Metrics {
     pub files_refused: u64,
     /// Bytes that buffers for files take at most; none once they have not been used for a while.
     pub staged_bytes: u64,
+    /// Clients that could not be accepted, or were sent away at once, because the kernel gave no descriptor (F32).
+    pub accepts_failed: u64,
 }
 
 /// Counters of a [`Metrics`].
@@ -205,6 +207,7 @@ impl Metrics {
             ("files_read", self.files_read),
             ("files_refused", self.files_refused),
             ("staged_bytes", self.staged_bytes),
+            ("accepts_failed", self.accepts_failed),
         ];
         for (i, (name, value)) in fields.iter().enumerate() {
             let open = if i == 0 { '{' } else { ',' };

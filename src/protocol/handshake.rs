@@ -27,7 +27,7 @@ pub mod code {
     pub const VERSION_MISMATCH: u16 = 1;
     /// The peer runs as another user. Final.
     pub const NOT_PERMITTED: u16 = 2;
-    /// A limit is reached; `limit` and `retry_ms` say more.
+    /// A limit is reached; `limit`, `retry_ms` and [`Welcome::scope`](super::Welcome::scope) say more.
     pub const TOO_MANY: u16 = 3;
     /// No memory for the segment; `retry_ms`.
     pub const NO_MEMORY: u16 = 4;
@@ -41,6 +41,44 @@ pub mod code {
 pub mod doorbell_kind {
     /// Futex words in the segment.
     pub const FUTEX: u32 = 0;
+}
+
+/// What there are too many of, with [`code::TOO_MANY`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Scope {
+    /// Sessions of the server. All of them are its own user's, so this is that user's quota, too (F29).
+    Sessions = 0,
+    /// Sessions of the process that asks (F29).
+    SessionsOfProcess = 1,
+    /// Sockets of the process that asks that have not said hello (F27). Hello right after connecting, and all is well.
+    HandshakesOfProcess = 2,
+    /// Descriptors of the server's process (F32).
+    Descriptors = 3,
+    /// Descriptors that the user's processes have sent and nobody has received (F28).
+    DescriptorsInFlight = 4,
+}
+
+impl Scope {
+    /// Every scope, in the order of its number.
+    pub const ALL: [Self; 5] = [
+        Self::Sessions,
+        Self::SessionsOfProcess,
+        Self::HandshakesOfProcess,
+        Self::Descriptors,
+        Self::DescriptorsInFlight,
+    ];
+
+    /// In words, as a plural.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sessions => "sessions",
+            Self::SessionsOfProcess => "sessions of one process",
+            Self::HandshakesOfProcess => "handshakes of one process under way",
+            Self::Descriptors => "file descriptors",
+            Self::DescriptorsInFlight => "file descriptors sent and not received",
+        }
+    }
 }
 
 /// The client's first and only message, 96 bytes.
@@ -161,7 +199,8 @@ pub struct Welcome {
     pub version_max: u16,
     /// The limit that was reached, with [`code::TOO_MANY`].
     pub limit: u32,
-    /// Core that the reactor of the home lane is pinned to, or [`NO_CORE`].
+    /// Core that the reactor of the home lane is pinned to, or [`NO_CORE`]. With [`code::TOO_MANY`] the number of a
+    /// [`Scope`].
     pub home_core: u32,
     /// Reactors of the server; each has at most one lane of a session.
     pub reactors: u32,
@@ -262,9 +301,59 @@ impl Welcome {
         }
     }
 
+    /// The answer that `limit` of `scope` is reached, and when to try again.
+    pub fn too_many(scope: Scope, limit: u32, retry_ms: u32) -> Self {
+        Self { limit, retry_ms, home_core: scope as u32, ..Self::refusal(code::TOO_MANY) }
+    }
+
+    /// What there are too many of; `None` if the code is another one, or the number one that we do not know.
+    pub fn scope(&self) -> Option<Scope> {
+        let known = Scope::ALL.into_iter().find(|scope| *scope as u32 == self.home_core);
+        known.filter(|_| self.code == code::TOO_MANY)
+    }
+
     /// Who the segment belongs to.
     pub fn identity(&self) -> Identity {
         Identity { epoch: self.epoch, session: self.session }
+    }
+}
+
+/// What a server answers a hello with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// A session of a version that we speak; the segment's descriptor came along.
+    Granted(Welcome),
+    /// No session; the code says why, and is never [`code::OK`].
+    Refused(Welcome),
+    /// The end, before there was a session.
+    Ended(DisconnectReason),
+}
+
+impl Answer {
+    /// Judges a packet that came with so many descriptors.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with it, in words.
+    pub fn read(bytes: &[u8], descriptors: usize) -> Result<Self, &'static str> {
+        if let Some(reason) = Goodbye::read(bytes) {
+            return Ok(Self::Ended(reason));
+        }
+        let welcome = Welcome::read_from_bytes(bytes).ok().filter(|w| w.magic == MAGIC);
+        let welcome = welcome.ok_or("the answer is not a doorbell welcome")?;
+        if welcome.code != code::OK {
+            return Ok(Self::Refused(welcome));
+        }
+        if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
+            return Ok(Self::Refused(Welcome { code: code::VERSION_MISMATCH, ..welcome }));
+        }
+        if welcome.doorbell_kind != doorbell_kind::FUTEX || welcome.features != 0 {
+            return Err("the welcome speaks of bells or features that this client does not know");
+        }
+        match descriptors {
+            1 => Ok(Self::Granted(welcome)),
+            _ => Err("the welcome did not come with exactly one descriptor"),
+        }
     }
 }
 
@@ -289,7 +378,8 @@ impl Goodbye {
     /// The reason in a received message; `None` if it is not a goodbye.
     pub fn read(bytes: &[u8]) -> Option<DisconnectReason> {
         let bye = Self::read_from_bytes(bytes).ok()?;
-        (bye.magic == u32::from_le_bytes(*b"BYE\0")).then(|| DisconnectReason::from_code(bye.reason))?
+        let right = bye.magic == u32::from_le_bytes(*b"BYE\0") && bye.reserved == 0;
+        right.then(|| DisconnectReason::from_code(bye.reason))?
     }
 }
 
@@ -415,11 +505,51 @@ mod tests {
         assert_eq!(LaneGrant::read(Goodbye::new(DisconnectReason::Draining).as_bytes()), None);
     }
 
+    /// Goal:   a refusal says what there is too much of, and nothing else does.
+    /// Method: every scope; a number that is none; another code.
+    #[test]
+    fn f29_a_refusal_names_its_scope() {
+        for scope in Scope::ALL {
+            let welcome = Welcome::too_many(scope, 7, 100);
+            assert_eq!((welcome.scope(), welcome.limit, welcome.retry_ms), (Some(scope), 7, 100));
+        }
+        let unknown = Welcome { home_core: 5, ..Welcome::refusal(code::TOO_MANY) };
+        assert_eq!((unknown.scope(), Welcome::refusal(code::NO_MEMORY).scope()), (None, None));
+    }
+
+    /// Goal:   a client takes for a session only what is one, of a version that it speaks.
+    /// Method: each way to differ from a good answer.
+    #[test]
+    fn f14_an_answer_is_checked_before_it_is_believed() {
+        let good = Welcome { version: VERSION_MAX, ..Welcome::refusal(code::OK) };
+        assert_eq!(Answer::read(good.as_bytes(), 1), Ok(Answer::Granted(good)));
+        for descriptors in [0, 2] {
+            assert!(Answer::read(good.as_bytes(), descriptors).unwrap_err().contains("one descriptor"));
+        }
+        for bytes in [&good.as_bytes()[1..], &[good.as_bytes(), &[0]].concat(), &[], &[1]] {
+            assert!(Answer::read(bytes, 1).unwrap_err().contains("not a doorbell"));
+        }
+        for unknown in [Welcome { doorbell_kind: 1, ..good }, Welcome { features: 1, ..good }] {
+            assert!(Answer::read(unknown.as_bytes(), 1).unwrap_err().contains("does not know"));
+        }
+        let other = Welcome { magic: 0, ..good };
+        assert!(Answer::read(other.as_bytes(), 1).unwrap_err().contains("not a doorbell"));
+        let newer = Welcome { version: VERSION_MAX + 1, ..good };
+        let mismatch = Welcome { code: code::VERSION_MISMATCH, ..newer };
+        assert_eq!(Answer::read(newer.as_bytes(), 1), Ok(Answer::Refused(mismatch)));
+        let refusal = Welcome::refusal(code::DRAINING);
+        assert_eq!(Answer::read(refusal.as_bytes(), 0), Ok(Answer::Refused(refusal)));
+        let bye = Goodbye::new(DisconnectReason::HandshakeTimeout);
+        assert_eq!(Answer::read(bye.as_bytes(), 0), Ok(Answer::Ended(DisconnectReason::HandshakeTimeout)));
+    }
+
     #[test]
     fn a_goodbye_carries_its_reason() {
         for reason in DisconnectReason::ALL {
             assert_eq!(Goodbye::read(Goodbye::new(reason).as_bytes()), Some(reason));
         }
+        let reserved = Goodbye { reserved: 1, ..Goodbye::new(DisconnectReason::Draining) };
+        assert_eq!(Goodbye::read(reserved.as_bytes()), None);
         assert_eq!(Goodbye::read(&[0; 16]), None);
         assert_eq!(Goodbye::read(b"x"), None);
     }

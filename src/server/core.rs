@@ -12,7 +12,7 @@ use super::staging::BufferPool;
 use super::table::{Entry, Rest};
 use crate::config::ServerConfig;
 use crate::metrics::{Metrics, Totals};
-use crate::protocol::handshake::{DisconnectReason, Hello, VERSION_MAX, Welcome, code};
+use crate::protocol::handshake::{DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Status, flag};
 use doorbell_shm::layout::{Geometry, lanes_max, state};
@@ -220,12 +220,8 @@ impl<S> Core<S> {
             return Verdict::Refuse(Box::new(Welcome { retry_ms: 100, ..Welcome::refusal(code::DRAINING) }));
         }
         if self.live >= self.config.max_sessions {
-            let limit = self.config.max_sessions;
-            return Verdict::Refuse(Box::new(Welcome {
-                retry_ms: 100,
-                limit,
-                ..Welcome::refusal(code::TOO_MANY)
-            }));
+            let welcome = Welcome::too_many(Scope::Sessions, self.config.max_sessions, 100);
+            return Verdict::Refuse(Box::new(welcome));
         }
         let Ok(mut geometry) = Geometry::unpack(hello.geometry).checked() else {
             return refuse(code::BAD_HELLO);

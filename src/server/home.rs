@@ -4,27 +4,41 @@
 use super::budget::PRIVATE_PER_SESSION;
 use super::core::{SessionId, Verdict};
 use super::crew::{Crew, Message, Notice};
+use super::half_open::{HalfOpen, HalfOpenTable};
 use super::lane::SessionLane;
 use super::listener::Listener;
+use super::process::{ProcessKey, Processes};
 use super::reactor::{GENERATION_MASK, Reactor, Source};
+use crate::config::ServerConfig;
 use crate::error::Result;
 use crate::protocol::handshake::{
-    DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, NO_CORE, Welcome, code,
+    DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, NO_CORE, Scope, Welcome, code,
 };
 use crate::protocol::rendezvous::{self, monotonic_ns};
+use doorbell_shm::SegmentError;
 use doorbell_shm::layout::{Geometry, LaneLayout, state};
 use doorbell_shm::segment::{Identity, Segment, granted_bytes, lane_bytes};
 use doorbell_uring::PollFlags;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
+use rustix::process::{Resource, getrlimit};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
-/// Clients accepted before the lanes have their turn again.
-const ACCEPTS_PER_EVENT: usize = 64;
-/// How long accepting pauses after the process ran out of descriptors (F32).
-const ACCEPT_PAUSE_NS: u64 = 10_000_000;
+/// Clients accepted before the lanes have their turn again: about a millisecond of work.
+const ACCEPTS_PER_EVENT: usize = 16;
+/// Clients sent away for want of descriptors before accepting pauses: whoever comes again at once costs no more than
+/// this in each pause.
+const SENT_AWAY_PER_PAUSE: u64 = 64;
+/// How long accepting pauses after the kernel refused it: at first, then twice as long each time up to the longest,
+/// unless something is closed meanwhile (F32).
+const PAUSE_MIN_NS: u64 = 10_000_000;
+const PAUSE_MAX_NS: u64 = 100_000_000;
+/// When those may come again who were refused for want of something that others may give back.
+const RETRY_MS: u32 = 100;
+/// When those may come again whose process has too many sockets without a hello. Theirs is on its way.
+const RETRY_HANDSHAKE_MS: u32 = 1;
 /// Wishes for lanes that one session may utter. A client utters one for each core that it meets.
 const LANE_REQUESTS_MAX: u32 = 4096;
 /// Sessions whose memory is audited in one sweep.
@@ -39,7 +53,9 @@ struct Member {
     id: SessionId,
     socket: Arc<OwnedFd>,
     /// Open for as long as it is polled.
-    _process: OwnedFd,
+    process: OwnedFd,
+    /// Where sessions of one process are counted.
+    key: Option<ProcessKey>,
     /// The reactors of its lanes beside the home lane: that of lane 1, of lane 2, and so on.
     further: Vec<u16>,
     lane_requests: u32,
@@ -48,24 +64,17 @@ struct Member {
     excess: u32,
 }
 
-/// A socket that has been accepted and has not said hello.
-#[derive(Debug)]
-struct HalfOpen {
-    id: SessionId,
-    socket: OwnedFd,
-    process: OwnedFd,
-    deadline_ns: u64,
-}
-
 pub(crate) struct Home {
     listener: Listener,
     listener_armed: bool,
-    accept_again_ns: u64,
+    /// Nobody is accepted until then, or until something is closed; 0 for no pause.
+    pause_ends_ns: u64,
+    /// How long the last pause was to be; 0 once somebody has been accepted since.
+    pause_ns: u64,
     shutdown: OwnedFd,
     members: Vec<Option<Member>>,
-    half_open: Vec<Option<HalfOpen>>,
-    half_open_count: u32,
-    generation: u32,
+    half_open: HalfOpenTable,
+    processes: Processes,
     epoch: u64,
     /// Lanes of each reactor, of sessions that live; home lanes too.
     lanes_of: Vec<u32>,
@@ -73,20 +82,31 @@ pub(crate) struct Home {
     next_audit: usize,
 }
 
+/// What a socket that has not said hello says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing yet.
+    Nothing,
+    /// No more.
+    End,
+    /// A packet of so many bytes; `false` if it was longer or did not come alone.
+    Packet(usize, bool),
+}
+
 impl Home {
-    pub fn new(listener: Listener, shutdown: OwnedFd, reactors: usize) -> Result<Self> {
+    pub fn new(listener: Listener, shutdown: OwnedFd, config: &ServerConfig) -> Result<Self> {
         let [epoch, _] = rendezvous::random_id()?;
         Ok(Self {
             listener,
             listener_armed: false,
-            accept_again_ns: 0,
+            pause_ends_ns: 0,
+            pause_ns: 0,
             shutdown,
             members: Vec::new(),
-            half_open: Vec::new(),
-            half_open_count: 0,
-            generation: 0,
+            half_open: HalfOpenTable::new(config),
+            processes: Processes::detect()?,
             epoch,
-            lanes_of: vec![0; reactors],
+            lanes_of: vec![0; config.reactors as usize],
             next_audit: 0,
         })
     }
@@ -120,28 +140,26 @@ impl Home {
 
     /// Whether anything is due by the clock.
     pub fn waits(&self) -> bool {
-        self.half_open_count > 0 || self.accept_again_ns != 0
+        !self.half_open.is_empty() || self.pause_ends_ns != 0
     }
 
     /// When something is due; `u64::MAX` for never.
     pub fn due_ns(&self) -> u64 {
-        let accept = if self.accept_again_ns == 0 { u64::MAX } else { self.accept_again_ns };
-        if self.half_open_count == 0 {
-            return accept;
-        }
-        self.half_open.iter().flatten().map(|half| half.deadline_ns).fold(accept, u64::min)
+        let or_never = |ns| if ns == 0 { u64::MAX } else { ns };
+        let room_ns = if self.listener_armed { 0 } else { self.half_open.room_ns() };
+        self.half_open.due_ns().min(or_never(self.pause_ends_ns)).min(or_never(room_ns))
     }
 
     /// What is due by the clock: accepting again, half-open sockets.
     pub fn tick<S>(&mut self, reactor: &mut Reactor<S>, now: u64) -> Result<()> {
-        if self.accept_again_ns != 0 && now >= self.accept_again_ns {
-            self.accept_again_ns = 0;
-            self.arm_listener(reactor)?;
+        if now >= self.pause_ends_ns {
+            self.pause_ends_ns = 0;
         }
-        if self.half_open_count > 0 {
-            self.expire_half_open(reactor, now)?;
+        while let Some(half) = self.half_open.take_overdue(now) {
+            Self::send_away(reactor, half)?;
+            self.pause_ends_ns = 0;
         }
-        Ok(())
+        self.arm_listener(reactor)
     }
 
     /// A completion that is this reactor's as the home of sessions.
@@ -156,7 +174,7 @@ impl Home {
                 self.listener_armed = false;
                 self.accept(reactor)
             }
-            Source::HalfOpen(id) => self.hello(reactor, id),
+            Source::HalfOpen(id) => self.half_open_spoke(reactor, id),
             Source::Socket(id) => self.socket_spoke(reactor, id, result),
             Source::Process(id) => match self.member(id) {
                 Some(member) if result != Err(Errno::CANCELED) => {
@@ -175,105 +193,181 @@ impl Home {
         (member.id.generation & GENERATION_MASK == id.generation & GENERATION_MASK).then_some(member)
     }
 
+    /// Waits for clients, unless accepting pauses or there is no place for one who says nothing.
     fn arm_listener<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
-        let full = self.half_open_count >= reactor.core.config().max_half_open;
-        if !self.listener_armed && !full && self.accept_again_ns == 0 {
+        if !self.listener_armed && self.pause_ends_ns == 0 && self.has_room() {
             reactor.driver.poll(self.listener.socket(), PollFlags::IN, Source::Listener.token())?;
             self.listener_armed = true;
         }
         Ok(())
     }
 
+    fn has_room(&self) -> bool {
+        let room_ns = self.half_open.room_ns();
+        room_ns == 0 || monotonic_ns() >= room_ns
+    }
+
+    /// Something has been closed: whoever waits for a descriptor may have it now.
+    fn resume<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        self.pause_ends_ns = 0;
+        self.arm_listener(reactor)
+    }
+
     fn accept<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
         for _ in 0..ACCEPTS_PER_EVENT {
-            if self.half_open_count >= reactor.core.config().max_half_open {
+            if !self.has_room() {
                 break;
             }
-            let socket = match self.listener.accept() {
-                Ok(Some(socket)) => socket,
+            match self.listener.accept() {
+                Ok(Some(socket)) => {
+                    self.pause_ns = 0;
+                    self.greet(reactor, socket)?;
+                }
                 Ok(None) => break,
                 Err(error) => {
-                    reactor.log.warn(|| tracing::warn!(%error, "accept failed; pausing for 10 ms"));
-                    self.accept_again_ns = monotonic_ns() + ACCEPT_PAUSE_NS;
+                    self.accept_failed(reactor, error);
                     break;
                 }
-            };
-            self.greet(reactor, socket)?;
+            }
         }
         self.arm_listener(reactor)
     }
 
-    /// Takes note of a new socket, and of its hello if that has come already, as it usually has.
+    /// Sends away those who wait while descriptors are short, so that they know, and pauses. The kernel refuses to
+    /// accept whether anybody waits or not: if nobody does, nothing has happened.
+    fn accept_failed<S>(&mut self, reactor: &mut Reactor<S>, error: Errno) {
+        let mut failed = 0;
+        while failed < SENT_AWAY_PER_PAUSE {
+            match self.listener.accept_with_spare() {
+                Ok(Some(socket)) => turn_away(reactor, &socket, &shortage(error)),
+                Ok(None) if failed == 0 => return self.listener.keep_spare(),
+                Ok(None) => break,
+                Err(_) => {
+                    failed += 1;
+                    break;
+                }
+            }
+            failed += 1;
+        }
+        self.listener.keep_spare();
+        reactor.core.metrics.accepts_failed += failed;
+        self.pause_ns = (self.pause_ns * 2).clamp(PAUSE_MIN_NS, PAUSE_MAX_NS);
+        self.pause_ends_ns = monotonic_ns() + self.pause_ns;
+        let pause_ms = self.pause_ns / 1_000_000;
+        reactor.log.warn(|| tracing::warn!(%error, failed, pause_ms, "clients could not be accepted"));
+    }
+
+    /// Takes a new socket: with its hello if that has come already, as it usually has.
     fn greet<S>(&mut self, reactor: &mut Reactor<S>, socket: OwnedFd) -> Result<()> {
-        let ours = rustix::process::geteuid().as_raw();
-        if rendezvous::peer_uid(&socket).ok() != Some(ours) {
+        if !is_ours(&socket) {
             refuse(reactor, &socket, &Welcome::refusal(code::NOT_PERMITTED));
             return Ok(());
         }
-        // A process that is dead already leaves nothing to greet (F1).
-        let Ok(process) = doorbell_uring::peer_process(socket.as_fd()) else { return Ok(()) };
-        self.generation = self.generation.wrapping_add(1);
-        let index = match self.half_open.iter().position(Option::is_none) {
-            Some(index) => index,
-            None => {
-                self.half_open.push(None);
-                self.half_open.len() - 1
-            }
-        };
-        let id = SessionId { index: index as u32, generation: self.generation & GENERATION_MASK };
-        let deadline_ns = monotonic_ns() + reactor.core.config().handshake_timeout.as_nanos() as u64;
-        self.half_open[index] = Some(HalfOpen { id, socket, process, deadline_ns });
-        self.half_open_count += 1;
-        self.hello(reactor, id)
-    }
-
-    /// Reads the hello of a half-open socket, or waits for it.
-    fn hello<S>(&mut self, reactor: &mut Reactor<S>, id: SessionId) -> Result<()> {
-        let Some(Some(half)) = self.half_open.get(id.index as usize) else { return Ok(()) };
-        if half.id != id {
-            return Ok(());
-        }
-        let mut bytes = [0u8; size_of::<Hello>() + 1];
-        let packet = match rendezvous::receive(half.socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
-            Err(Errno::AGAIN) => {
-                let token = Source::HalfOpen(id).token();
-                reactor.driver.poll(half.socket.as_fd(), PollFlags::IN | PollFlags::RDHUP, token)?;
+        let process = match doorbell_uring::peer_process(socket.as_fd()) {
+            Ok(process) => process,
+            // A process that is dead already leaves nothing to greet (F1).
+            Err(Errno::SRCH | Errno::NODATA) => return Ok(()),
+            Err(error) => {
+                refuse(reactor, &socket, &shortage(error));
                 return Ok(());
             }
-            Err(_) => return self.forget_half_open(reactor, id),
-            Ok(packet) if packet.len == 0 => return self.forget_half_open(reactor, id),
-            Ok(packet) => packet,
         };
-        let Some(half) = self.half_open[id.index as usize].take() else { return Ok(()) };
-        self.half_open_count -= 1;
-        self.arm_listener(reactor)?;
-        // A hello comes alone: whatever descriptors came with it are closed with the packet (F31).
-        let verdict = if packet.truncated || !packet.fds.is_empty() {
-            Verdict::Refuse(Box::new(Welcome::refusal(code::BAD_HELLO)))
-        } else {
-            reactor.core.judge(&bytes[..packet.len], monotonic_ns())
-        };
-        match verdict {
-            Verdict::Refuse(welcome) => {
-                refuse(reactor, &half.socket, &welcome);
-                Ok(())
+        let mut bytes = [0u8; size_of::<Hello>() + 1];
+        match hear(&socket, &mut bytes) {
+            Heard::Packet(len, alone) => {
+                self.answer(reactor, socket, process, alone.then_some(&bytes[..len]))
             }
-            Verdict::Grant(geometry, welcome) => self.seat(reactor, half, geometry, *welcome),
+            Heard::End => Ok(()),
+            Heard::Nothing => self.wait_for_hello(reactor, socket, process),
         }
     }
 
-    fn forget_half_open<S>(&mut self, reactor: &mut Reactor<S>, id: SessionId) -> Result<()> {
-        if self.half_open[id.index as usize].take().is_some() {
-            self.half_open_count -= 1;
+    /// Gives a socket its time to say hello. Whatever it costs is bounded, in all and for each process (F27).
+    fn wait_for_hello<S>(
+        &mut self,
+        reactor: &mut Reactor<S>,
+        socket: OwnedFd,
+        process: OwnedFd,
+    ) -> Result<()> {
+        let key = self.processes.key(process.as_fd());
+        if !self.half_open.admits(key) {
+            let limit = self.half_open.most_of_process();
+            let welcome = Welcome::too_many(Scope::HandshakesOfProcess, limit, RETRY_HANDSHAKE_MS);
+            refuse(reactor, &socket, &welcome);
+            return Ok(());
         }
-        self.arm_listener(reactor)
+        let (id, sent_away) = self.half_open.enter(socket, process, key, monotonic_ns());
+        if let Some(oldest) = sent_away {
+            Self::send_away(reactor, oldest)?;
+        }
+        self.arm_half_open(reactor, id)
     }
 
-    /// Makes a session of a half-open socket.
+    fn arm_half_open<S>(&self, reactor: &mut Reactor<S>, id: SessionId) -> Result<()> {
+        let Some(half) = self.half_open.get(id) else { return Ok(()) };
+        let events = PollFlags::IN | PollFlags::RDHUP;
+        reactor.driver.poll(half.socket.as_fd(), events, Source::HalfOpen(id).token())?;
+        Ok(())
+    }
+
+    /// A half-open socket has something to say: its hello, or its end.
+    fn half_open_spoke<S>(&mut self, reactor: &mut Reactor<S>, id: SessionId) -> Result<()> {
+        let Some(half) = self.half_open.get(id) else { return Ok(()) };
+        let mut bytes = [0u8; size_of::<Hello>() + 1];
+        let heard = hear(&half.socket, &mut bytes);
+        if let Heard::Nothing = heard {
+            return self.arm_half_open(reactor, id);
+        }
+        let Some(half) = self.half_open.take(id) else { return Ok(()) };
+        match heard {
+            Heard::Packet(len, alone) => {
+                self.answer(reactor, half.socket, half.process, alone.then_some(&bytes[..len]))?;
+                self.arm_listener(reactor)
+            }
+            Heard::End | Heard::Nothing => {
+                drop(half);
+                self.resume(reactor)
+            }
+        }
+    }
+
+    /// Answers a first packet; `None` for one that was too long or did not come alone.
+    fn answer<S>(
+        &mut self,
+        reactor: &mut Reactor<S>,
+        socket: OwnedFd,
+        process: OwnedFd,
+        packet: Option<&[u8]>,
+    ) -> Result<()> {
+        let verdict = match packet {
+            Some(hello) => reactor.core.judge(hello, monotonic_ns()),
+            None => Verdict::Refuse(Box::new(Welcome::refusal(code::BAD_HELLO))),
+        };
+        let (geometry, welcome) = match verdict {
+            Verdict::Grant(geometry, welcome) => (geometry, welcome),
+            Verdict::Refuse(welcome) => {
+                refuse(reactor, &socket, &welcome);
+                return Ok(());
+            }
+        };
+        let limit = reactor.core.config().max_sessions_per_process;
+        // Where the process may have as many as all together nobody needs to know which it is.
+        let counts = limit < reactor.core.config().max_sessions;
+        let key = if counts { self.processes.key(process.as_fd()) } else { None };
+        if key.is_some() && self.members.iter().flatten().filter(|m| m.key == key).count() >= limit as usize {
+            refuse(reactor, &socket, &Welcome::too_many(Scope::SessionsOfProcess, limit, RETRY_MS));
+            return Ok(());
+        }
+        self.seat(reactor, socket, process, key, geometry, *welcome)
+    }
+
+    /// Makes a session of a socket. Whatever fails on the way is undone and answered, and goes no further (F33).
     fn seat<S>(
         &mut self,
         reactor: &mut Reactor<S>,
-        half: HalfOpen,
+        socket: OwnedFd,
+        process: OwnedFd,
+        key: Option<ProcessKey>,
         geometry: Geometry,
         welcome: Welcome,
     ) -> Result<()> {
@@ -286,11 +380,7 @@ impl Home {
             reactor
                 .log
                 .warn(|| tracing::warn!(bytes, limit, "no room in the memory budget for a new session"));
-            refuse(
-                reactor,
-                &half.socket,
-                &Welcome { retry_ms: 100, limit, ..Welcome::refusal(code::NO_MEMORY) },
-            );
+            refuse(reactor, &socket, &Welcome { retry_ms: 100, limit, ..Welcome::refusal(code::NO_MEMORY) });
             return Ok(());
         }
         let segment = match Segment::create(geometry, welcome.lanes, identity) {
@@ -298,24 +388,29 @@ impl Home {
             Err(error) => {
                 reactor.core.budget.give_session(bytes);
                 reactor.log.warn(|| tracing::warn!(%error, "no segment for a new session"));
-                refuse(
-                    reactor,
-                    &half.socket,
-                    &Welcome { retry_ms: 100, ..Welcome::refusal(code::NO_MEMORY) },
-                );
+                refuse(reactor, &socket, &shortage(errno_of(&error)));
                 return Ok(());
             }
         };
-        if rendezvous::send(half.socket.as_fd(), welcome.as_bytes(), segment.memory()).is_err() {
+        match rendezvous::send(socket.as_fd(), welcome.as_bytes(), segment.memory()) {
+            Ok(()) => {}
             // Killed after its hello: the segment goes with this scope (F2).
-            reactor.core.budget.give_session(bytes);
-            return Ok(());
+            Err(Errno::PIPE | Errno::CONNRESET) => {
+                reactor.core.budget.give_session(bytes);
+                return Ok(());
+            }
+            Err(error) => {
+                reactor.core.budget.give_session(bytes);
+                reactor.log.warn(|| tracing::warn!(%error, "a segment could not be sent"));
+                refuse(reactor, &socket, &shortage(error));
+                return Ok(());
+            }
         }
         let id = reactor.core.open(SessionLane::new(Arc::clone(&segment), 0)?);
-        let socket = Arc::new(half.socket);
+        let socket = Arc::new(socket);
         let events = PollFlags::IN | PollFlags::RDHUP;
         reactor.driver.poll(socket.as_fd(), events, Source::Socket(id).token())?;
-        reactor.driver.poll(half.process.as_fd(), PollFlags::IN, Source::Process(id).token())?;
+        reactor.driver.poll(process.as_fd(), PollFlags::IN, Source::Process(id).token())?;
         reactor.add_peer(id, Arc::clone(&socket));
         self.lanes_of[0] += 1;
         let index = id.index as usize;
@@ -325,7 +420,8 @@ impl Home {
         self.members[index] = Some(Member {
             id,
             socket,
-            _process: half.process,
+            process,
+            key,
             further: Vec::new(),
             lane_requests: 0,
             segment,
@@ -509,7 +605,8 @@ impl Home {
         reactor.driver.cancel(Source::Socket(id).token())?;
         reactor.driver.cancel(Source::Process(id).token())?;
         tracing::debug!(session = id.index, %reason, "session ended");
-        Ok(())
+        drop((member.socket, member.process));
+        self.resume(reactor)
     }
 
     /// Looks whether some sessions' clients have made more pages exist than they were granted: those become holes again.
@@ -552,25 +649,19 @@ impl Home {
         Ok(())
     }
 
-    fn expire_half_open<S>(&mut self, reactor: &mut Reactor<S>, now: u64) -> Result<()> {
-        for index in 0..self.half_open.len() {
-            let expired = self.half_open[index].as_ref().is_some_and(|h| now >= h.deadline_ns);
-            if expired && let Some(half) = self.half_open[index].take() {
-                self.half_open_count -= 1;
-                reactor.core.metrics.sessions_refused += 1;
-                reactor.core.metrics.count_end(DisconnectReason::HandshakeTimeout);
-                reactor.log.warn(|| tracing::warn!("a client connected and did not say hello in time"));
-                let bye = Goodbye::new(DisconnectReason::HandshakeTimeout);
-                if let Err(error) = rendezvous::send(half.socket.as_fd(), bye.as_bytes(), None) {
-                    tracing::debug!(%error, "goodbye not delivered");
-                }
-                if let Err(error) = rustix::net::shutdown(&half.socket, rustix::net::Shutdown::Both) {
-                    tracing::debug!(%error, "shutdown of a half-open socket");
-                }
-                reactor.driver.cancel(Source::HalfOpen(half.id).token())?;
-            }
+    /// Ends a handshake that took too long.
+    fn send_away<S>(reactor: &mut Reactor<S>, half: HalfOpen) -> Result<()> {
+        reactor.core.metrics.sessions_refused += 1;
+        reactor.core.metrics.count_end(DisconnectReason::HandshakeTimeout);
+        reactor.log.warn(|| tracing::warn!("a client connected and did not say hello in time"));
+        let bye = Goodbye::new(DisconnectReason::HandshakeTimeout);
+        if let Err(error) = rendezvous::send(half.socket.as_fd(), bye.as_bytes(), None) {
+            tracing::debug!(%error, "goodbye not delivered");
         }
-        self.arm_listener(reactor)
+        if let Err(error) = rustix::net::shutdown(&half.socket, rustix::net::Shutdown::Both) {
+            tracing::debug!(%error, "shutdown of a half-open socket");
+        }
+        Ok(reactor.driver.cancel(Source::HalfOpen(half.id).token())?)
     }
 }
 
@@ -579,11 +670,50 @@ fn session_bytes(geometry: &Geometry) -> u64 {
     granted_bytes(geometry) as u64 + PRIVATE_PER_SESSION
 }
 
+/// Whether a socket's peer is of our own user.
+fn is_ours(socket: &OwnedFd) -> bool {
+    rendezvous::peer_uid(socket).ok() == Some(rustix::process::geteuid().as_raw())
+}
+
+/// Takes what a socket that has not said hello says. Descriptors that come with it are closed with the packet (F31).
+pub fn hear(socket: &OwnedFd, bytes: &mut [u8; size_of::<Hello>() + 1]) -> Heard {
+    match rendezvous::receive(socket.as_fd(), bytes, RecvFlags::DONTWAIT) {
+        Err(Errno::AGAIN) => Heard::Nothing,
+        Ok(packet) if packet.len > 0 => Heard::Packet(packet.len, !packet.truncated && packet.fds.is_empty()),
+        Ok(_) | Err(_) => Heard::End,
+    }
+}
+
+/// The answer to a client for whom the kernel refused something with `error` (F28, F32 to F34).
+fn shortage(error: Errno) -> Welcome {
+    let descriptors =
+        getrlimit(Resource::Nofile).current.map_or(u32::MAX, |n| n.try_into().unwrap_or(u32::MAX));
+    match error {
+        Errno::MFILE => Welcome::too_many(Scope::Descriptors, descriptors, RETRY_MS),
+        Errno::TOOMANYREFS => Welcome::too_many(Scope::DescriptorsInFlight, descriptors, RETRY_MS),
+        _ => Welcome { retry_ms: RETRY_MS, ..Welcome::refusal(code::NO_MEMORY) },
+    }
+}
+
+/// What the kernel said when it refused a segment.
+fn errno_of(error: &SegmentError) -> Errno {
+    match error {
+        SegmentError::Os { source, .. } => Errno::from_io_error(source).unwrap_or(Errno::NOMEM),
+        _ => Errno::NOMEM,
+    }
+}
+
+/// Refuses somebody who has just been accepted and not been looked at.
+fn turn_away<S>(reactor: &mut Reactor<S>, socket: &OwnedFd, welcome: &Welcome) {
+    let stranger = Welcome::refusal(code::NOT_PERMITTED);
+    refuse(reactor, socket, if is_ours(socket) { welcome } else { &stranger });
+}
+
 /// Answers a hello that leads to nothing.
 fn refuse<S>(reactor: &mut Reactor<S>, socket: &OwnedFd, welcome: &Welcome) {
     reactor.core.metrics.sessions_refused += 1;
-    let code = welcome.code;
-    reactor.log.warn(|| tracing::warn!(code, "handshake refused"));
+    let (code, scope) = (welcome.code, welcome.scope());
+    reactor.log.warn(|| tracing::warn!(code, ?scope, "handshake refused"));
     // A socket closed with something unread resets its peer, who would then not see the answer: nothing
     // more is accepted, and what is there is taken.
     if let Err(error) = rustix::net::shutdown(socket, rustix::net::Shutdown::Read) {

@@ -20,6 +20,8 @@ pub(crate) struct Listener {
     /// Held until the process ends, however it ends. The file stays: unlinking it would let two servers
     /// lock two different files of the same name.
     lock: OwnedFd,
+    /// Given up to accept a client when descriptors have run out, so that he can be told (F32).
+    spare: Option<OwnedFd>,
 }
 
 impl Listener {
@@ -33,7 +35,8 @@ impl Listener {
         refuse_what_is_not_stale(&place)?;
         let (socket, inode) = bind_beside_and_rename(&place)?;
         rustix::net::listen(&socket, BACKLOG).map_err(|e| IpcError::io("listen", e))?;
-        Ok(Self { socket, place, inode, lock })
+        let spare = Some(spare().map_err(|e| IpcError::io("eventfd for the spare descriptor", e))?);
+        Ok(Self { socket, place, inode, lock, spare })
     }
 
     pub fn socket(&self) -> BorrowedFd<'_> {
@@ -42,6 +45,25 @@ impl Listener {
 
     pub fn path(&self) -> &PathBuf {
         &self.place.path
+    }
+
+    /// Takes the next waiting client after `accept` has failed for want of a descriptor, in the place of the spare
+    /// one; `None` when there is none. To be closed before the next call, which takes a spare one again.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's answer: there was no spare descriptor any more, or it was of no use.
+    pub fn accept_with_spare(&mut self) -> std::result::Result<Option<OwnedFd>, rustix::io::Errno> {
+        self.keep_spare();
+        self.spare = None;
+        self.accept()
+    }
+
+    /// Takes a spare descriptor if there is none and one can be had.
+    pub fn keep_spare(&mut self) {
+        if self.spare.is_none() {
+            self.spare = spare().ok();
+        }
     }
 
     /// Takes the next waiting client; `None` when there is none.
@@ -55,6 +77,13 @@ impl Listener {
             Err(other) => Err(other),
         }
     }
+}
+
+/// A descriptor that is good for nothing but its number. It has a file of its own, so that closing it helps against
+/// a limit on files, too.
+fn spare() -> std::result::Result<OwnedFd, rustix::io::Errno> {
+    use rustix::event::{EventfdFlags, eventfd};
+    eventfd(0, EventfdFlags::CLOEXEC)
 }
 
 impl Drop for Listener {

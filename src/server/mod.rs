@@ -9,12 +9,16 @@ pub(crate) mod core;
 mod crew;
 mod exchange;
 pub mod files;
+#[cfg(fuzzing)]
+pub mod fuzz;
+mod half_open;
 mod home;
 mod jobs;
 mod lane;
 mod leases;
 mod listener;
 mod memory;
+mod process;
 mod reactor;
 #[cfg(any(test, fuzzing))]
 pub mod simulation;

@@ -73,7 +73,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let result = std::thread::scope(|scope| {
         become_reactor(pins[0])?;
         let driver = reactor::driver(&plan.config, true)?;
-        let home = Home::new(listener, stop, reactors)?;
+        let home = Home::new(listener, stop, &plan.config)?;
         let further = Further::start(scope, &plan, &pins[1..])?;
         let (address, inbox) = Address::new(duplicate(&driver)?, pins[0]);
         let addresses: Arc<[Address]> = std::iter::once(address).chain(further.addresses).collect();

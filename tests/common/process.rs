@@ -2,9 +2,10 @@
 
 use super::{TestDir, eventually};
 use rustix::process::{Pid, Signal, kill_process};
+use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
 
 /// The `doorbell` command.
 pub fn doorbell() -> Command {
@@ -56,6 +57,16 @@ impl Process {
     pub fn segments(&self) -> usize {
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.0.id())).unwrap();
         maps.lines().filter(|line| line.contains("memfd:doorbell-session")).count()
+    }
+
+    /// Processor time that it has used, ns.
+    pub fn used_ns(&self) -> u64 {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
+        let time = |task: std::io::Result<std::fs::DirEntry>| {
+            let text = std::fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap();
+            text.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+        };
+        tasks.map(time).sum()
     }
 
     /// Waits for its end, half a minute at most.
@@ -155,6 +166,68 @@ pub fn copy_at(program: &Path, entry: &str, role: &str, socket: &Path) -> Comman
     command.env(ROLE, role).env(SOCKET, socket);
     command.stdin(Stdio::null()).stdout(Stdio::null());
     command
+}
+
+/// What a copy says once it is where the test wants it.
+const READY: u8 = 1;
+
+/// In a copy: it is where the test wants it.
+pub fn ready() {
+    let mut stdout = std::io::stdout();
+    stdout.write_all(&[READY]).and_then(|()| stdout.flush()).unwrap();
+}
+
+/// In a copy: waits until whoever started it lets go of it, which [`Actor::dismiss`] does.
+pub fn until_dismissed() {
+    std::io::stdin().lock().read_to_end(&mut Vec::new()).unwrap();
+}
+
+/// A copy of the test in a role, whose test function is called `child`, and what it says.
+pub struct Actor {
+    pub process: Process,
+    stdout: ChildStdout,
+}
+
+impl Actor {
+    pub fn start(role: &str, path: &Path) -> Self {
+        Self::start_as(role, path, |command| command)
+    }
+
+    /// The same with a changed command.
+    pub fn start_as(role: &str, path: &Path, change: impl FnOnce(&mut Command) -> &mut Command) -> Self {
+        let mut command = copy_of_test("child", role, path);
+        Self::of(change(command.stdin(Stdio::piped())))
+    }
+
+    /// The process of a command that [`copy_at`] made.
+    pub fn of(command: &mut Command) -> Self {
+        let mut process = Process(command.stdout(Stdio::piped()).spawn().unwrap());
+        let stdout = process.0.stdout.take().unwrap();
+        Self { process, stdout }
+    }
+
+    /// Starts it and waits until it is where its role wants it.
+    pub fn ready(role: &str, path: &Path) -> Self {
+        let mut actor = Self::start(role, path);
+        actor.wait_until_ready();
+        actor
+    }
+
+    pub fn wait_until_ready(&mut self) {
+        // The test harness of the copy says something first, in plain text.
+        let mut byte = [0u8];
+        while byte != [READY] {
+            let got = self.stdout.read(&mut byte).unwrap();
+            assert_eq!(got, 1, "the child ended before it was ready");
+        }
+    }
+
+    /// Tells it to end, and waits until it has ended well.
+    pub fn dismiss(&mut self) {
+        drop(self.process.0.stdin.take());
+        let status = self.process.wait();
+        assert!(status.success(), "{status}");
+    }
 }
 
 /// Runs `work` in a thread and waits for its end, so that a hang fails the test instead of stopping it.

@@ -4,7 +4,7 @@
 //! its [`Process`] is dropped. A descriptor that a child needs is its standard input; a job is an argument.
 
 use super::error::BenchError;
-use super::{doorbell, floor, floor_long, hog, uds, worker};
+use super::{doorbell, floor, floor_long, hog, silent, uds, worker};
 use clap::{Args, ValueEnum};
 use rustix::process::{Pid, Signal};
 use serde::de::DeserializeOwned;
@@ -33,6 +33,8 @@ pub enum Role {
     Client,
     /// Burns its core until its standard input ends.
     Hog,
+    /// Keeps sockets at the server that say nothing, until its standard input ends.
+    Silent,
 }
 
 impl Role {
@@ -44,6 +46,7 @@ impl Role {
             Role::DoorbellServer => "doorbell-server",
             Role::Client => "client",
             Role::Hog => "hog",
+            Role::Silent => "silent",
         }
     }
 }
@@ -75,6 +78,7 @@ pub fn run(options: &ChildOptions) -> Result<(), BenchError> {
         Role::DoorbellServer => doorbell::serve(&options.job()?),
         Role::Client => worker::run(&options.job()?),
         Role::Hog => hog::run(options.job()?),
+        Role::Silent => silent::run(&options.job()?),
     }
 }
 

@@ -11,14 +11,15 @@ use super::server::{Counters, Server};
 use super::work;
 use super::worker::{self, ClientJob};
 use doorbell::{
-    CallId, CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient,
-    IpcError, IpcServer, MessageType, Pieces, Progress, Reply, ServerConfig, Status, WaitPolicy,
+    CallId, CallOptions, ClientConfig, Connecting, ConnectionId, Context, HandlerError, HandlerTable,
+    IpcClient, IpcError, IpcServer, MessageType, Pieces, Progress, Reply, ServerConfig, Status, WaitPolicy,
 };
 use doorbell_shm::entry::codec;
 use doorbell_shm::layout::{Geometry, SLOT_MEDIUM, SLOT_SMALL, segment_len};
 use rustix::event::epoll;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -333,6 +334,8 @@ pub fn serve(job: &DoorbellJob) -> Result<(), BenchError> {
 pub struct Connector {
     path: PathBuf,
     config: ClientConfig,
+    /// Sessions that have said hello and not been waited for.
+    begun: VecDeque<Connecting>,
     clients: Vec<IpcClient>,
     connections: Vec<(u32, ConnectionId)>,
     bulk: bool,
@@ -357,6 +360,7 @@ impl Connector {
         Ok(Self {
             path,
             config,
+            begun: VecDeque::new(),
             clients: Vec::new(),
             connections: Vec::new(),
             bulk: job.bulk,
@@ -370,8 +374,18 @@ impl Connector {
 impl worker::Connector for Connector {
     type Target = DoorbellTarget;
 
+    fn begin(&mut self, sessions: usize) -> Result<(), BenchError> {
+        let begin = |_| Connecting::begin(&self.path, &self.config).map_err(peer("connecting"));
+        self.begun = (0..sessions).map(begin).collect::<Result<_, _>>()?;
+        Ok(())
+    }
+
     fn connect(&mut self, index: usize, connections: usize) -> Result<(), BenchError> {
-        let client = IpcClient::connect_with(&self.path, &self.config).map_err(peer("connecting"))?;
+        let client = match self.begun.pop_front() {
+            Some(begun) => begun.finish(),
+            None => IpcClient::connect_with(&self.path, &self.config),
+        };
+        let client = client.map_err(peer("connecting"))?;
         let open = |bulk| {
             let connection = client.open_with(codec::RAW, bulk).map_err(peer("opening a connection"))?;
             Ok::<_, BenchError>(connection.detach())

@@ -21,6 +21,7 @@ pub mod probe;
 pub mod procfs;
 pub mod report;
 pub mod server;
+pub mod silent;
 pub mod uds;
 pub mod uds_long;
 pub mod work;
@@ -199,6 +200,8 @@ fn window_ns(options: &BenchOptions) -> u64 {
 
 /// A server and its connected clients.
 struct Connected {
+    /// The processes of `--half-open`; they go before the server does.
+    _silent: Vec<Process>,
     server: Server,
     clients: Vec<Process>,
     connect_last_ns: u64,
@@ -212,12 +215,13 @@ impl Connected {
             PeerKind::Uds => uds::start_server(options, cpus)?,
             PeerKind::Floor => return Err(BenchError::option("peer floor", "has no sessions")),
         };
+        let silent = silent::start(options.half_open, &server.endpoint)?;
         let start = |i| worker::start(&ClientJob::new(options, &server.endpoint, cpus, i));
         let processes = options.processes + usize::from(options.probe_process);
         let mut clients = (0..processes).map(start).collect::<Result<Vec<_>, _>>()?;
         let ready = clients.iter_mut().map(Process::receive).collect::<Result<Vec<Ready>, _>>()?;
         let connect_last_ns = ready.iter().map(|r| r.connect_last_ns).max().unwrap_or_default();
-        Ok(Self { server, clients, connect_last_ns })
+        Ok(Self { _silent: silent, server, clients, connect_last_ns })
     }
 
     /// The segments that server or clients hold open.

@@ -11,6 +11,9 @@ pub const SLOT_MAX: usize = 16 << 10;
 /// The longest body, bytes.
 const SIZE_MAX: usize = 10 << 20;
 
+/// Silent sockets: a thousand processes of four.
+const HALF_OPEN_MAX: usize = 4000;
+
 /// More reactors than any machine has cores.
 const REACTORS_MAX: usize = 1024;
 
@@ -113,6 +116,10 @@ pub struct BenchOptions {
     /// Connect, report time and memory, send nothing.
     #[arg(long)]
     pub connect_only: bool,
+    /// With --connect-only: N sockets, of processes of four, that connect before the clients do, say nothing, and
+    /// connect again whenever they are sent away.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub half_open: usize,
     /// Measure the server that listens at PATH (it must have the bench handler) instead of starting one.
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
@@ -249,6 +256,15 @@ impl BenchOptions {
         if self.hogs && self.connect_only {
             return Err(BenchError::option("hogs", "has no meaning with --connect-only: no load runs"));
         }
+        if self.half_open > 0 && !self.connect_only {
+            return Err(BenchError::option(
+                "half-open",
+                "needs --connect-only: it is connecting that they disturb",
+            ));
+        }
+        if self.half_open > HALF_OPEN_MAX {
+            return Err(BenchError::option("half-open", format!("must be at most {HALF_OPEN_MAX}")));
+        }
         if self.reactors.is_some() && self.socket.is_some() {
             return Err(BenchError::option(
                 "reactors",
@@ -275,6 +291,7 @@ impl BenchOptions {
             (self.reactors.is_some(), "reactors", "other peers have none"),
             (self.memory_budget.is_some(), "memory-budget", "other peers have none"),
             (self.probe.is_some(), "probe", "other peers know no interactive and bulk connections"),
+            (self.half_open > 0, "half-open", "other peers have no handshake"),
         ];
         if let Some((_, option, why)) = refused.iter().find(|(asked, ..)| *asked) {
             return Err(BenchError::option(option, format!("belongs to --peer doorbell: {why}")));
@@ -346,6 +363,7 @@ mod tests {
         parse("--peer uds --size 10485760 --policy block --connections 3").validate().unwrap();
         parse("--peer floor --size 10485760 --connections 4").validate().unwrap();
         parse("--policy block --connections 4 --sessions 4 --processes 4").validate().unwrap();
+        parse("--connect-only --connections 1000 --sessions 1000 --half-open 200").validate().unwrap();
     }
 
     #[test]
@@ -392,6 +410,9 @@ mod tests {
             ("--idle --rate 5", "rate"),
             ("--idle --think-us 5", "think-us"),
             ("--idle --connect-only", "idle"),
+            ("--half-open 4", "half-open"),
+            ("--connect-only --half-open 4001", "half-open"),
+            ("--connect-only --peer uds --half-open 4", "half-open"),
         ] {
             let refusal = refusal(line);
             assert!(refusal.starts_with(&format!("--{name}")), "{line}: {refusal}");

@@ -71,6 +71,7 @@ pub struct BenchReport {
     pub memory_budget_bytes: Option<u64>,
     pub footprint_after_bytes: Option<u64>,
     pub frames: Option<u64>,
+    pub half_open: u64,
 }
 
 impl BenchReport {
@@ -135,6 +136,7 @@ impl BenchReport {
             memory_budget_bytes: None,
             footprint_after_bytes: None,
             frames: None,
+            half_open: options.half_open as u64,
         }
     }
 
@@ -303,6 +305,7 @@ impl BenchReport {
             self.rate.map(|rate| format!("{rate} per second in all")),
             self.hogs.then(|| "a busy process on every core".to_owned()),
             self.idle.then(|| format!("nothing sent for {} s", self.seconds)),
+            (self.half_open > 0).then(|| format!("beside {} sockets without a hello", self.half_open)),
         ];
         parts.into_iter().flatten().for_each(|part| load += &format!(", {part}"));
         load
@@ -434,8 +437,8 @@ mod tests {
             server_sweeps server_syscalls server_rss_bytes shared_bytes footprint_bytes footprint_idle_bytes \
             connect_last_ms hiccup_max_ns floor_p50_ns floor_p99_ns floor_per_second \
             floor_p999_ns floor_max_ns idle hogs think_random seed probe_size probe_requests probe_p50_ns \
-            probe_p99_ns probe_p999_ns probe_max_ns probe_errors probe_alone_p50_ns probe_alone_p99_ns \
-            probe_process memory_budget_bytes footprint_after_bytes frames";
+             probe_p99_ns probe_p999_ns probe_max_ns probe_errors probe_alone_p50_ns probe_alone_p99_ns \
+             probe_process memory_budget_bytes footprint_after_bytes frames half_open";
         let json = report().to_json();
         let written: Vec<&str> =
             json.trim_matches(['{', '}']).split(',').map(|field| field.split('"').nth(1).unwrap()).collect();

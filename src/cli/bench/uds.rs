@@ -453,6 +453,10 @@ impl Connector {
 impl worker::Connector for Connector {
     type Target = UdsTarget;
 
+    fn begin(&mut self, _sessions: usize) -> Result<(), BenchError> {
+        Ok(())
+    }
+
     fn connect(&mut self, _index: usize, connections: usize) -> Result<(), BenchError> {
         (0..connections).try_for_each(|_| self.connect_one()).map_err(|e| BenchError::peer("connecting", e))
     }
@@ -588,6 +592,7 @@ mod tests {
             peer: PeerKind::Uds,
             endpoint,
             sessions: vec![connections],
+            at_once: false,
             shape: Shape { sleeps: policy != Policy::Spin, ..Shape::closed(connections, in_flight, size) },
             policy,
             bulk: false,

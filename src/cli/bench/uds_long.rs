@@ -121,6 +121,10 @@ impl Connector {
 impl worker::Connector for Connector {
     type Target = LongUdsTarget;
 
+    fn begin(&mut self, _sessions: usize) -> Result<(), BenchError> {
+        Ok(())
+    }
+
     fn connect(&mut self, _index: usize, connections: usize) -> Result<(), BenchError> {
         (0..connections).try_for_each(|_| self.connect_one()).map_err(|e| BenchError::peer("connecting", e))
     }

@@ -23,6 +23,8 @@ pub struct ClientJob {
     pub endpoint: String,
     /// For each session of this process, its connections.
     pub sessions: Vec<usize>,
+    /// Whether all sessions say hello before the first is waited for, or one connects after the other.
+    pub at_once: bool,
     /// The load; its `connections` is the sum of `sessions`.
     pub shape: Shape,
     /// How to wait.
@@ -45,6 +47,7 @@ impl ClientJob {
             peer: options.peer,
             endpoint: endpoint.to_owned(),
             sessions,
+            at_once: options.connect_only,
             shape: Shape {
                 connections,
                 in_flight: options.in_flight,
@@ -113,10 +116,18 @@ pub fn run(job: &ClientJob) -> Result<(), BenchError> {
     }
 }
 
-/// Connects the sessions of one client process, one after another.
+/// Connects the sessions of one client process.
 pub trait Connector {
     /// What comes out of it, to be driven.
     type Target;
+
+    /// Begins to connect so many sessions at once, if this peer has a handshake to wait for; [`Self::connect`] then
+    /// goes on with them.
+    ///
+    /// # Errors
+    ///
+    /// [`BenchError::Peer`] or [`BenchError::Os`].
+    fn begin(&mut self, sessions: usize) -> Result<(), BenchError>;
 
     /// Connects session `index` with so many connections.
     ///
@@ -138,6 +149,9 @@ type Run<T> = fn(&mut T, &Shape, &Schedule) -> Result<LoadResult, BenchError>;
 
 fn drive<C: Connector>(job: &ClientJob, mut connector: C, run: Run<C::Target>) -> Result<(), BenchError> {
     let before = now_ns();
+    if job.at_once {
+        connector.begin(job.sessions.len())?;
+    }
     for (index, connections) in job.sessions.iter().enumerate() {
         connector.connect(index, *connections)?;
     }
