@@ -427,3 +427,74 @@ fn reported(found: &Found, figures: &Figures) -> Vec<Check> {
         Check::reported("memory samples", samples),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::Outcome;
+    use crate::report::Verdict;
+
+    const PLAN: Plan = Plan { rounds: 500, seed: 1, size: 1000 };
+
+    /// Goal:   R6.2: what is ordered, in numbers, and that the shared memory of all sessions leaves room to lease.
+    #[test]
+    fn the_rows_are_those_of_the_requirement() {
+        let [one, many, senders] = spreads(&PLAN);
+        for spread in [one, many] {
+            assert_eq!((spread.short.connections, spread.short.rounds), (500, 1000));
+            assert_eq!((spread.long.connections, spread.long.rounds), (100, 500));
+            let Share { small_slots, medium_slots, long_at_once, .. } = spread.share;
+            let base = spread.processes * (usize::from(small_slots) + 4 * usize::from(medium_slots)) * 1024;
+            assert!(base <= 1 << 20, "{base}");
+            assert!(long_at_once + 2 <= small_slots.into(), "names, and one slot for an answer or a wish");
+        }
+        assert_eq!((one.processes, many.processes, senders.processes, senders.stopped), (1, 16, 100, 20));
+    }
+
+    fn good() -> Found {
+        let [_, _, spread] = spreads(&PLAN);
+        let all = Mixture { long: spread.long.all(), from_ns: 1, to_ns: SECOND, ..Mixture::default() };
+        let take_back = TakeBack { first_ms: Some(199.0), ..TakeBack::default() };
+        Found {
+            going_on: Mixture { long: 80 * spread.long.rounds, ..all.clone() },
+            all,
+            server_alive: true,
+            take_back: Some(take_back),
+            ..Found::default()
+        }
+    }
+
+    fn failed(found: Found) -> Vec<&'static str> {
+        let row = row(&spreads(&PLAN)[2], found);
+        row.checks.iter().filter(|check| check.verdict == Verdict::Fail).map(|check| check.claim).collect()
+    }
+
+    /// Goal:   each way to fail fails the row.
+    /// Method: a good row, then one figure of it spoilt in turn.
+    #[test]
+    fn every_single_fault_fails_the_row() {
+        assert!(failed(good()).is_empty());
+        let with = |spoil: &dyn Fn(&mut Found)| {
+            let mut found = good();
+            spoil(&mut found);
+            failed(found).len()
+        };
+        let faults = |faults| move |found: &mut Found| found.all.faults = faults;
+        assert_eq!(with(&|f| faults(Outcome { wrong: 1, ..Outcome::default() })(f)), 1);
+        assert_eq!(with(&|f| faults(Outcome { errors: 1, ..Outcome::default() })(f)), 1);
+        assert_eq!(with(&|f| faults(Outcome { lost: 1, ..Outcome::default() })(f)), 1);
+        assert_eq!(with(&|f| f.all.long -= 1), 1);
+        assert_eq!(with(&|f| f.all.short += 1), 1);
+        assert_eq!(with(&|f| f.going_on.long -= 1), 1);
+        assert_eq!(with(&|f| f.server_alive = false), 1);
+        assert_eq!(with(&|f| f.counters.leased_bytes = 4096), 1);
+        assert_eq!(with(&|f| f.counters.sessions_ended = 1), 1);
+        assert_eq!(with(&|f| f.counters.calls_ok = 1), 1);
+        assert_eq!(with(&|f| f.take_back = Some(TakeBack::default())), 1);
+        assert_eq!(with(&|f| f.take_back.as_mut().unwrap().first_ms = Some(200.1)), 1);
+        let optimised = usize::from(!cfg!(debug_assertions));
+        assert_eq!(with(&|f| f.memory.footprint_bytes = (3 << 20) + (10 << 10) + 1), optimised);
+        assert_eq!(with(&|f| f.after.footprint_bytes = (3 << 20) + (10 << 10) + 1), optimised);
+        assert_eq!(with(&|f| f.memory.footprint_bytes = (3 << 20) + (10 << 10)), 0);
+    }
+}

@@ -713,3 +713,235 @@ impl Flow {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a [`Fake`] does with one of its answers.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Fault {
+        FlipByte,
+        SwapFrames,
+        Short,
+        Refuse,
+        TakeBack,
+        Swallow,
+        Break,
+    }
+
+    /// A server in this process with room for few calls, which answers in frames of 16 KiB; one of its long or short
+    /// answers has a fault.
+    struct Fake {
+        fault: Option<(u32, Fault)>,
+        room: [usize; 2],
+        /// Of each connection: the nonce, and bytes that have come and that have been sent back.
+        calls: Vec<Option<(u64, u64, u64)>>,
+        shorts: usize,
+        answers: u32,
+        most: [usize; 2],
+        turn: usize,
+        waits: Option<Duration>,
+    }
+
+    const FRAME: u64 = 16 << 10;
+
+    impl Fake {
+        fn new(job: &MixedJob, fault: Option<(u32, Fault)>) -> Self {
+            let (shorts, longs) = (job.short.connections, job.long.connections);
+            Self {
+                fault,
+                room: [3, 2],
+                calls: vec![None; shorts + longs],
+                shorts,
+                answers: 0,
+                most: [0; 2],
+                turn: 0,
+                waits: None,
+            }
+        }
+
+        fn admit(&mut self, connection: u32, call: (u64, u64, u64)) -> Sent {
+            let long = connection as usize >= self.shorts;
+            let range = if long { self.shorts..self.calls.len() } else { 0..self.shorts };
+            let under_way = self.calls[range].iter().flatten().count();
+            if under_way == self.room[usize::from(long)] {
+                return Sent::NoRoom;
+            }
+            self.most[usize::from(long)] = self.most[usize::from(long)].max(under_way + 1);
+            assert!(self.calls[connection as usize].replace(call).is_none(), "one call in flight on each");
+            Sent::Yes
+        }
+    }
+
+    impl Carrier for Fake {
+        fn submit(&mut self, connection: u32, nonce: u64) -> Sent {
+            self.admit(connection, (nonce, SHORT as u64, 0))
+        }
+
+        fn start(&mut self, connection: u32) -> Sent {
+            self.admit(connection, (NONE, 0, 0))
+        }
+
+        fn feed(&mut self, connection: u32, nonce: u64, sent: u64) -> Result<u64, String> {
+            let Some((known, came, back)) = &mut self.calls[connection as usize] else { return Ok(0) };
+            assert_eq!(*came, sent);
+            *known = nonce;
+            // There is room for two frames.
+            let more = (LONG as u64 - *came).min(*back + 2 * FRAME - *came);
+            *came += more;
+            Ok(more)
+        }
+
+        fn poll(&mut self, buffer: &mut [u8]) -> Came {
+            let count = self.calls.len();
+            let ready = |i: &usize| self.calls[i % count].is_some_and(|(_, came, back)| came > back);
+            let Some(index) = (self.turn..self.turn + count).find(ready) else { return Came::Nothing };
+            self.turn = index + 1;
+            let connection = (index % count) as u32;
+            let Some((nonce, came, back)) = &mut self.calls[connection as usize] else {
+                return Came::Nothing;
+            };
+            let whole = if (connection as usize) < self.shorts { SHORT } else { LONG } as u64;
+            let len = (*came - *back).min(FRAME) as usize;
+            self.answers += 1;
+            let fault = self.fault.filter(|(nth, _)| *nth == self.answers).map(|(_, fault)| fault);
+            let from = if fault == Some(Fault::SwapFrames) { *back + FRAME } else { *back };
+            let mut block = [0; SIZE];
+            for (i, target) in buffer[..len].chunks_mut(SIZE).enumerate() {
+                content::fill_block(*nonce, from / SIZE as u64 + i as u64, &mut block);
+                content::answer(&block, target);
+            }
+            *back += len as u64;
+            let last = *back == whole;
+            if last || matches!(fault, Some(Fault::Refuse | Fault::TakeBack | Fault::Swallow)) {
+                self.calls[connection as usize] = None;
+            }
+            match fault {
+                Some(Fault::FlipByte) => buffer[len - 1] ^= 1,
+                Some(Fault::Short) => return Came::Bytes { connection, len: len - 8, last },
+                Some(Fault::Refuse) => return Came::Refused { connection, why: "no".to_owned() },
+                Some(Fault::TakeBack) => return Came::TakenBack { connection, last: true },
+                Some(Fault::Swallow) => return Came::Nothing,
+                Some(Fault::Break) => return Came::Broken("gone".to_owned()),
+                Some(Fault::SwapFrames) | None => {}
+            }
+            Came::Bytes { connection, len, last }
+        }
+
+        fn waits_for_memory(&self) -> Option<Duration> {
+            self.waits
+        }
+
+        fn pause(&mut self) {}
+    }
+
+    const SHORTS: Calls = Calls { connections: 5, rounds: 8 };
+    const LONGS: Calls = Calls { connections: 3, rounds: 2 };
+
+    fn job(short: Calls, long: Calls) -> MixedJob {
+        let share =
+            Share { ring_entries: 16, small_slots: 4, medium_slots: 0, lease_pages: 0, long_at_once: 3 };
+        MixedJob { path: PathBuf::new(), core: 0, idle: Idle::Spin, share, short, long, seed: 1, number: 0 }
+    }
+
+    fn carry(fault: Option<(u32, Fault)>) -> (Mixture, Fake) {
+        let job = job(SHORTS, LONGS);
+        let mut fake = Fake::new(&job, fault);
+        let mut load = Load::new(&mut fake, &job, 0);
+        load.run();
+        let found = std::mem::take(&mut load.found);
+        (found, fake)
+    }
+
+    /// Goal:   all calls ordered are made and answered, none more, as many at once as there is room for.
+    #[test]
+    fn every_call_is_made_once_and_answered() {
+        let (found, fake) = carry(None);
+        assert_eq!((found.short, found.long), (40, 6));
+        let Outcome { wrong, errors, lost, answered_in_all, waited, .. } = found.faults;
+        assert_eq!((wrong, errors, lost, answered_in_all), (0, 0, 0, 46));
+        assert!(waited > 0, "some found no room");
+        assert_eq!(fake.most, [3, 2]);
+        assert_eq!((found.short_in_flight_most, found.long_in_flight_most), (3, 2));
+        assert!(found.short_in_flight > 0.0 && found.short_in_flight <= 3.0, "{found:?}");
+    }
+
+    /// Goal:   every fault is found and counted once, and the others' calls go on.
+    /// Method: the answer, or the frame of one, that comes fifth has a fault, then the twentieth: in a wave both kinds
+    ///         are under way, afterwards only long ones.
+    #[test]
+    fn one_fault_is_counted_once() {
+        for nth in [5, 20] {
+            let counts = |fault| {
+                let (found, _) = carry(Some((nth, fault)));
+                let Outcome { wrong, errors, lost, answered_in_all, .. } = found.faults;
+                (wrong, errors, lost, answered_in_all, found.taken_back)
+            };
+            assert_eq!(counts(Fault::FlipByte), (1, 0, 0, 45, 0));
+            assert_eq!(counts(Fault::SwapFrames), (1, 0, 0, 45, 0));
+            assert_eq!(counts(Fault::Short), (1, 0, 0, 45, 0));
+            assert_eq!(counts(Fault::Refuse), (0, 1, 0, 45, 0));
+            assert_eq!(counts(Fault::TakeBack), (0, 0, 0, 46, 1), "it is made again");
+            let (_, errors, lost, answered, _) = counts(Fault::Break);
+            assert!(errors == 1 && lost > 0 && answered < 46);
+        }
+    }
+
+    #[test]
+    fn a_call_that_is_never_answered_is_lost_and_ends_the_load() {
+        let (found, _) = carry(Some((5, Fault::Swallow)));
+        assert_eq!((found.faults.lost, found.faults.errors), (1, 1), "{found:?}");
+    }
+
+    #[test]
+    fn an_answer_that_nobody_asked_for_is_wrong() {
+        let job = job(SHORTS, LONGS);
+        let mut fake = Fake::new(&job, None);
+        let mut load = Load::new(&mut fake, &job, 0);
+        load.check(1, SHORT, true);
+        load.check(99, SHORT, true);
+        load.gone(7, true);
+        assert_eq!((load.found.faults.wrong, load.found.taken_back), (3, 0));
+    }
+
+    /// Goal:   what is made before the word comes beside what was ordered.
+    #[test]
+    fn calls_before_the_word_do_not_count() {
+        let job = job(Calls::default(), Calls { connections: 1, rounds: 2 });
+        let mut fake = Fake::new(&job, None);
+        let begin_ns = now_ns() + 50_000_000;
+        let mut load = Load::new(&mut fake, &job, begin_ns);
+        load.run();
+        assert!(load.found.long == 2 && load.found.faults.answered_in_all > 2, "{:?}", load.found);
+        assert!(load.found.to_ns > begin_ns);
+    }
+
+    /// Goal:   short calls go on as long as long ones do, and are all let go before these end.
+    #[test]
+    fn short_calls_are_let_go_as_the_long_ones_get_on() {
+        let job = job(Calls { connections: 1, rounds: 100 }, Calls { connections: 1, rounds: 40 });
+        let mut fake = Fake::new(&job, None);
+        let mut load = Load::new(&mut fake, &job, 0);
+        let let_go = |over| {
+            load.long_over = over;
+            load.rounds_let_go()
+        };
+        assert_eq!([0, 1, 2, 20, 37, 38, 39, 40].map(let_go), [5, 5, 10, 55, 95, 100, 100, 100]);
+    }
+
+    #[test]
+    fn each_wait_for_memory_counts_once() {
+        let (mut flow, mut found) = (Flow::default(), Mixture::default());
+        let ms = Duration::from_millis;
+        for (now, wait) in [None, Some(1), Some(5), None, Some(2), Some(1), Some(3)].into_iter().enumerate() {
+            flow.note(now as u64 + 1, Some(2), wait.map(ms), &mut found);
+        }
+        flow.end(&mut found);
+        assert_eq!(
+            (found.memory_waits, found.memory_wait_ns, found.memory_wait_most_ns),
+            (3, 10_000_000, 5_000_000)
+        );
+        assert!((found.short_in_flight - 2.0).abs() < 1e-9);
+    }
+}
