@@ -436,6 +436,8 @@ impl Lane {
             Ok(()) => Ok(()),
             Err(_) if self.lane.leases.any(|old| words.is_gone(old)) => {
                 self.unusable = Some((first, epoch));
+                // The next one would lie there too.
+                self.refused_until = Some(Instant::now() + FULL_REST);
                 self.return_void_leases()
             }
             Err(fault) => Err(IpcError::ServerFault(fault)),
