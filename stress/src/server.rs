@@ -58,7 +58,7 @@ impl Pieces<()> for MaskedPieces {
             content::answer(part, &mut masked[..part.len()]);
             reply.write(&masked[..part.len()])?;
         }
-        if last && bytes.len() % 8 != 0 {
+        if last && !bytes.len().is_multiple_of(8) {
             return Err(HandlerError::Decode("the body does not consist of whole words".to_owned()));
         }
         Ok(if last && words == bytes.len() { Progress::Done } else { Progress::Took(words) })
