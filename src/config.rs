@@ -151,7 +151,7 @@ impl Default for ServerConfig {
 }
 
 /// File descriptors of a session: its socket, its process, its segment.
-const FDS_PER_SESSION: u64 = 3;
+pub const FDS_PER_SESSION: u64 = 3;
 /// File descriptors beside those of sessions: standard streams, rings, listener, lock, directory, spare, and what the
 /// embedder opens.
 const FDS_BESIDE_SESSIONS: u64 = 64;
@@ -300,8 +300,8 @@ mod tests {
     fn f39_files_that_are_read_need_descriptors_of_their_own() {
         let without = ServerConfig { reactors: 3, max_sessions: 10, ..ServerConfig::default() };
         let with = ServerConfig { file_roots: vec!["/a".into(), "/b".into()], ..without.clone() };
-        assert_eq!(without.descriptors_needed(), 84);
-        assert_eq!(with.descriptors_needed(), 84 + 2 + 3 * 32);
+        assert_eq!(without.descriptors_needed(), 94);
+        assert_eq!(with.descriptors_needed(), 94 + 2 + 3 * 32);
     }
 
     #[test]

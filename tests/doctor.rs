@@ -195,12 +195,12 @@ fn f39_too_few_descriptors_are_a_failure_with_a_way_out() {
     let directory = TestDir::new();
     let report = Report::of(&doctor_with_limit("-n 100", &directory, &[]));
     assert_eq!(report.status, 1);
-    report.says("limits.descriptors", "failure", &["hard limit 100", "ulimit -Hn 2112", "--max-sessions 18"]);
-    let report = Report::of(&doctor_with_limit("-n 100", &directory, &["--max-sessions", "18"]));
+    report.says("limits.descriptors", "failure", &["hard limit 100", "ulimit -Hn 3136", "--max-sessions 12"]);
+    let report = Report::of(&doctor_with_limit("-n 100", &directory, &["--max-sessions", "12"]));
     assert!([0, 3].contains(&report.status), "{}", report.value);
     let report = Report::of(&doctor_with_limit("-Sn 64", &directory, &[]));
     assert!([0, 3].contains(&report.status), "{}", report.value);
-    report.says("limits.descriptors", "ok", &["64 (hard limit", "2112 are needed"]);
+    report.says("limits.descriptors", "ok", &["64 (hard limit", "3136 are needed"]);
 }
 
 /// Goal:   where not one descriptor is left every check says so, and none of them stops the report.

@@ -514,7 +514,7 @@ const STEPS: [(&str, &str, &str, Option<&str>); 13] = [
     ("memfd_create", "1+", "EMFILE", Some("file descriptors")),
     ("ftruncate", "1+", "ENOSPC", None),
     ("fallocate", "1+", "ENOSPC", None),
-    ("fallocate", "2+2", "ENOMEM", None),
+    ("fallocate", "1+", "ENOMEM", None),
     ("fcntl", "1+", "EPERM", None),
     ("mmap", "1+", "ENOMEM", None),
     ("sendmsg", "1+2", "ENOMEM", None),

@@ -3,9 +3,9 @@
 
 mod common;
 
+use common::eventually;
 use common::process::ServerProcess;
-use common::{client, eventually};
-use doorbell::{IpcClient, MessageType, WaitPolicy};
+use doorbell::{ClientConfig, IpcClient, MessageType, WaitPolicy};
 
 const KIB: u64 = 1024;
 
@@ -77,7 +77,8 @@ fn mappings(smaps: &str) -> Vec<Mapping<'_>> {
 /// So many more sessions, each of which has made a call.
 fn connect(server: &ServerProcess, sessions: usize) -> Vec<IpcClient> {
     let connect = |i: usize| {
-        let client = client(server.path(), WaitPolicy::Block);
+        let config = ClientConfig { policy: WaitPolicy::Block, ..ClientConfig::default() };
+        let client = IpcClient::connect_with(server.path(), &config).unwrap();
         let request = [i as u8; 1024];
         assert_eq!(client.open().unwrap().call(MessageType::ECHO, &request).unwrap(), request);
         client

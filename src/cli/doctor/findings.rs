@@ -283,7 +283,7 @@ pub mod fixture {
             asked: Asked {
                 socket: PathBuf::from("/run/user/1000/doorbell.sock"),
                 max_sessions: 1024,
-                descriptors: 2112,
+                descriptors: 3136,
                 policy: WaitPolicy::Handoff,
                 spin_percent: 5,
                 reactors: Ok(vec![Some(0), Some(1)]),

@@ -3,6 +3,7 @@
 use super::super::check::{Check, Verdict};
 use super::super::findings::{Findings, Limit, Trial};
 use super::bytes;
+use doorbell::config::FDS_PER_SESSION;
 use serde_json::Value;
 
 /// Connections that a server asks the kernel to queue.
@@ -37,12 +38,14 @@ fn descriptors(findings: &Findings) -> Check {
         shown(limit.soft, |n| n.to_string()),
         shown(limit.hard, |n| n.to_string()),
     );
-    let why = "each session takes two file descriptors of the server, which raises the soft limit itself";
+    let why = "each session takes three file descriptors of the server, which raises the soft limit itself";
     let check = facts(Check::ok("limits.descriptors", why, found), limit, needed);
     let Some(hard) = limit.hard.filter(|hard| *hard < needed) else { return check };
     let mut advice = format!("raise the hard limit (ulimit -Hn {needed}, LimitNOFILE={needed})");
-    let beside = needed - 2 * u64::from(sessions);
-    if let Some(fewer) = hard.checked_sub(beside).map(|left| left / 2).filter(|fewer| *fewer > 0) {
+    let beside = needed - FDS_PER_SESSION * u64::from(sessions);
+    if let Some(fewer) =
+        hard.checked_sub(beside).map(|left| left / FDS_PER_SESSION).filter(|fewer| *fewer > 0)
+    {
         advice += &format!(", or serve --max-sessions {fewer}");
     }
     check.but(Verdict::Failure, advice)
@@ -156,14 +159,14 @@ mod tests {
             descriptors(&findings)
         };
         for (soft, hard) in
-            [(None, None), (Some(1024), None), (Some(1024), Some(2112)), (Some(2112), Some(2112))]
+            [(None, None), (Some(1024), None), (Some(1024), Some(3136)), (Some(3136), Some(3136))]
         {
             assert_eq!(limit(soft, hard).verdict, Verdict::Ok, "{soft:?} {hard:?}");
         }
-        let check = limit(Some(64), Some(2111));
+        let check = limit(Some(64), Some(3135));
         assert_eq!(check.verdict, Verdict::Failure);
         let advice = check.advice.unwrap();
-        assert!(advice.contains("ulimit -Hn 2112") && advice.contains("--max-sessions 1023"), "{advice}");
+        assert!(advice.contains("ulimit -Hn 3136") && advice.contains("--max-sessions 1023"), "{advice}");
         let advice = limit(Some(64), Some(64)).advice.unwrap();
         assert!(!advice.contains("--max-sessions"), "{advice}");
     }
