@@ -361,8 +361,10 @@ impl Client {
         let taken = if word.generation == call.name.generation { word.taken } else { 0 };
         let own = Window::from(call.name);
         let window = call.requests.unwrap_or(own);
-        // Its slot was used by the frame `count` before; by the call's own, if it is that one.
-        if call.frames - taken.min(call.frames) >= window.count + u32::from(call.requests.is_some()) {
+        let untaken = call.frames.saturating_sub(taken);
+        // The slot was used by the frame that is `count` before; the call's own first by the one that came with it.
+        let is_free = untaken < window.count || call.requests.is_some() && call.frames <= window.count;
+        if !is_free {
             return;
         }
         let slot = window.slot(call.frames - 1);
