@@ -500,7 +500,9 @@ fn right(call: &Call, completion: &Completion, gone: bool, now_ns: u64) {
     }
     let (all, whole) = (&call.body, call.ended);
     let expected = match message_type {
-        ECHO | PIECES | HALVES => (Status::Ok, Some(all.clone())),
+        HALVES if 2 * all.len() > MESSAGE_MAX => (Status::TooLarge, None),
+        HALVES => (Status::Ok, Some(all.iter().flat_map(|byte| [*byte, *byte]).collect())),
+        ECHO | PIECES => (Status::Ok, Some(all.clone())),
         BIG => (Status::Ok, Some((0..BIG_LEN).map(|i| (i % 251) as u8).collect())),
         PANIC => (Status::HandlerPanic, None),
         ERR | NEVER => (Status::DecodeError, None),
@@ -692,6 +694,12 @@ impl World {
                     self.serve(|simulation| simulation.tick(ns >= 50_000_000));
                 }
                 108..=111 => self.bystand(op & 1 == 1),
+                112..=114 => {
+                    // So many at once that completions have no space.
+                    for _ in 0..self.input.byte() % 16 {
+                        self.client.call(ring, ECHO, 10, 0, 0);
+                    }
+                }
                 how if !self.client.honest => self.hostile(how),
                 _ => {}
             }
