@@ -693,6 +693,40 @@ mod tests {
         assert!(client.taken().status == Status::Ok as u8 && client.read(first, 1024) == twice);
     }
 
+    /// Goal:   R1.5: an answer in pieces that is longer than a message may be is too large, even if what is too much fits
+    ///         the slot that is being written.
+    /// Method: answers of exactly the limit, and of two bytes more.
+    #[test]
+    fn r1_5_an_answer_in_pieces_ends_at_the_limit() {
+        for (len, expected) in [(MESSAGE_MAX / 2, Status::Ok), (MESSAGE_MAX / 2 + 1, Status::TooLarge)] {
+            let mut simulation = Simulation::new(64, 1 << 20);
+            let mut client = Client::join(&mut simulation, GEOMETRY);
+            let call = client.begin(HALVES, 1, (2, 1), len as u64);
+            let (mut sent, mut frames, mut answer) = (0, 0, 0);
+            let reply = loop {
+                assert!(simulation.settle());
+                let word = client.peer.lane.common.server_words[1].load(Relaxed);
+                if sent < len && (word >> 32) as u32 > frames {
+                    let part = (len - sent).min(1024);
+                    (sent, frames) = (sent + part, frames + 1);
+                    client.frame(&call, frames, &vec![5; part], sent == len);
+                }
+                if let Some(completion) = client.next() {
+                    if completion.kind == kind::REPLY {
+                        break completion;
+                    }
+                    answer += completion.len as usize;
+                    client.word(&call, false, completion.frame + 1);
+                }
+            };
+            assert_eq!((reply.status, answer <= MESSAGE_MAX), (expected as u8, true));
+            if expected == Status::Ok {
+                assert_eq!(answer + reply.len as usize, MESSAGE_MAX);
+            }
+            simulation.check();
+        }
+    }
+
     /// Goal:   a lease that its client uses while it says that it uses none is taken, and with it the calls that have it:
     ///         no slot is lent to two of them.
     #[test]
