@@ -614,6 +614,7 @@ impl SessionLane {
         let mut reply = Reply::new(payload, offset, capacity, filled, bench.rest);
         let result = catch_unwind(AssertUnwindSafe(|| pieces.take(&context, bytes, last, &mut reply)));
         let written = reply.len().saturating_sub(filled);
+        reply.check_limit();
         let end = match result {
             _ if reply.is_too_large() => Some(failure(result, &mut reply, bench.message_max)),
             Ok(Ok(Progress::Done)) => Some(Outcome::of(Status::Ok, 0)),

@@ -32,7 +32,8 @@ pub const BIG: MessageType = MessageType(257);
 pub const PANIC: MessageType = MessageType(258);
 /// Refuses its request.
 pub const ERR: MessageType = MessageType(259);
-/// Answers with its request; takes half of each piece at most, rounded up.
+/// Answers with each byte of its request twice; takes half of each piece at most, rounded up. So its answer soon lies
+/// where the rest of its request does if both have the same slot.
 pub const HALVES: MessageType = MessageType(260);
 /// Takes everything and then makes no progress.
 pub const STUCK: MessageType = MessageType(261);
@@ -104,9 +105,14 @@ impl Pieces<Ran> for Taker {
         if self.how == STUCK {
             return Ok(Progress::Took(bytes.len()));
         }
-        let most = if self.how == HALVES { bytes.len().div_ceil(2) } else { bytes.len() };
-        let taken = most.min(reply.room());
-        reply.write(&bytes[..taken])?;
+        let taken = match self.how {
+            HALVES => bytes.len().div_ceil(2).min(reply.room() / 2),
+            _ => bytes.len().min(reply.room()),
+        };
+        match self.how {
+            HALVES => bytes[..taken].iter().try_for_each(|byte| reply.write(&[*byte, *byte]))?,
+            _ => reply.write(&bytes[..taken])?,
+        }
         self.taken += taken;
         if self.how == PANIC_LATER && self.taken > 2000 {
             std::panic::resume_unwind(Box::new(()));
@@ -658,13 +664,14 @@ mod tests {
     fn r1_5_an_answer_does_not_overwrite_what_is_left_of_its_request() {
         let mut simulation = Simulation::new(64, 1 << 20);
         let mut client = Client::join(&mut simulation, GEOMETRY);
-        let body: Vec<u8> = (0..1024).map(|i| (i % 251) as u8).collect();
+        let body: Vec<u8> = (0..512).map(|i| (i % 251) as u8).collect();
+        let twice: Vec<u8> = body.iter().flat_map(|byte| [*byte, *byte]).collect();
         let call = client.call(HALVES, 1, &body);
         client.push(&call);
         assert!(simulation.settle());
         let answer = client.taken();
         assert_eq!((answer.status, answer.len), (Status::Ok as u8, 1024));
-        assert_eq!(client.read(1, 1024), body);
+        assert!(client.read(1, 1024) == twice);
         client.lease(2, 4096, 1);
         simulation.round();
         let granted = client.taken();
@@ -676,14 +683,48 @@ mod tests {
             payload_slot: first,
             response_slot: first,
             lease_epoch: granted.frame,
-            len: 1024,
+            len: 512,
             ..call
         };
         client.push(&call);
         simulation.round();
         simulation.check();
         assert!(simulation.settle());
-        assert_eq!((client.taken().status, client.read(first, 1024)), (Status::Ok as u8, body));
+        assert!(client.taken().status == Status::Ok as u8 && client.read(first, 1024) == twice);
+    }
+
+    /// Goal:   R1.5: an answer in pieces that is longer than a message may be is too large, even if what is too much fits
+    ///         the slot that is being written.
+    /// Method: answers of exactly the limit, and of two bytes more.
+    #[test]
+    fn r1_5_an_answer_in_pieces_ends_at_the_limit() {
+        for (len, expected) in [(MESSAGE_MAX / 2, Status::Ok), (MESSAGE_MAX / 2 + 1, Status::TooLarge)] {
+            let mut simulation = Simulation::new(64, 1 << 20);
+            let mut client = Client::join(&mut simulation, GEOMETRY);
+            let call = client.begin(HALVES, 1, (2, 1), len as u64);
+            let (mut sent, mut frames, mut answer) = (0, 0, 0);
+            let reply = loop {
+                assert!(simulation.settle());
+                let word = client.peer.lane.common.server_words[1].load(Relaxed);
+                if sent < len && (word >> 32) as u32 > frames {
+                    let part = (len - sent).min(1024);
+                    (sent, frames) = (sent + part, frames + 1);
+                    client.frame(&call, frames, &vec![5; part], sent == len);
+                }
+                if let Some(completion) = client.next() {
+                    if completion.kind == kind::REPLY {
+                        break completion;
+                    }
+                    answer += completion.len as usize;
+                    client.word(&call, false, completion.frame + 1);
+                }
+            };
+            assert_eq!((reply.status, answer <= MESSAGE_MAX), (expected as u8, true));
+            if expected == Status::Ok {
+                assert_eq!(answer + reply.len as usize, MESSAGE_MAX);
+            }
+            simulation.check();
+        }
     }
 
     /// Goal:   a lease that its client uses while it says that it uses none is taken, and with it the calls that have it:

@@ -396,6 +396,11 @@ impl<'a> Reply<'a> {
         !self.rest.used
     }
 
+    /// Takes note if the answer has become too long: a write that fits the slot is not compared with the limit.
+    pub(crate) fn check_limit(&mut self) {
+        self.rest.too_large |= self.len() > self.rest.limit;
+    }
+
     pub(crate) fn is_too_large(&self) -> bool {
         self.rest.too_large
     }

@@ -20,7 +20,7 @@ use doorbell::{MessageType, Status};
 use doorbell_shm::entry::{Completion, Submission, flag, kind};
 use doorbell_shm::hooked::{AtomicU64, set_hook};
 use doorbell_shm::layout::{Geometry, HEADER_LEN, LaneLayout, SLOT_LARGE, SLOT_MEDIUM, SLOT_SMALL};
-use doorbell_shm::lease::{Run, is_before};
+use doorbell_shm::lease::Run;
 use doorbell_shm::map::Shared;
 use doorbell_shm::segment::{Identity, Segment};
 use doorbell_shm::slots::{ClientWord, Grant, ServerWord};
@@ -361,8 +361,10 @@ impl Client {
         let taken = if word.generation == call.name.generation { word.taken } else { 0 };
         let own = Window::from(call.name);
         let window = call.requests.unwrap_or(own);
-        // Its slot was used by the frame `count` before; by the call's own, if it is that one.
-        if call.frames - taken.min(call.frames) >= window.count + u32::from(call.requests.is_some()) {
+        let untaken = call.frames.saturating_sub(taken);
+        // The slot was used by the frame that is `count` before; the call's own first by the one that came with it.
+        let is_free = untaken < window.count || call.requests.is_some() && call.frames <= window.count;
+        if !is_free {
             return;
         }
         let slot = window.slot(call.frames - 1);
@@ -462,16 +464,16 @@ impl Client {
         if let (What::Lease(bytes), 0) = (call.what, completion.status) {
             let (first, slots) = (completion.detail as u32, (completion.detail >> 32) as u32);
             let words = &self.peer.lane.common.leases;
-            // What has been taken by force lies where the new one does.
-            while self.peer.lane.leases.drop_void(|epoch| words.is_gone(epoch)).is_some() {}
-            let added = self.peer.lane.leases.add(&self.geometry, first, slots, bytes, completion.frame);
-            if added.is_err() && self.honest {
-                let epoch = completion.frame;
-                let old = self.peer.lane.leases.of_slot(first);
-                let forced =
-                    self.peer.lane.leases.in_use() || old.is_some_and(|(old, _)| is_before(old, epoch));
-                assert!(forced, "an impossible lease: {completion:?}");
+            if words.is_gone(completion.frame) {
+                // Taken already: its ring was looked at late.
+                return;
             }
+            // What has been taken may lie where the new one does.
+            while self.peer.lane.leases.drop_void(|epoch| words.is_gone(epoch)).is_some() {}
+            let in_use = self.peer.lane.leases.in_use();
+            let added = self.peer.lane.leases.add(&self.geometry, first, slots, bytes, completion.frame);
+            // Slots of a lease that was taken by force are the client's until their calls have ended.
+            assert!(added.is_ok() || !self.honest || in_use, "an impossible lease: {completion:?}");
         }
     }
 }
@@ -498,7 +500,9 @@ fn right(call: &Call, completion: &Completion, gone: bool, now_ns: u64) {
     }
     let (all, whole) = (&call.body, call.ended);
     let expected = match message_type {
-        ECHO | PIECES | HALVES => (Status::Ok, Some(all.clone())),
+        HALVES if 2 * all.len() > MESSAGE_MAX => (Status::TooLarge, None),
+        HALVES => (Status::Ok, Some(all.iter().flat_map(|byte| [*byte, *byte]).collect())),
+        ECHO | PIECES => (Status::Ok, Some(all.clone())),
         BIG => (Status::Ok, Some((0..BIG_LEN).map(|i| (i % 251) as u8).collect())),
         PANIC => (Status::HandlerPanic, None),
         ERR | NEVER => (Status::DecodeError, None),
@@ -690,6 +694,12 @@ impl World {
                     self.serve(|simulation| simulation.tick(ns >= 50_000_000));
                 }
                 108..=111 => self.bystand(op & 1 == 1),
+                112..=114 => {
+                    // So many at once that completions have no space.
+                    for _ in 0..self.input.byte() % 16 {
+                        self.client.call(ring, ECHO, 10, 0, 0);
+                    }
+                }
                 how if !self.client.honest => self.hostile(how),
                 _ => {}
             }
