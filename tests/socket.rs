@@ -514,6 +514,34 @@ fn f54_the_default_directory_is_made_private_and_a_squatters_is_refused() {
     assert!(stderr(&squatted).contains("belongs to another user"), "{}", stderr(&squatted));
 }
 
+/// Goal:   R3.4, F50: a path that is there can be connected to: nobody who comes while a server starts is told that none
+///         is running once its socket can be seen.
+/// Method: somebody who connects all the time while a server binds, many times over.
+#[test]
+fn f50_r3_4_a_socket_that_can_be_seen_can_be_connected_to() {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let directory = TestDir::new();
+    for round in 0..300 {
+        // A path of its own each time: a server that goes may be met while it does.
+        let path = directory.join(&format!("s{round}"));
+        let address = SocketAddrUnix::new(&path).unwrap();
+        let connecting = std::thread::spawn(move || {
+            let flags = SocketFlags::CLOEXEC;
+            let socket =
+                rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+            loop {
+                match rustix::net::connect(&socket, &address) {
+                    Err(rustix::io::Errno::NOENT) => std::hint::spin_loop(),
+                    other => return other,
+                }
+            }
+        });
+        let server = bound(&path);
+        assert_eq!(connecting.join().unwrap(), Ok(()), "round {round}");
+        drop(server);
+    }
+}
+
 /// Goal:   clients that connect between bind and serve wait and are answered (F26).
 /// Method: connects queue before the reactor runs.
 #[test]

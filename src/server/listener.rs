@@ -33,8 +33,7 @@ impl Listener {
         let place = Place::open(path)?;
         let lock = take_lock(&place)?;
         refuse_what_is_not_stale(&place)?;
-        let (socket, inode) = bind_beside_and_rename(&place)?;
-        rustix::net::listen(&socket, BACKLOG).map_err(|e| IpcError::io("listen", e))?;
+        let (socket, inode) = listen_beside_and_rename(&place)?;
         let spare = Some(spare().map_err(|e| IpcError::io("eventfd for the spare descriptor", e))?);
         Ok(Self { socket, place, inode, lock, spare })
     }
@@ -245,8 +244,8 @@ fn listener_is_dead(probe: &OwnedFd) -> bool {
     matches!(poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&now)), Ok(1))
 }
 
-/// Binds under a temporary name and renames: the path is either absent, stale or a listening socket.
-fn bind_beside_and_rename(place: &Place) -> Result<(OwnedFd, u64)> {
+/// Listens under a temporary name and renames: the path is either absent, stale or a listening socket.
+fn listen_beside_and_rename(place: &Place) -> Result<(OwnedFd, u64)> {
     let temporary = with_suffix(&place.name, ".new");
     let address = place.address(&temporary)?;
     let socket = packet_socket(SocketFlags::NONBLOCK)?;
@@ -270,6 +269,7 @@ fn bind_beside_and_rename(place: &Place) -> Result<(OwnedFd, u64)> {
     })?;
     let stat = rustix::fs::statat(&place.directory, &temporary, AtFlags::SYMLINK_NOFOLLOW)
         .map_err(|e| IpcError::io("stat of the new socket", e))?;
+    rustix::net::listen(&socket, BACKLOG).map_err(|e| IpcError::io("listen", e))?;
     rustix::fs::renameat(&place.directory, &temporary, &place.directory, &place.name)
         .map_err(|e| IpcError::io("rename of the new socket", e))?;
     Ok((socket, stat.st_ino))
