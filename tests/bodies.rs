@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::{TestServer, client};
-use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, WaitPolicy};
+use common::{TestServer, client, eventually, stat};
+use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy};
 
 const ALL: [WaitPolicy; 3] = [WaitPolicy::Block, WaitPolicy::Spin, WaitPolicy::Handoff];
 
@@ -67,4 +67,74 @@ fn r1_5_the_longest_message_passes_and_one_byte_more_is_refused() {
     longest.pop();
     assert!(connection.call(MessageType::ECHO, &longest).unwrap() == longest);
     assert_eq!(connection.call(MessageType::ECHO, b"short").unwrap(), b"short");
+}
+
+/// Waits until as much shared memory of a session's exists as `condition` says.
+fn eventually_has(client: &IpcClient, what: &str, condition: impl Fn(u64) -> bool) {
+    eventually(what, || condition(client.shared_bytes().unwrap()));
+}
+
+/// Goal:   F59: a lease may lie where another one was that the server has taken back without the client's knowing,
+///         whether answers in the old one have been done with or not.
+/// Method: a client has a lease of 4 KiB slots, asks for another of 16 KiB slots and has to wait; others, who wait too,
+///         have the old one taken back; then they go, and the new one comes to the same place. Once with nothing in the
+///         old one, once with an answer in it that the caller still holds, which is gone then.
+#[test]
+fn f59_a_lease_may_lie_where_one_was_that_has_gone() {
+    for holds in [false, true] {
+        let sweep_interval = std::time::Duration::from_millis(250);
+        let base = ServerConfig { policy: WaitPolicy::Block, reactors: 1, ..ServerConfig::default() };
+        let server = TestServer::start_with(ServerConfig { sweep_interval, memory_budget: 2 << 20, ..base });
+        let probe = client(server.path(), WaitPolicy::Block);
+        let probe = probe.open().unwrap();
+        let config = ClientConfig { policy: WaitPolicy::Block, ..ClientConfig::default() };
+        let patient = IpcClient::connect_with(server.path(), &config).unwrap();
+        let without = patient.shared_bytes().unwrap();
+        let connection = patient.open().unwrap();
+        let small = body(3000, 1);
+        assert_eq!(connection.call(MessageType::ECHO, &small).unwrap(), small);
+        assert_eq!(patient.shared_bytes().unwrap(), without + (8 << 10), "it has a lease");
+        let mut held = None;
+        if holds {
+            connection.submit(MessageType::ECHO, &small, &CallOptions::default()).unwrap();
+            assert!(patient.wait(None).unwrap());
+            held = patient.poll().unwrap();
+            assert_eq!(held.as_ref().unwrap().len(), 3000);
+        }
+
+        let config =
+            ClientConfig { ring_entries: 128, small_slots: 64, lease_pages: 1000, ..ClientConfig::default() };
+        let greedy = IpcClient::connect_with(server.path(), &config).unwrap();
+        let many = greedy.open().unwrap().detach();
+        while stat(&probe, "leases_waited") == 0 {
+            greedy.attached(many).start(MessageType::ECHO, Some(1 << 20), &CallOptions::default()).unwrap();
+            eventually("a lease is granted, or waits", || {
+                assert!(greedy.poll().unwrap().is_none());
+                greedy.waits_for_memory().is_none() || stat(&probe, "leases_waited") > 0
+            });
+        }
+        let large = body(100_000, 2);
+        let id = connection.start(MessageType::ECHO, Some(100_000), &CallOptions::default()).unwrap();
+        patient.flush().unwrap();
+        // Only the old lease is no multiple of 16 KiB. The others stand still, too: what is taken from them may come at
+        // once.
+        let is_gone = |bytes: u64| (bytes - without).is_multiple_of(16 << 10);
+        eventually_has(&patient, "the old lease has gone", is_gone);
+        drop(greedy);
+        eventually_has(&patient, "the new lease has come", |bytes| is_gone(bytes) && bytes > without);
+
+        let (mut sent, mut answer) = (0, None);
+        eventually("the long call is answered", || {
+            if sent < large.len() {
+                sent += patient.send(id, &large[sent..]).unwrap();
+            }
+            answer = patient.poll().unwrap().map(|reply| reply.to_vec().unwrap());
+            answer.is_some()
+        });
+        assert!(answer.unwrap() == large);
+        if let Some(held) = held {
+            assert!(matches!(held.to_vec(), Err(IpcError::MemoryTakenBack)));
+        }
+        assert!(connection.call(MessageType::ECHO, &large).unwrap() == large);
+    }
 }

@@ -422,6 +422,11 @@ impl LeaseAllocator {
         Some((held.first, held.epoch))
     }
 
+    /// Whether there is a lease whose epoch `gone` accepts.
+    pub fn any(&self, gone: impl Fn(u32) -> bool) -> bool {
+        self.held.iter().any(|held| gone(held.epoch))
+    }
+
     /// Epoch of the lease that a slot belongs to, and the slot's bytes.
     pub fn of_slot(&self, slot: u32) -> Option<(u32, u32)> {
         self.held.iter().find(|held| held.holds(slot)).map(|held| (held.epoch, held.bytes))

@@ -129,6 +129,8 @@ pub(super) struct Lane {
     wish: Option<(u32, Instant)>,
     /// No lease is asked for before.
     refused_until: Option<Instant>,
+    /// First slot and epoch of a lease that lies where another one is in use whose memory is gone: to be given back.
+    unusable: Option<(u32, u32)>,
 }
 
 impl Lane {
@@ -147,6 +149,7 @@ impl Lane {
             controls: 0,
             wish: None,
             refused_until: None,
+            unusable: None,
         }
     }
 
@@ -346,6 +349,9 @@ impl Lane {
             return Ok(false);
         }
         self.return_void_leases()?;
+        if self.unusable.is_some() {
+            return Ok(false);
+        }
         let Some(name) = self.lane.slots.take(0).filter(|_| self.lane.slots.free() > 0) else {
             return Ok(false);
         };
@@ -372,7 +378,10 @@ impl Lane {
     pub fn return_void_leases(&mut self) -> Result<()> {
         while self.lane.slots.free() > 1 && self.has_entry(false)? {
             let words = &self.lane.common.leases;
-            let Some((first, epoch)) = self.lane.leases.drop_void(|epoch| words.is_void(epoch)) else {
+            let unusable = self.unusable.take();
+            let Some((first, epoch)) =
+                unusable.or_else(|| self.lane.leases.drop_void(|epoch| words.is_void(epoch)))
+            else {
                 break;
             };
             let Some(name) = self.lane.slots.take(0) else { break };
@@ -407,9 +416,7 @@ impl Lane {
         match Status::from_code(completion.status) {
             Some(Status::Ok) => {
                 let (first, slots) = (completion.detail as u32, (completion.detail >> 32) as u32);
-                let geometry = self.geometry;
-                let epoch = completion.frame;
-                self.lane.leases.add(&geometry, first, slots, bytes, epoch).map_err(IpcError::ServerFault)?;
+                self.granted(first, slots, bytes, completion.frame)?;
             }
             _ => {
                 let rest = Duration::from_millis(completion.detail);
@@ -417,6 +424,24 @@ impl Lane {
             }
         }
         Ok(())
+    }
+
+    /// Takes note of a lease. Where it lies there may have been another one that the server has taken back without
+    /// this client having seen it: that one is forgotten, or, if answers in it have not been done with, the new one is
+    /// given back.
+    fn granted(&mut self, first: u32, slots: u32, bytes: u32, epoch: u32) -> Result<()> {
+        let words = &self.lane.common.leases;
+        while self.lane.leases.drop_void(|old| words.is_gone(old)).is_some() {}
+        match self.lane.leases.add(&self.geometry, first, slots, bytes, epoch) {
+            Ok(()) => Ok(()),
+            Err(_) if self.lane.leases.any(|old| words.is_gone(old)) => {
+                self.unusable = Some((first, epoch));
+                // The next one would lie there too.
+                self.refused_until = Some(Instant::now() + FULL_REST);
+                self.return_void_leases()
+            }
+            Err(fault) => Err(IpcError::ServerFault(fault)),
+        }
     }
 
     /// A completion of a call whose answer may have several frames.
