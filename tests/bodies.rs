@@ -69,6 +69,48 @@ fn r1_5_the_longest_message_passes_and_one_byte_more_is_refused() {
     assert_eq!(connection.call(MessageType::ECHO, b"short").unwrap(), b"short");
 }
 
+/// Goal:   room for the next frame of a request is not forgotten between a poll, which notes it, and a wait: whoever
+///         sends, polls and waits gets on, and so does a call of one frame at a time.
+/// Method: the one slot for frames has been used; when the server has taken it, polls; then a wait must say so, once.
+#[test]
+fn r1_9_room_that_a_poll_has_seen_ends_the_next_wait() {
+    for policy in ALL {
+        let server = TestServer::start(policy);
+        let probe = client(server.path(), WaitPolicy::Block);
+        let probe = probe.open().unwrap();
+        let client =
+            IpcClient::connect_with(server.path(), &ClientConfig { policy, ..ClientConfig::smallest() });
+        let client = client.unwrap();
+        let connection = client.open().unwrap();
+        let request = body(5 * 1024, 3);
+        let id = connection.start(MessageType::ECHO, Some(5 * 1024), &CallOptions::default()).unwrap();
+        let (mut sent, mut answer) = (0, None);
+        loop {
+            eventually("there is room for a frame", || {
+                let more = client.send(id, &request[sent..]).unwrap();
+                sent += more;
+                client.flush().unwrap();
+                more > 0
+            });
+            if sent == request.len() {
+                break;
+            }
+            eventually("the frame is taken", || {
+                assert!(client.poll().unwrap().is_none());
+                stat(&probe, "bytes_in") >= sent as u64
+            });
+            assert!(client.poll().unwrap().is_none());
+            let second = Some(std::time::Duration::from_secs(1));
+            assert!(client.wait(second).unwrap(), "{sent} bytes under {policy:?}");
+        }
+        eventually("the answer is there", || {
+            answer = client.poll().unwrap().map(|reply| reply.to_vec().unwrap());
+            answer.is_some()
+        });
+        assert!(answer.unwrap() == request);
+    }
+}
+
 /// Waits until as much shared memory of a session's exists as `condition` says.
 fn eventually_has(client: &IpcClient, what: &str, condition: impl Fn(u64) -> bool) {
     eventually(what, || condition(client.shared_bytes().unwrap()));

@@ -93,6 +93,8 @@ pub(super) struct Body {
     /// Slots of frames that have been sent and not taken, oldest first.
     untaken: VecDeque<u32>,
     taken: u32,
+    /// Room was found for the caller's next frame that the caller has not been told of.
+    untold: bool,
     answers: Option<Window>,
     /// Frames of the answer that have come, and that have been done with.
     received: u32,
@@ -374,6 +376,7 @@ impl Session {
         let sent = if body.owned.is_some() || body.finishing {
             Err(IpcError::BodyFinished)
         } else {
+            body.untold = false;
             body.send_frame(lane, write)
         };
         self.bodies.all[index as usize] = Some(body);
@@ -408,6 +411,15 @@ impl Session {
             let body = self.bodies.all[*index as usize].as_deref();
             body.is_some_and(|body| body.has_new_room(self.lane(body.lane)))
         })
+    }
+
+    /// The caller is told that there may be room: whoever has nothing to send is not told again.
+    pub(super) fn tell_of_room(&mut self) {
+        for index in &self.bodies.sending {
+            if let Some(body) = &mut self.bodies.all[*index as usize] {
+                body.untold = false;
+            }
+        }
     }
 
     /// When a body that waits for a lease will begin without one.
@@ -582,6 +594,7 @@ impl Body {
             free: VecDeque::new(),
             untaken: VecDeque::new(),
             taken: 0,
+            untold: false,
             answers: None,
             received: 0,
             released: 0,
@@ -647,7 +660,8 @@ impl Body {
     }
 
     fn has_new_room(&self, lane: &Lane) -> bool {
-        self.stage == Stage::Begun && self.taken_word(lane).is_some_and(|taken| taken != self.taken)
+        let is_new = |taken| taken != self.taken;
+        self.stage == Stage::Begun && (self.untold || self.taken_word(lane).is_some_and(is_new))
     }
 
     /// Slots of frames that have been taken are free again.
@@ -737,7 +751,9 @@ impl Body {
                 }
                 None if self.finishing => self.send_frame(lane, |_| Ok(()))?,
                 None => {
+                    let before = self.taken;
                     self.reclaim(lane)?;
+                    self.untold |= self.taken != before;
                     false
                 }
             };

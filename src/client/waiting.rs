@@ -46,11 +46,14 @@ const LANE_TIMEOUT: Duration = Duration::from_millis(100);
 impl Session {
     /// Waits until an answer can be taken; `false` when the deadline came first.
     pub fn wait(&mut self, deadline: Option<Instant>) -> Result<bool> {
-        if self.has_kept() || self.is_ready() {
+        let ready = if self.has_kept() || self.is_ready() {
             self.flush()?;
-            return Ok(true);
-        }
-        self.wait_for_completion(deadline)
+            true
+        } else {
+            self.wait_for_completion(deadline)?
+        };
+        self.tell_of_room();
+        Ok(ready)
     }
 
     /// Waits until a completion is in a ring or the session is over; `false` when the deadline came first.
@@ -224,6 +227,7 @@ impl Session {
         let ready = self.has_kept() || self.is_ready() || self.segment.state().0 == state::CLOSED;
         if ready {
             self.clear_for_socket();
+            self.tell_of_room();
         }
         Ok(ready)
     }
