@@ -2,11 +2,11 @@
 //! passed, 1 that something failed or could not be run, 2 that the question was wrong.
 
 use crate::error::StressError;
-use crate::level1::{self, Plan};
 use crate::machine::{Cores, Machine};
 use crate::processes::{self, ChildOptions};
 use crate::report::Report;
 use crate::scratch;
+use crate::{level1, level2};
 use clap::{Args, Parser, Subcommand};
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -46,13 +46,13 @@ enum Command {
 
 #[derive(Debug, Clone, PartialEq, Args)]
 struct SuiteOptions {
-    /// The level: connections (or 1), or all that exist.
+    /// The level: connections (or 1), memory (or 2), or all that exist.
     #[arg(required = true, value_parser = parse_level)]
     level: Option<Level>,
-    /// The short duration: a window of 5 s in each row.
+    /// The short duration: a window of 5 s in each row of level 1, 40 of the 500 rounds of level 2.
     #[arg(long, required_unless_present = "full", conflicts_with = "full")]
     short: bool,
-    /// The full duration: a window of 300 s in each row.
+    /// The full duration: a window of 300 s in each row of level 1, all calls of level 2.
     #[arg(long)]
     full: bool,
     /// Print one JSON object instead of a table.
@@ -61,10 +61,13 @@ struct SuiteOptions {
     /// Seed of every content that is sent; random and printed unless given.
     #[arg(long)]
     seed: Option<u64>,
-    /// Another length of the window, seconds; may be a fraction.
+    /// Level 1: another length of the window, seconds; may be a fraction.
     #[arg(long, value_parser = parse_seconds)]
     seconds: Option<f64>,
-    /// Fewer connections, to try a level out; rates are then not judged.
+    /// Level 2: another number of calls of 1 MiB on each connection; those of 4 KiB are twice as many.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    rounds: Option<u64>,
+    /// Fewer connections, thousandths of a level's, to try it out; rates are then not judged.
     #[arg(long, hide = true, default_value_t = level1::CONNECTIONS, value_parser = parse_connections)]
     connections: usize,
 }
@@ -74,21 +77,23 @@ struct SuiteOptions {
 enum Level {
     All,
     Connections,
+    Memory,
 }
 
 /// Levels that do not exist yet: naming one is refused, never ignored.
-const TO_COME: [(&str, &str); 4] = [("2", "memory"), ("3", "latency"), ("4", "leaks"), ("5", "chaos")];
+const TO_COME: [(&str, &str); 3] = [("3", "latency"), ("4", "leaks"), ("5", "chaos")];
 
 fn parse_level(text: &str) -> Result<Level, String> {
     if let Some((number, name)) = TO_COME.iter().find(|(number, name)| [*number, *name].contains(&text)) {
         return Err(format!(
-            "level {number} ({name}) is not there yet: this version has level 1 (connections)"
+            "level {number} ({name}) is not there yet: this version has levels 1 (connections) and 2 (memory)"
         ));
     }
     match text {
         "all" => Ok(Level::All),
         "connections" | "1" => Ok(Level::Connections),
-        _ => Err("no level is called that: name `connections` (or `1`), or `all`".to_owned()),
+        "memory" | "2" => Ok(Level::Memory),
+        _ => Err("no level is called that: name `connections` (`1`), `memory` (`2`), or `all`".to_owned()),
     }
 }
 
@@ -140,12 +145,17 @@ fn run_suite(options: &SuiteOptions) -> Result<Report, StressError> {
     let cores = Cores::plan()?;
     let seed = options.seed.map_or_else(random_seed, Ok)?;
     progress(&format!("seed {seed}"));
-    let seconds = options.seconds.unwrap_or(if options.full { FULL } else { SHORT });
-    let plan = Plan { seconds, seed, connections: options.connections };
-    let rows = match options.level {
-        Some(Level::All | Level::Connections) => level1::run(&plan, &cores, progress)?,
-        None => Vec::new(),
-    };
+    let (connections, level) = (options.connections, options.level);
+    let mut rows = Vec::new();
+    if matches!(level, Some(Level::All | Level::Connections)) {
+        let seconds = options.seconds.unwrap_or(if options.full { FULL } else { SHORT });
+        rows.extend(level1::run(&level1::Plan { seconds, seed, connections }, &cores, progress)?);
+    }
+    if matches!(level, Some(Level::All | Level::Memory)) {
+        let usual = if options.full { level2::FULL } else { level2::SHORT_ROUNDS };
+        let rounds = options.rounds.unwrap_or(usual);
+        rows.extend(level2::run(&level2::Plan { rounds, seed, size: connections }, &cores, progress)?);
+    }
     Ok(Report::new(Machine::describe(&cores), seed, rows))
 }
 
@@ -179,9 +189,13 @@ mod tests {
 
     #[test]
     fn a_level_goes_by_name_or_number_or_with_all() {
-        for (name, level) in
-            [("connections", Level::Connections), ("1", Level::Connections), ("all", Level::All)]
-        {
+        for (name, level) in [
+            ("connections", Level::Connections),
+            ("1", Level::Connections),
+            ("all", Level::All),
+            ("memory", Level::Memory),
+            ("2", Level::Memory),
+        ] {
             assert_eq!(parse(&format!("{name} --short")).unwrap().level, Some(level));
         }
         let options = parse("1 --full --json --seed 7 --seconds 0.2").unwrap();
@@ -208,6 +222,7 @@ mod tests {
             "1 --short --seconds NaN",
             "1 --short --connections 1001",
             "1 --short --seed -1",
+            "2 --short --rounds 0",
             "child",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");

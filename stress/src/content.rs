@@ -5,6 +5,9 @@
 //!
 //! The server echoes under a mask: every word of the answer is what was sent XOR [`MASK`]. Request and answer
 //! share a slot of shared memory, so a plain echo would look right even if the server had written nothing.
+//!
+//! A longer body is made of blocks of [`SIZE`] bytes, each with a nonce of its own that follows from the body's: no two
+//! blocks of a body are alike, nor are two bodies, so whatever got to another place is found.
 
 /// Bytes of a request and of its answer.
 pub const SIZE: usize = 1024;
@@ -90,10 +93,73 @@ pub fn is_right(nonce: u64, answer: &[u8; SIZE]) -> bool {
     words.fold(0, |wrong, (word, constant)| wrong | (u64::from_le_bytes(*word) ^ expected ^ constant)) == 0
 }
 
+/// The nonce of block `index` of a longer body: for each index a bijection of the body's nonce.
+#[inline(always)]
+const fn block_nonce(nonce: u64, index: u64) -> u64 {
+    mix(nonce ^ mix(index + 1))
+}
+
+/// Writes block `index` of the long body of this nonce.
+#[inline(always)]
+pub fn fill_block(nonce: u64, index: u64, block: &mut [u8; SIZE]) {
+    fill(block_nonce(nonce, index), block);
+}
+
+/// Whether `piece` is, in every byte, what the answer to the long body of this nonce has from byte `at` on.
+pub fn is_right_from(nonce: u64, at: u64, piece: &[u8]) -> bool {
+    let (mut at, mut piece) = (at, piece);
+    while !piece.is_empty() {
+        let (index, within) = (at / SIZE as u64, (at % SIZE as u64) as usize);
+        let nonce = block_nonce(nonce, index);
+        let (now, rest) = piece.split_at(piece.len().min(SIZE - within));
+        let right = match now.try_into() {
+            Ok(block) => is_right(nonce, block),
+            Err(_) => is_right_part(nonce, within, now),
+        };
+        if !right {
+            return false;
+        }
+        (at, piece) = (at + now.len() as u64, rest);
+    }
+    true
+}
+
+/// Whether `part` is what the answer to the request of this nonce has from byte `within` on.
+fn is_right_part(nonce: u64, within: usize, part: &[u8]) -> bool {
+    let (mut request, mut expected) = ([0; SIZE], [0; SIZE]);
+    fill(nonce, &mut request);
+    answer(&request, &mut expected);
+    expected[within..within + part.len()] == *part
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::HashSet;
+
+    /// Goal:   every byte of a long answer is checked, however it is cut into pieces, and at its place.
+    /// Method: pieces of sizes that meet the ends of blocks and do not; then each byte broken, and the pieces moved.
+    #[test]
+    fn every_byte_of_a_long_answer_is_checked_at_its_place() {
+        const LEN: usize = 4 * SIZE;
+        let (mut request, mut reply) = (Vec::new(), vec![0; LEN]);
+        for index in 0..4 {
+            let mut block = [0; SIZE];
+            fill_block(9, index, &mut block);
+            request.extend_from_slice(&block);
+        }
+        answer(&request, &mut reply);
+        for len in [1, 7, 1000, SIZE, SIZE + 1, 2 * SIZE, LEN] {
+            assert!((0..).zip(reply.chunks(len)).all(|(i, p)| is_right_from(9, i * len as u64, p)), "{len}");
+        }
+        assert!(!is_right_from(8, 0, &reply) && !is_right_from(9, 0, &request));
+        assert!(!is_right_from(9, SIZE as u64, &reply[..SIZE]) && !is_right_from(9, 1, &reply[..8]));
+        for i in 0..LEN {
+            reply[i] ^= 1;
+            assert!(!is_right_from(9, 0, &reply), "byte {i}");
+            reply[i] ^= 1;
+        }
+    }
 
     /// Goal:   a right answer passes and nothing else does.
     /// Method: every byte broken in turn; the request itself; another request's answer.

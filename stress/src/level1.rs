@@ -11,9 +11,10 @@ use crate::load::{Outcome, Schedule};
 use crate::machine::Cores;
 use crate::memory::{Peak, Sampler, Segments};
 use crate::processes::Process;
-use crate::report::{Check, Row, grouped, mib};
+use crate::report::{self, Check, Row, grouped, mib};
 use crate::scratch::Directory;
 use crate::server::{self, ServerJob};
+use serde::Serialize;
 use std::time::Duration;
 
 /// This level's number.
@@ -161,7 +162,11 @@ impl Bomb {
 }
 
 /// Lets all clients connect at once; returns how long it took until the last was ready.
-fn connect(clients: &mut [Process]) -> Result<u64, StressError> {
+///
+/// # Errors
+///
+/// [`StressError`] if one of them cannot.
+pub fn connect(clients: &mut [Process]) -> Result<u64, StressError> {
     for client in &mut *clients {
         let () = client.receive(STEP)?;
     }
@@ -182,8 +187,28 @@ fn sessions_of(connections: usize, spread: &Spread, process: usize) -> Vec<usize
 }
 
 /// The share of part `index` when `total` is spread evenly over `parts`.
-fn share(total: usize, parts: usize, index: usize) -> usize {
+pub fn share(total: usize, parts: usize, index: usize) -> usize {
     total / parts + usize::from(index < total % parts)
+}
+
+/// What rows of this level have beside what all have.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[allow(missing_docs)] // As for `Row`.
+pub struct Figures {
+    pub message_bytes: usize,
+    /// Right answers in the window.
+    pub messages: u64,
+    pub messages_per_second: f64,
+    pub messages_in_all: u64,
+    pub messages_counted_by_server: u64,
+    pub bytes_counted_by_server: u64,
+    /// The bare ring before and after the row.
+    pub floor_per_second: [f64; 2],
+    /// The row's rate by the better of the two.
+    pub floor_ratio: f64,
+    pub ready_ms: f64,
+    pub alive: u64,
+    pub waited: u64,
 }
 
 /// What a row is made of.
@@ -220,14 +245,8 @@ fn row(plan: &Plan, spread: &Spread, found: Found) -> Row {
         Check::reported("server RSS, peak", mib(memory.rss_bytes)),
         Check::reported("memory samples", samples),
     ];
-    Row {
-        level: LEVEL,
-        row: spread.row,
-        connections: plan.connections,
-        sessions: spread.sessions,
-        client_processes: spread.processes,
+    let figures = Figures {
         message_bytes: SIZE,
-        seconds: plan.seconds,
         messages: outcome.answered,
         messages_per_second: rate,
         messages_in_all: outcome.answered_in_all,
@@ -237,11 +256,20 @@ fn row(plan: &Plan, spread: &Spread, found: Found) -> Row {
         floor_ratio: ratio,
         ready_ms,
         alive: outcome.alive,
+        waited: outcome.waited,
+    };
+    Row {
+        level: LEVEL,
+        row: spread.row,
+        connections: plan.connections,
+        sessions: spread.sessions,
+        client_processes: spread.processes,
+        seconds: plan.seconds,
         wrong: outcome.wrong,
         errors: outcome.errors,
         lost: outcome.lost,
-        waited: outcome.waited,
         memory,
+        figures: report::Figures::Connections(figures),
         notes: outcome.notes,
         checks,
     }

@@ -114,7 +114,8 @@ impl Outcome {
         other.notes.into_iter().for_each(|note| self.note(note));
     }
 
-    fn note(&mut self, note: String) {
+    /// Keeps a fault in words, unless there are enough.
+    pub fn note(&mut self, note: String) {
         if self.notes.len() < NOTES_MAX && !self.notes.contains(&note) {
             self.notes.push(note);
         }
@@ -359,19 +360,20 @@ impl Window {
 
 /// How long no right answer has come.
 #[derive(Debug)]
-struct Silence {
+pub struct Silence {
     right: u64,
     since_ns: u64,
 }
 
 impl Silence {
-    fn from_now() -> Self {
+    /// It begins now.
+    pub fn from_now() -> Self {
         Self { right: u64::MAX, since_ns: now_ns() }
     }
 
     /// Whether it has lasted too long.
     #[inline(always)]
-    fn is_over(&mut self, now: u64, right: u64) -> bool {
+    pub fn is_over(&mut self, now: u64, right: u64) -> bool {
         if right != self.right {
             *self = Self { right, since_ns: now };
         }

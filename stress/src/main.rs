@@ -15,13 +15,17 @@ mod content;
 mod error;
 mod floor;
 mod level1;
+mod level2;
 mod load;
 mod machine;
 mod memory;
+mod mixed;
+mod monitor;
 mod processes;
 mod report;
 mod scratch;
 mod server;
+mod takeback;
 
 fn main() -> std::process::ExitCode {
     cli::run()

@@ -25,6 +25,7 @@ struct Memory {
     rss: u64,
     shared: u64,
     footprint: u64,
+    page_tables: u64,
 }
 
 /// The highest of each, and how often was looked.
@@ -36,6 +37,8 @@ pub struct Peak {
     pub shared_bytes: u64,
     /// Both, pages that are in both counted once, bytes.
     pub footprint_bytes: u64,
+    /// Page tables of the server, kernel memory beside the footprint, bytes; 0 where the kernel does not say.
+    pub page_tables_bytes: u64,
     /// Samples taken.
     pub samples: u64,
     /// Samples per second.
@@ -47,6 +50,7 @@ impl Peak {
         self.rss_bytes = self.rss_bytes.max(now.rss);
         self.shared_bytes = self.shared_bytes.max(now.shared);
         self.footprint_bytes = self.footprint_bytes.max(now.footprint);
+        self.page_tables_bytes = self.page_tables_bytes.max(now.page_tables);
         self.samples += 1;
     }
 }
@@ -88,7 +92,12 @@ impl Segments {
         }
     }
 
-    fn bytes(&self) -> Result<u64, StressError> {
+    /// Bytes of them that exist.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if one cannot be looked at.
+    pub fn bytes(&self) -> Result<u64, StressError> {
         self.0.iter().try_fold(0, |sum, fd| {
             let stat = rustix::fs::fstat(fd).map_err(|e| StressError::os("fstat of a segment", e))?;
             // `st_blocks` counts 512 bytes, whatever the block size.
@@ -122,7 +131,8 @@ impl Probe {
             _ => resident_segments(&self.read("smaps")?),
         };
         self.last = Some((rss, shared, both));
-        Ok(Memory { rss, shared, footprint: rss + shared.saturating_sub(both) })
+        let page_tables = kib(&self.read("status")?, "VmPTE:").unwrap_or_default();
+        Ok(Memory { rss, shared, footprint: rss + shared.saturating_sub(both), page_tables })
     }
 
     fn read(&self, file: &str) -> Result<String, StressError> {
@@ -227,8 +237,9 @@ Rss:                  16 kB
     #[test]
     fn each_peak_is_its_own() {
         let mut peak = Peak::default();
-        peak.add(Memory { rss: 5, shared: 1, footprint: 6 });
-        peak.add(Memory { rss: 3, shared: 4, footprint: 7 });
+        peak.add(Memory { rss: 5, shared: 1, footprint: 6, page_tables: 8 });
+        peak.add(Memory { rss: 3, shared: 4, footprint: 7, page_tables: 9 });
+        assert_eq!(peak.page_tables_bytes, 9);
         assert_eq!((peak.rss_bytes, peak.shared_bytes, peak.footprint_bytes, peak.samples), (5, 4, 7, 2));
     }
 

@@ -5,7 +5,7 @@
 //! descriptor that a child needs is its standard input instead.
 
 use crate::error::StressError;
-use crate::{client, floor, server};
+use crate::{client, floor, mixed, server};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -30,6 +30,8 @@ pub enum Role {
     Server,
     /// A doorbell client with its sessions.
     Client,
+    /// A doorbell client with short and long calls at once.
+    Mixed,
     /// Serves the bare ring; standard input is the shared memory.
     FloorServer,
     /// Drives the bare ring; standard input is the shared memory.
@@ -42,6 +44,7 @@ impl Role {
         match self {
             Self::Server => "server",
             Self::Client => "client",
+            Self::Mixed => "mixed",
             Self::FloorServer => "floor-server",
             Self::FloorClient => "floor-client",
         }
@@ -72,6 +75,7 @@ pub fn run(options: &ChildOptions) -> Result<(), StressError> {
     match options.role {
         Role::Server => server::serve(&serde_json::from_str(job)?),
         Role::Client => client::run(&serde_json::from_str(job)?),
+        Role::Mixed => mixed::run(&serde_json::from_str(job)?),
         Role::FloorServer => floor::serve(stdin_fd()?, &serde_json::from_str(job)?),
         Role::FloorClient => floor::drive(stdin_fd()?, &serde_json::from_str(job)?),
     }
@@ -180,6 +184,17 @@ impl Process {
                 .map_err(|e| StressError::Child { role: self.role.name(), how: format!("{e} in {line:?}") }),
             _ => Err(self.ended()),
         }
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if the kernel refuses.
+    pub fn signal(&self, signal: Signal) -> Result<(), StressError> {
+        // Its number cannot be another's: it is reaped only by this value.
+        let pid = Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).map_err(|e| StressError::os("kill", e))
     }
 
     /// Why it has ended, if it has.

@@ -1,10 +1,12 @@
-//! The server process, and its handler: the echo under a mask of `content.rs`.
+//! The server process, and its handler: the echo under a mask of `content.rs`. A body of more than one frame is answered
+//! as it comes: the server never has it as a whole.
 
 use crate::content;
 use crate::error::StressError;
 use crate::processes::{self, Process, Role};
 use doorbell::{
-    Context, HandlerError, HandlerTable, IpcServer, MessageType, Reply, ServerConfig, WaitPolicy,
+    Context, HandlerError, HandlerTable, IpcServer, MessageType, Pieces, Progress, Reply, ServerConfig,
+    WaitPolicy,
 };
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -18,7 +20,8 @@ const BLOCK: usize = 512;
 /// How long a server may take to start.
 const START: Duration = Duration::from_secs(30);
 
-static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on(MASKED_ECHO, masked_echo);
+static TABLE: HandlerTable<()> =
+    HandlerTable::with_builtins().on(MASKED_ECHO, masked_echo).on_pieces(MASKED_ECHO, masked_pieces);
 
 fn masked_echo(_: &Context<'_, ()>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
     let (blocks, []) = request.as_chunks::<BLOCK>() else {
@@ -30,6 +33,36 @@ fn masked_echo(_: &Context<'_, ()>, request: &[u8], reply: &mut Reply<'_>) -> Re
         reply.write(&masked)?;
     }
     Ok(())
+}
+
+fn masked_pieces(_: &Context<'_, ()>, _: Option<u64>) -> Result<Box<dyn Pieces<()>>, HandlerError> {
+    // Has no state: nothing is allocated.
+    Ok(Box::new(MaskedPieces))
+}
+
+/// The echo under a mask of a body that comes in pieces. It knows nothing of what has to come: it cannot help anybody to
+/// a right answer.
+struct MaskedPieces;
+
+impl Pieces<()> for MaskedPieces {
+    fn take(
+        &mut self,
+        _: &Context<'_, ()>,
+        bytes: &[u8],
+        last: bool,
+        reply: &mut Reply<'_>,
+    ) -> Result<Progress, HandlerError> {
+        let words = bytes.len().min(reply.room()) / 8 * 8;
+        for part in bytes[..words].chunks(BLOCK) {
+            let mut masked = [0; BLOCK];
+            content::answer(part, &mut masked[..part.len()]);
+            reply.write(&masked[..part.len()])?;
+        }
+        if last && !bytes.len().is_multiple_of(8) {
+            return Err(HandlerError::Decode("the body does not consist of whole words".to_owned()));
+        }
+        Ok(if last && words == bytes.len() { Progress::Done } else { Progress::Took(words) })
+    }
 }
 
 /// What a server process is told.
