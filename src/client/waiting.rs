@@ -242,6 +242,8 @@ impl Session {
         let ready = self.has_kept() || self.is_ready() || self.segment.state().0 == state::CLOSED;
         if ready {
             self.clear_for_socket();
+            // The caller is told of room once: whoever has nothing to send is not told again.
+            self.bodies.take_news();
         }
         Ok(ready)
     }

@@ -49,7 +49,7 @@ struct SuiteOptions {
     /// The level: connections (or 1), memory (or 2), or all that exist.
     #[arg(required = true, value_parser = parse_level)]
     level: Option<Level>,
-    /// The short duration: a window of 5 s in each row of level 1, a twelfth of the calls of level 2.
+    /// The short duration: a window of 5 s in each row of level 1, 40 of the 500 rounds of level 2.
     #[arg(long, required_unless_present = "full", conflicts_with = "full")]
     short: bool,
     /// The full duration: a window of 300 s in each row of level 1, all calls of level 2.
