@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what building and testing need and is not there: a C linker, Rust with its formatter and linter.
+# Installs what building and testing need and is not there: a C linker, strace, Rust with its formatter and linter.
 # Run by ci/first-run.sh and ci/test.sh; says nothing when there is nothing to do.
 set -eu
 cd "$(dirname "$0")/.."
@@ -7,6 +7,10 @@ cd "$(dirname "$0")/.."
 if ! command -v cc >/dev/null 2>&1; then
     echo "installing a C linker (build-essential)" >&2
     apt-get update -qq && apt-get install -y -qq build-essential >/dev/null
+fi
+if ! command -v strace >/dev/null 2>&1; then
+    echo "installing strace, by which tests make system calls fail" >&2
+    apt-get update -qq && apt-get install -y -qq strace >/dev/null
 fi
 if ! command -v cargo >/dev/null 2>&1; then
     echo "Rust is missing: install rustup (apt-get install rustup, or rustup.rs), then run this again" >&2

@@ -58,7 +58,7 @@ impl Segment {
             .map_err(|e| SegmentError::os("memfd_create", len, e))?;
         rustix::fs::ftruncate(&fd, len as u64).map_err(|e| SegmentError::os("ftruncate", len, e))?;
         let base_end = layout.slots + geometry.base_pages() as usize * PAGE;
-        rustix::fs::fallocate(&fd, FallocateFlags::empty(), 0, base_end as u64)
+        allocate(&fd, FallocateFlags::empty(), 0, base_end)
             .map_err(|e| SegmentError::os("fallocate", base_end, e))?;
         rustix::fs::fcntl_add_seals(&fd, SEALS)
             .map_err(|e| SegmentError::os("fcntl(F_ADD_SEALS)", len, e))?;
@@ -135,7 +135,7 @@ impl Segment {
     pub fn back(&self, offset: usize, len: usize) -> Result<(), SegmentError> {
         self.granted.fetch_add(len as u64, Relaxed);
         let Some(memory) = &self.memory else { return Ok(()) };
-        rustix::fs::fallocate(memory, FallocateFlags::empty(), offset as u64, len as u64).map_err(|e| {
+        allocate(memory, FallocateFlags::empty(), offset, len).map_err(|e| {
             self.granted.fetch_sub(len as u64, Relaxed);
             SegmentError::os("fallocate", len, e)
         })
@@ -164,7 +164,7 @@ impl Segment {
             return Ok(());
         }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(memory, flags, offset as u64, len as u64)
+        allocate(memory, flags, offset, len)
             .map_err(|e| SegmentError::os("fallocate(FALLOC_FL_PUNCH_HOLE)", len, e))
     }
 
@@ -290,6 +290,11 @@ impl Segment {
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.map
     }
+}
+
+/// fallocate(2), which a signal may interrupt (F41).
+fn allocate(fd: &OwnedFd, flags: FallocateFlags, offset: usize, len: usize) -> rustix::io::Result<()> {
+    rustix::io::retry_on_intr(|| rustix::fs::fallocate(fd, flags, offset as u64, len as u64))
 }
 
 /// Word of the header, and shift in it, of a lane's directory entry.
