@@ -333,7 +333,7 @@ fn run(segment: &Segment, script: &[u8]) {
     let input = Rc::new(Input { data: script.to_vec(), front: Cell::new(0), back: Cell::new(script.len()) });
     let loads = Rc::new(Cell::new(0));
     // The rings are where it hurts: scribbles fall on the head, not on payload, which nothing here reads.
-    let head = map.slice::<AtomicU64>(HEADER_LEN, (layout.lease_words - HEADER_LEN) / 8).expect("inside");
+    let head = map.slice::<AtomicU64>(HEADER_LEN, (layout.slots - HEADER_LEN) / 8).expect("inside");
     for word in head.iter() {
         word.store(0, Relaxed);
     }
