@@ -14,6 +14,7 @@ struct ReadmeExamples;
 mod client;
 pub mod config;
 mod error;
+pub mod messages;
 mod metrics;
 pub mod protocol;
 mod server;
