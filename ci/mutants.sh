@@ -1,65 +1,81 @@
-#!/bin/sh
-# Weakens each ordering of doorbell-shm in a copy of the tree and expects a loom model to fail. A mutant that
-# survives, no longer applies or no longer compiles fails the run. Usage: ci/mutants.sh [list ...]
-set -eu
+#!/usr/bin/env bash
+# Weakens each ordering of doorbell-shm in copies of the tree and expects a loom model to fail. A mutant that
+# survives, no longer applies or no longer compiles fails the run. As many at once as there are cores.
+# Usage: ci/mutants.sh [list ...]
+set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- ci/mutants/shm.txt
 
 export RUSTFLAGS="--cfg loom"
-# A directory of its own: cargo would take the artifacts of a mutant for those of the real tree.
-export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target}/mutants"
+# Directories of their own: cargo would take the artifacts of a mutant for those of the real tree.
+targets="${CARGO_TARGET_DIR:-$PWD/target}/mutants"
 export CARGO_PROFILE_DEV_OPT_LEVEL=1
 export CARGO_PROFILE_DEV_DEBUG=0
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM
-tree=$work/tree
-mkdir "$tree"
-tar -c --exclude=./target --exclude=./.git --exclude=./shm/fuzz . | tar -x -C "$tree"
-find "$tree/shm" -name '*.rs' -exec touch {} + # newer than whatever an earlier run has built
-cp -r "$tree/shm/src" "$work/src"
-# A weakened line may leave an import unused.
-sed -i 's/^warnings = "deny"/warnings = "allow"/' "$tree/Cargo.toml"
+mapfile -t mutants < <(cat "$@" | grep -v -e '^#' -e '^$')
 
+field() { printf '%s\n' "$entry" | awk -F' [|] ' -v n="$1" '{ gsub(/\\[|]/, "\1"); $0 = $0; gsub(/\1/, "|", $n); print $n }'; }
+
+# models TREE SECONDS [ARGUMENT ...]
 models() {
-    limit=$1 && shift
-    (cd "$tree" && timeout "$limit" cargo test --quiet -p doorbell-shm --test loom "$@") >"$work/log" 2>&1
+    local tree=$1 limit=$2 && shift 2
+    (cd "$tree" && timeout "$limit" cargo test --quiet -p doorbell-shm --test loom "$@") >"$tree.log" 2>&1
 }
 
-# Without a mutant the models pass; this also builds what all mutants share.
-models 300 || { cat "$work/log"; echo "the models fail without any mutant" >&2; exit 1; }
+# The first line of a file that reads LINE, or the nth such, is replaced.
+weaken() {
+    local file=$1 nth=$2
+    LINE=$line WITH=$replacement awk -v nth="$nth" '
+        { bare = $0; sub(/^ +/, "", bare) }
+        bare == ENVIRON["LINE"] && ++seen == nth { print ENVIRON["WITH"]; done = 1; next }
+        { print }
+        END { exit !done }' "shm/src/$file" >"$tree/shm/src/$file"
+}
 
-killed=0 bad=0
-field() { printf '%s\n' "$entry" | awk -F' [|] ' -v n="$1" '{ gsub(/\\[|]/, "\1"); $0 = $0; gsub(/\1/, "|", $n); print $n }'; }
-for list in "$@"; do
-    while IFS= read -r entry; do
-        case $entry in '' | '#'*) continue ;; esac
-        entry=$(printf '%s\n' "$entry" | sed 's/ | | / |  | /')
-        place=$(field 1) line=$(field 2) replacement=$(field 3) name=$(field 4)
+judge() {
+    if ! weaken "$file" "$nth"; then
+        echo "DOES NOT APPLY"
+    elif ! models "$tree" 120 --no-run; then
+        cat "$tree.log" >&2
+        echo "DOES NOT COMPILE"
+    else
+        local status=0
+        models "$tree" 60 || status=$?
+        case $status in 0) echo SURVIVED ;; 124) echo "TIMED OUT" ;; *) echo killed ;; esac
+    fi
+}
+
+# Takes every mutant whose turn it is: worker W of N.
+worker() {
+    local number=$1 workers=$2 tree=$work/$1 i entry line replacement place file nth
+    export CARGO_TARGET_DIR=$targets/$number
+    mkdir "$tree"
+    tar -c --exclude=./target --exclude=./.git --exclude=./shm/fuzz . | tar -x -C "$tree"
+    find "$tree/shm" -name '*.rs' -exec touch {} + # newer than whatever an earlier run has built
+    # A weakened line may leave an import unused.
+    sed -i 's/^warnings = "deny"/warnings = "allow"/' "$tree/Cargo.toml"
+    # Without a mutant the models pass; this also builds what all mutants share.
+    models "$tree" 300 || { cat "$tree.log"; echo "the models fail without any mutant" >&2; return 1; }
+    for ((i = number; i < ${#mutants[@]}; i += workers)); do
+        entry=${mutants[i]/ | | / |  | }
+        place=$(field 1) line=$(field 2) replacement=$(field 3)
         file=${place%%#*}
         case $place in *'#'*) nth=${place#*#} ;; *) nth=1 ;; esac
-        if ! LINE=$line WITH=$replacement awk -v nth="$nth" '
-            { bare = $0; sub(/^ +/, "", bare) }
-            bare == ENVIRON["LINE"] && ++seen == nth { print ENVIRON["WITH"]; done = 1; next }
-            { print }
-            END { exit !done }' "$work/src/$file" >"$tree/shm/src/$file"; then
-            verdict="DOES NOT APPLY" bad=$((bad + 1))
-        elif ! models 120 --no-run; then
-            cat "$work/log"
-            verdict="DOES NOT COMPILE" bad=$((bad + 1))
-        else
-            status=0
-            models 60 || status=$?
-            case $status in
-                0) verdict="SURVIVED" bad=$((bad + 1)) ;;
-                124) verdict="TIMED OUT" bad=$((bad + 1)) ;;
-                *) verdict=killed killed=$((killed + 1)) ;;
-            esac
-        fi
-        printf '%-16s %s: %s\n' "$verdict" "$file" "$name"
-        cp "$work/src/$file" "$tree/shm/src/$file"
-    done <"$list"
+        printf '%-16s %s: %s\n' "$(judge)" "$file" "$(field 4)" | tee -a "$work/verdicts"
+        cp "shm/src/$file" "$tree/shm/src/$file"
+    done
+}
+
+workers=$(nproc)
+pids=()
+for ((w = 0; w < workers; w++)); do
+    worker "$w" "$workers" &
+    pids+=($!)
 done
-echo "$killed mutants killed, $bad not"
-[ "$bad" -eq 0 ] && [ "$killed" -gt 0 ]
+for pid in "${pids[@]}"; do wait "$pid"; done
+killed=$(grep -c '^killed ' "$work/verdicts" || true)
+echo "$killed mutants killed, $((${#mutants[@]} - killed)) not"
+[ "$killed" -gt 0 ] && [ "$killed" -eq ${#mutants[@]} ]

@@ -127,6 +127,8 @@ pub(crate) struct LaneLeases {
     used_at_ns: u64,
     /// When they were declared void; 0 if they have not been.
     void_at_ns: u64,
+    /// When others were last seen to wait for memory.
+    wanted_at_ns: u64,
 }
 
 /// What is to be done about the leases of a lane.
@@ -150,6 +152,9 @@ impl SessionLane {
         if std::mem::take(&mut self.leases.used) || self.leases.used_at_ns == 0 {
             self.leases.used_at_ns = now_ns;
         }
+        if wanted {
+            self.leases.wanted_at_ns = now_ns;
+        }
         let unused_ns = now_ns - self.leases.used_at_ns;
         let is_void = self.leases.void_at_ns != 0;
         if !wanted && !is_void && unused_ns < IDLE_NS {
@@ -164,7 +169,9 @@ impl SessionLane {
             return Verdict::Take;
         }
         let held_ns = unused_ns.min(now_ns - self.leases.void_at_ns);
-        if wanted && held_ns >= PATIENCE_NS {
+        // Who waits asks for a while only and then gets on without: that he has just given up changes nothing.
+        let still_wanted = now_ns - self.leases.wanted_at_ns < IDLE_NS;
+        if still_wanted && held_ns >= PATIENCE_NS {
             self.lane().common.leases.take_back(epoch);
             return Verdict::Force;
         }

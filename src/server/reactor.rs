@@ -29,8 +29,13 @@ use zerocopy::IntoBytes;
 
 /// Waiters woken on a client's bell at once: one leader passes it on (F57).
 const CLIENT_WAKES: u32 = 4;
-/// Rounds between two looks at the clock, busy or not: what is due by it does not wait for a pause (F27, S6).
+/// Work between two looks at the clock, busy or not: what is due by it does not wait for a pause (F27, S6). A round
+/// counts as one, and [`ENTRIES_PER_ROUND`] entries, that may be frames of 16 KiB, as another.
 const ROUNDS_PER_TICK: u32 = 64;
+/// See [`ROUNDS_PER_TICK`].
+const ENTRIES_PER_ROUND: u32 = 4;
+/// Between two times that a busy reactor does what is due by the clock: it looks at every call that has a deadline.
+const BUSY_TICK_NS: u64 = 250_000;
 /// Entries taken before clients are looked at behind a fence, however busy the reactor is. They are looked at
 /// without one after every round.
 const ENTRIES_PER_FENCE: u32 = 256;
@@ -241,6 +246,7 @@ impl<S> Reactor<S> {
         let mut idle_rounds = 0u32;
         let mut unfenced = 0u32;
         let mut rounds_since_tick = 0u32;
+        let mut busy_tick_ns = 0;
         let mut wakes_postponed = false;
         let mut handed_over = false;
         // Until when to poll under the policy `handoff`; 0 while it has not been asked.
@@ -249,7 +255,11 @@ impl<S> Reactor<S> {
             rounds_since_tick += 1;
             if rounds_since_tick >= ROUNDS_PER_TICK {
                 rounds_since_tick = 0;
-                self.tick()?;
+                let now = monotonic_ns();
+                if now >= busy_tick_ns {
+                    busy_tick_ns = now + BUSY_TICK_NS;
+                    self.tick(now)?;
+                }
             }
             // DEFER_TASKRUN: without this enter a bell rung by a sleeping lane's client is never seen.
             if self.driver.pending() && !std::mem::take(&mut wakes_postponed) {
@@ -260,6 +270,7 @@ impl<S> Reactor<S> {
                 }
             }
             let mut taken = self.round();
+            rounds_since_tick += taken / ENTRIES_PER_ROUND;
             self.end_faulty()?;
             if self.core.leases.has_work() {
                 self.serve_memory()?;
@@ -457,7 +468,7 @@ impl<S> Reactor<S> {
                 Some(Source::Mail) => self.mail()?,
                 Some(Source::Timer) => {
                     self.timer_ns = u64::MAX;
-                    self.tick()?;
+                    self.tick(monotonic_ns())?;
                 }
                 Some(Source::File(id)) => self.file_came(id, result)?,
                 Some(Source::Shutdown) => self.stopping = true,
@@ -664,13 +675,12 @@ impl<S> Reactor<S> {
     }
 
     /// What is due by the clock: half-open sockets, the sweep, accepting again, rests that are over.
-    fn tick(&mut self) -> Result<()> {
+    fn tick(&mut self, now: u64) -> Result<()> {
         let home_waits = self.home.as_ref().is_some_and(Home::waits);
         // A lane may have gone while it rested: the end of its rest is due all the same.
         if self.core.live() == 0 && !home_waits && self.desk.due_ns() == u64::MAX {
             return Ok(());
         }
-        let now = monotonic_ns();
         self.trim_files(now)?;
         if self.rest_ends_ns != 0 && now >= self.rest_ends_ns {
             self.end_rests(now);
