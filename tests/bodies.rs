@@ -55,6 +55,20 @@ fn r1_5_messages_of_any_length_come_back() {
     }
 }
 
+/// Goal:   R4.4: every byte of a request is counted, however it came.
+/// Method: an echo of each length, the counter before and after it.
+#[test]
+fn r4_4_bytes_of_requests_are_counted_to_the_last() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let client = IpcClient::connect(server.path()).unwrap();
+    let connection = client.open().unwrap();
+    for len in LENGTHS {
+        let before = stat(&connection, "bytes_in");
+        connection.call(MessageType::ECHO, &body(len, 3)).unwrap();
+        assert_eq!(stat(&connection, "bytes_in") - before, len as u64);
+    }
+}
+
 /// Goal:   R1.5: 10 485 760 bytes pass; one byte more is `MessageTooLarge`, and nothing else is lost.
 #[test]
 fn r1_5_the_longest_message_passes_and_one_byte_more_is_refused() {

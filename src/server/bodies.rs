@@ -617,7 +617,10 @@ impl SessionLane {
         reply.check_limit();
         let end = match result {
             _ if reply.is_too_large() => Some(failure(result, &mut reply, bench.message_max)),
-            Ok(Ok(Progress::Done)) => Some(Outcome::of(Status::Ok, 0)),
+            Ok(Ok(Progress::Done)) => {
+                bench.metrics.bytes_in += given as u64;
+                Some(Outcome::of(Status::Ok, 0))
+            }
             Ok(Ok(Progress::Took(taken))) => match wrong_progress(taken, given, written) {
                 None => {
                     if let Some(frame) = e.parked.front_mut() {
