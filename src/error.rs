@@ -2,6 +2,7 @@
 
 use crate::protocol::MessageType;
 use crate::protocol::handshake::DisconnectReason;
+use crate::protocol::records::RecordError;
 use doorbell_shm::{PeerFault, SegmentError};
 use std::io;
 use std::path::PathBuf;
@@ -178,6 +179,12 @@ pub enum IpcError {
     /// The server is gone; this call may have been executed.
     #[error("the server is gone; the call may or may not have been executed")]
     ConnectionLost,
+    /// The answer is no sequence of records, or was cut off within one.
+    #[error("the streamed answer cannot be taken apart: {0}: client and server may be of different versions")]
+    Records(#[from] RecordError),
+    /// The client was closed, or what it runs on has ended, while the call was under way: it may have been executed.
+    #[error("the client was closed before the answer came: the call may or may not have been executed")]
+    ClientClosed,
     /// What the server wrote into shared memory breaks the protocol.
     #[error("the server broke the protocol: {0}")]
     ServerFault(#[source] PeerFault),

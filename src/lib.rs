@@ -20,9 +20,11 @@ pub mod protocol;
 mod server;
 
 pub use client::{
-    CallId, CallOptions, ClientConfig, Connecting, Connection, ConnectionId, IpcClient, Reply as Answer,
-    SlotWriter,
+    AnswerRecords, AnswerStream, CallHandle, CallId, CallOptions, CallbackClient, CallbackConfig,
+    ClientConfig, Connecting, Connection, ConnectionId, IpcClient, Reply as Answer, SlotWriter, StreamEvent,
 };
+#[cfg(feature = "tokio")]
+pub use client::{AsyncAnswer, AsyncClient, AsyncRecords};
 pub use config::{ServerConfig, WaitPolicy};
 pub use doorbell_shm::entry::Status;
 pub use error::{IpcError, Result};

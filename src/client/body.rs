@@ -191,7 +191,8 @@ impl Session {
             Some(_) => self.choose_lane(target)?,
         };
         let wanted = capacity.max(options.reply_capacity);
-        if wanted <= SLOT_LARGE && !options.idempotent && !self.bodies.are_active() {
+        let in_one_slot = !options.idempotent && !options.pieces;
+        if wanted <= SLOT_LARGE && in_one_slot && !self.bodies.are_active() {
             let offset = self.clock_offset_ns;
             let lane = self.lane_mut(index);
             let name = lane.lane.slots.take(0);

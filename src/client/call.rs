@@ -152,7 +152,7 @@ impl Reply<'_> {
 
     /// Whether this ends the call: always, unless the answer is handed out in [pieces](CallOptions::pieces).
     pub fn is_last(&self) -> bool {
-        !matches!(self.answered.outcome, Outcome::Piece(piece) if !piece.last)
+        self.answered.is_last()
     }
 
     /// Whether the answer has no bytes.

@@ -75,6 +75,13 @@ pub(super) struct Answered {
     pub outcome: Outcome,
 }
 
+impl Answered {
+    /// Whether this ends its call.
+    pub fn is_last(&self) -> bool {
+        !matches!(self.outcome, Outcome::Piece(piece) if !piece.last)
+    }
+}
+
 /// The private record of the call in a slot.
 #[derive(Debug, Clone, Copy)]
 struct Call {

@@ -1,15 +1,24 @@
 //! The client: a session with a server, cheap connections inside it, blocking and pipelined calls.
 
+#[cfg(feature = "tokio")]
+mod asynchronous;
 mod body;
 mod call;
+mod callback;
 mod connect;
 mod lane;
+mod mux;
 mod route;
 mod session;
+mod stream;
 mod waiting;
 
+#[cfg(feature = "tokio")]
+pub use asynchronous::{AsyncAnswer, AsyncClient, AsyncRecords};
 pub use call::{CallId, CallOptions, Reply, SlotWriter, Taken};
+pub use callback::{CallHandle, CallbackClient, CallbackConfig, StreamEvent};
 pub use connect::{ClientConfig, Connecting};
+pub use stream::{AnswerRecords, AnswerStream};
 
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
@@ -271,7 +280,16 @@ impl IpcClient {
     }
 
     /// Runs `attempt` until it does not block: while it does, flushes and waits for answers.
-    fn retry<T>(&self, mut attempt: impl FnMut(&mut Session) -> Result<T>) -> Result<T> {
+    fn retry<T>(&self, attempt: impl FnMut(&mut Session) -> Result<T>) -> Result<T> {
+        self.retry_until(None, attempt)
+    }
+
+    /// The same until `deadline`, if there is one.
+    fn retry_until<T>(
+        &self,
+        deadline: Option<Instant>,
+        mut attempt: impl FnMut(&mut Session) -> Result<T>,
+    ) -> Result<T> {
         loop {
             let mut session = self.session.borrow_mut();
             match attempt(&mut session) {
@@ -280,7 +298,9 @@ impl IpcClient {
                     if session.only_untaken_answers() {
                         return Err(IpcError::WouldBlock);
                     }
-                    session.wait_for_completion(None)?;
+                    if !session.wait_for_completion(deadline)? {
+                        return Err(IpcError::Timeout);
+                    }
                     session.stash()?;
                 }
                 other => return other,
@@ -300,6 +320,26 @@ impl IpcClient {
             }
             if session.bodies.take_news() {
                 return Ok(None);
+            }
+            if !session.wait_for_completion(deadline)? {
+                return Err(IpcError::Timeout);
+            }
+        }
+    }
+
+    /// Waits for the next frame of the answer to `id`, or for its end; what comes for others is kept for `poll`.
+    fn wait_for_frame(&self, id: CallId, deadline: Option<Instant>) -> Result<Answered> {
+        let mut session = self.session.borrow_mut();
+        loop {
+            // Frames that came while somebody else waited are older than those in the rings.
+            if let Some(answered) = session.take_kept(id.lane, id.slot) {
+                return Ok(answered);
+            }
+            while let Some(next) = session.next_completed()? {
+                if (next.lane, next.slot) == (id.lane, id.slot) {
+                    return Ok(next);
+                }
+                session.keep(next);
             }
             if !session.wait_for_completion(deadline)? {
                 return Err(IpcError::Timeout);

@@ -3,7 +3,8 @@
 //! Rule:   a connection changes its lane only while none of its calls is in flight (P6), so its calls start in
 //!         order. Under `handoff` a call that may have to wait takes the lane of the reactor whose core it runs on,
 //!         unless the reactor of its present lane is polling on another core, or so many calls are in flight that
-//!         two cores do them sooner than one. Under `spin` a caller stays off its own core's reactor.
+//!         two cores do them sooner than one. Under `spin` a caller stays off its own core's reactor. Whoever keeps off a
+//!         core uses any lane but that of its reactor, if there is one.
 
 use super::session::{Session, Target};
 use crate::config::WaitPolicy;
@@ -52,10 +53,17 @@ impl Routes {
             WaitPolicy::Spin => home_core == current_cpu() || reactors > 2,
             WaitPolicy::Block => false,
         };
-        needed.then(|| {
-            let (records, refused, refused_away) = (Vec::new(), Vec::new(), Vec::new());
-            Box::new(Self { policy, records, refused, refused_away, spins_on: None })
-        })
+        needed.then(|| Box::new(Self::by(policy)))
+    }
+
+    /// Those of a client that sleeps whatever its core, and keeps off one. `None` if no reactor is pinned.
+    pub fn keeping_off(home_core: u32) -> Option<Box<Self>> {
+        (home_core != NO_CORE).then(|| Box::new(Self::by(WaitPolicy::Block)))
+    }
+
+    fn by(policy: WaitPolicy) -> Self {
+        let (records, refused, refused_away) = (Vec::new(), Vec::new(), Vec::new());
+        Self { policy, records, refused, refused_away, spins_on: None }
     }
 
     fn record(&mut self, number: u32) -> &mut Route {
@@ -76,10 +84,11 @@ impl Routes {
         let cpu = current_cpu();
         let Route { in_flight, mut lane, .. } = *self.record(target.connection);
         if in_flight == 0 {
-            lane = match self.policy {
-                WaitPolicy::Spin => self.where_it_spins(session, cpu)?,
+            lane = match (self.policy, session.avoided) {
+                (_, Some(avoided)) => self.of_another_core(session, lane, avoided)?,
+                (WaitPolicy::Spin, None) => self.where_it_spins(session, cpu)?,
                 _ if session.in_flight() >= PIPELINED => self.of_another_core(session, lane, cpu)?,
-                WaitPolicy::Handoff | WaitPolicy::Block => self.of_this_core(session, lane, cpu)?,
+                (WaitPolicy::Handoff | WaitPolicy::Block, None) => self.of_this_core(session, lane, cpu)?,
             };
         }
         let record = self.record(target.connection);

@@ -52,6 +52,8 @@ pub(super) struct Session {
     pub(super) policy: WaitPolicy,
     /// Which lane each connection uses; `None` while all use the home lane for good.
     pub(super) routes: Option<Box<Routes>>,
+    /// The core that no work of the server's is to be brought to, where that can be avoided.
+    pub(super) avoided: Option<u32>,
     /// Calls of several frames.
     pub(super) bodies: Bodies,
     /// Longest request, bytes.
@@ -99,6 +101,7 @@ impl Session {
             memory,
             policy,
             routes,
+            avoided: None,
             bodies: Bodies::default(),
             max_message: usize::try_from(max_message).unwrap_or(usize::MAX),
             kept,
@@ -230,6 +233,14 @@ impl Session {
         let chosen = routes.choose(self, target);
         self.routes = Some(routes);
         chosen
+    }
+
+    /// Calls go to reactors of other cores than this one from here on, each connection's as soon as none is in flight.
+    pub fn keep_off(&mut self, core: u32) {
+        self.avoided = Some(core);
+        if self.routes.is_none() && self.segment.lanes() > 1 {
+            self.routes = Routes::keeping_off(self.home.core);
+        }
     }
 
     /// Submits an OPEN; returns the slot that names it.
