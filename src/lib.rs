@@ -12,6 +12,7 @@
 struct ReadmeExamples;
 
 mod client;
+pub mod codec;
 pub mod config;
 mod error;
 pub mod messages;

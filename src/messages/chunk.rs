@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// One chunk of a streamed answer. Any number of others, then exactly one `End`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "rkyv", derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize))]
 #[serde(tag = "type", rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum StreamChunk {
     /// More of the answer.

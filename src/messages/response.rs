@@ -1,10 +1,12 @@
 //! Answers.
 
+use super::number;
 use super::request::ToolCall;
 use serde::{Deserialize, Serialize};
 
 /// The whole answer to a request that did not ask for a stream.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "rkyv", derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize))]
 #[serde(rename_all = "camelCase")]
 pub struct AIResponse {
     /// What the model says.
@@ -24,18 +26,23 @@ pub struct AIResponse {
 
 /// Tokens that a request and its answer took.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "rkyv", derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize))]
 #[serde(rename_all = "camelCase")]
 pub struct Usage {
     /// Of the request.
+    #[serde(with = "number")]
     pub prompt_tokens: f64,
     /// Of the answer.
+    #[serde(with = "number")]
     pub completion_tokens: f64,
     /// Of both.
+    #[serde(with = "number")]
     pub total_tokens: f64,
 }
 
 /// Why an answer ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "rkyv", derive(rkyv::Archive, rkyv::Serialize, rkyv::Deserialize))]
 #[serde(rename_all = "camelCase")]
 pub enum FinishReason {
     /// The model had nothing more to say.
