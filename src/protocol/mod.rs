@@ -7,6 +7,7 @@ pub const CONNECTION_INDEX_BITS: u32 = 20;
 
 pub mod handshake;
 mod message_type;
+pub mod records;
 pub(crate) mod rendezvous;
 
 pub use message_type::MessageType;
