@@ -3,7 +3,7 @@
 # survives, no longer applies or no longer compiles fails the run. Usage: ci/mutants.sh [list ...]
 set -eu
 cd "$(dirname "$0")/.."
-[ $# -gt 0 ] || set -- ci/mutants/shm.txt
+[ $# -gt 0 ] || set -- ci/mutants/*.txt
 
 export RUSTFLAGS="--cfg loom"
 # A directory of its own: cargo would take the artifacts of a mutant for those of the real tree.
