@@ -4,7 +4,7 @@
 # Usage: ci/mutants.sh [list ...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -gt 0 ] || set -- ci/mutants/shm.txt
+[ $# -gt 0 ] || set -- ci/mutants/*.txt
 
 export RUSTFLAGS="--cfg loom"
 # Directories of their own: cargo would take the artifacts of a mutant for those of the real tree.

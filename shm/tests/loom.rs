@@ -20,6 +20,7 @@ use doorbell_shm::bell::{
 };
 use doorbell_shm::lane::{BULK, Drain, INTERACTIVE};
 use doorbell_shm::lease::LeaseWords;
+use doorbell_shm::pipe::{Pipe, PipeReader, PipeWriter, Range as PipeRange, ReadySet, Store};
 use doorbell_shm::ring::{Consumer, Entry, Producer};
 use doorbell_shm::slots::{Hints, ServerWord};
 use loom::cell::UnsafeCell;
@@ -806,5 +807,273 @@ fn p4_an_answers_slot_is_written_again_only_after_it_was_released() {
             assert!(tx.push([0, frame]).unwrap());
         }
         client.join().unwrap();
+    });
+}
+
+/// Bytes of pipes, each a race-checked cell.
+struct Cells(Vec<UnsafeCell<u8>>);
+
+// SAFETY: loom reports accesses that are not ordered.
+unsafe impl Sync for Cells {}
+// SAFETY: as for `Sync`.
+unsafe impl Send for Cells {}
+
+impl Store for Cells {
+    fn read(&self, offset: usize, target: &mut [u8]) {
+        for (i, byte) in target.iter_mut().enumerate() {
+            // SAFETY: as for `Sync`.
+            *byte = self.0[offset + i].with(|p| unsafe { *p });
+        }
+    }
+
+    fn write(&self, offset: usize, source: &[u8]) {
+        for (i, byte) in source.iter().enumerate() {
+            // SAFETY: as for `Sync`.
+            self.0[offset + i].with_mut(|p| unsafe { *p = *byte });
+        }
+    }
+}
+
+/// What a worker and a reactor share of pipe 0.
+struct Desk {
+    pipe: Pipe,
+    ready: ReadySet,
+    bytes: Cells,
+    /// The reactor sleeps here.
+    bell: Arc<Futex>,
+    /// The worker does; 1 once it has been woken.
+    woken: Arc<Futex>,
+}
+
+impl Desk {
+    fn new(bytes: usize, range: PipeRange) -> Arc<Self> {
+        Arc::new(Self {
+            pipe: Pipe::new(range),
+            ready: ReadySet::new(1),
+            bytes: Cells((0..bytes).map(|_| UnsafeCell::new(0)).collect()),
+            bell: Futex::new(),
+            woken: Futex::new(),
+        })
+    }
+
+    /// Worker: makes the pipe ready.
+    fn notify(&self) {
+        if self.ready.set(0) {
+            fence_before_bell();
+            if ServerBell(self.bell.word.clone()).take(Published::Submissions) {
+                self.bell.wake();
+            }
+        }
+    }
+
+    /// Worker: writes all of `bytes`; `false` if it was cancelled.
+    fn write(&self, writer: &mut PipeWriter, mut bytes: &[u8], more: bool) -> bool {
+        loop {
+            let now = writer.write(&self.pipe, &self.bytes, &[bytes]);
+            bytes = &bytes[now..];
+            if now > 0 {
+                self.notify();
+            }
+            if bytes.is_empty() {
+                return true;
+            }
+            self.woken.word.store(0, Relaxed);
+            if !writer.wait(&self.pipe, 1, more) {
+                return false;
+            }
+            self.notify();
+            self.woken.wait(0);
+        }
+    }
+
+    /// Reactor: wakes the worker.
+    fn wake(&self) {
+        let _queue = self.woken.queue.lock().unwrap();
+        self.woken.word.store(1, Relaxed);
+        self.woken.woken.notify_all();
+    }
+
+    /// Reactor: waits until the pipe is ready, and takes it from the set, or until there is something `else`: says
+    /// whether there is. It sleeps the first time (`slept`), and polls from then on: see the bounds at the top.
+    fn wait(&self, slept: &mut bool, other: &mut dyn FnMut() -> bool) -> bool {
+        let bell = ServerBell(self.bell.word.clone());
+        loop {
+            if !std::mem::replace(slept, true) {
+                bell.mark(ASLEEP);
+                if !self.ready.any() && !other() {
+                    self.bell.wait(ASLEEP);
+                }
+                bell.clear();
+            }
+            if other() {
+                return true;
+            }
+            let mut found = false;
+            self.ready.take(|_| found = true);
+            if found {
+                return false;
+            }
+            thread::yield_now();
+        }
+    }
+
+    /// Reactor: takes what is there.
+    fn drain(&self, reader: &mut PipeReader, got: &mut Vec<u8>) {
+        let mut bytes = vec![0; reader.available(&self.pipe)];
+        reader.take(&self.pipe, &self.bytes, &mut bytes);
+        reader.publish(&self.pipe);
+        if reader.wake_is_due(&self.pipe) {
+            self.wake();
+        }
+        got.extend_from_slice(&bytes);
+    }
+}
+
+/// Goal:   R1.9, R2.5: what a worker writes comes whole and in order to a reactor that sleeps meanwhile, over the wrap of
+///         the pipe; a worker that waits for room is woken; neither sleeps for ever. The end is seen after all bytes.
+/// Method: three bytes through a pipe of two.
+#[test]
+fn r1_9_a_pipe_loses_nothing_and_no_wake() {
+    model(Some(3), || {
+        let range = PipeRange { offset: 0, len: 2 };
+        let desk = Desk::new(2, range);
+        let theirs = desk.clone();
+        let worker = thread::spawn(move || {
+            let mut writer = PipeWriter::new(range);
+            assert!(theirs.write(&mut writer, &[1, 2, 3], false));
+            theirs.pipe.finish();
+            theirs.notify();
+        });
+        let (mut reader, mut got) = (PipeReader::default(), Vec::new());
+        let mut slept = false;
+        loop {
+            desk.wait(&mut slept, &mut || false);
+            let done = desk.pipe.is_done();
+            desk.drain(&mut reader, &mut got);
+            if done {
+                break;
+            }
+        }
+        assert_eq!(got, [1, 2, 3]);
+        worker.join().unwrap();
+    });
+}
+
+/// Goal:   as above, complete: every interleaving of one chunk and the end.
+#[test]
+fn r2_5_a_chunk_and_the_end_wake_a_sleeping_reactor_in_every_interleaving() {
+    model(None, || {
+        let range = PipeRange { offset: 0, len: 1 };
+        let desk = Desk::new(1, range);
+        let theirs = desk.clone();
+        let worker = thread::spawn(move || {
+            let mut writer = PipeWriter::new(range);
+            assert_eq!(writer.write(&theirs.pipe, &theirs.bytes, &[&[7]]), 1);
+            theirs.pipe.finish();
+            theirs.notify();
+        });
+        let (mut reader, mut got) = (PipeReader::default(), Vec::new());
+        desk.wait(&mut false, &mut || false);
+        assert!(desk.pipe.is_done());
+        desk.drain(&mut reader, &mut got);
+        assert_eq!(got, [7]);
+        worker.join().unwrap();
+    });
+}
+
+/// Goal:   a writer that changes to a longer range loses nothing; the old range is used by others only when both sides
+///         have done with it, the new one only when whoever had it before has.
+/// Method: the reader uses the new range itself before it offers it, and the old one once the writer has changed.
+#[test]
+fn a_pipe_changes_its_range_between_two_bytes() {
+    model(Some(3), || {
+        let (short, long) = (PipeRange { offset: 0, len: 1 }, PipeRange { offset: 1, len: 2 });
+        let desk = Desk::new(3, short);
+        let theirs = desk.clone();
+        let worker = thread::spawn(move || {
+            let mut writer = PipeWriter::new(short);
+            assert!(theirs.write(&mut writer, &[1, 2, 3], true));
+            theirs.pipe.finish();
+            theirs.notify();
+        });
+        desk.bytes.write(1, &[9, 9]);
+        let (mut reader, mut got, mut slept) = (PipeReader::default(), Vec::new(), true);
+        let (mut offered, mut changed) = (false, false);
+        loop {
+            desk.wait(&mut slept, &mut || false);
+            let done = desk.pipe.is_done();
+            if reader.wants_more(&desk.pipe) && !offered {
+                offered = true;
+                reader.offer(&desk.pipe, long);
+            }
+            desk.drain(&mut reader, &mut got);
+            if offered && !changed && reader.available(&desk.pipe) > 0 && reader.uses(&desk.pipe, long) {
+                changed = true;
+                desk.bytes.write(0, &[9]);
+            }
+            if done {
+                break;
+            }
+        }
+        assert_eq!(got, [1, 2, 3]);
+        worker.join().unwrap();
+    });
+}
+
+/// Goal:   R2.6, trap 19: of a cancel and a completion that race exactly one ends the call; a worker that waits is told;
+///         the pipe is used again only when the worker has done with it.
+/// Method: a worker that has to wait for room, and then ends; a client that cancels at any time, by a hint and the same
+///         bell. The reactor ends the call by whichever it sees first, goes on until the worker has ended, and then uses
+///         the bytes itself.
+#[test]
+fn r2_6_trap19_a_cancel_and_a_completion_that_race_end_a_call_once() {
+    model(Some(2), || {
+        let range = PipeRange { offset: 0, len: 1 };
+        let desk = Desk::new(1, range);
+        let hint = Arc::new(AtomicU32::new(0));
+        let theirs = desk.clone();
+        let worker = thread::spawn(move || {
+            let mut writer = PipeWriter::new(range);
+            let written = theirs.write(&mut writer, &[1, 2], false);
+            theirs.pipe.finish();
+            theirs.notify();
+            written
+        });
+        let (asked, bell) = (hint.clone(), desk.bell.clone());
+        let client = thread::spawn(move || {
+            asked.store(1, Relaxed);
+            fence_before_bell();
+            if ServerBell(bell.word.clone()).take(Published::Submissions) {
+                bell.wake();
+            }
+        });
+        let (mut reader, mut got, mut terminals) = (PipeReader::default(), Vec::new(), Vec::new());
+        let (mut hinted, mut slept) = (false, false);
+        loop {
+            let cancelled = desk.wait(&mut slept, &mut || !hinted && hint.load(Relaxed) == 1);
+            let done = desk.pipe.is_done();
+            if cancelled {
+                hinted = true;
+                if terminals.is_empty() {
+                    terminals.push("cancelled");
+                    if desk.pipe.cancel() {
+                        desk.wake();
+                    }
+                }
+            } else if terminals.is_empty() {
+                desk.drain(&mut reader, &mut got);
+                if done {
+                    terminals.push("ok");
+                }
+            }
+            if done {
+                break;
+            }
+        }
+        desk.bytes.write(0, &[9]);
+        let written = worker.join().unwrap();
+        client.join().unwrap();
+        assert_eq!(terminals.len(), 1);
+        assert!(terminals[0] != "ok" || written && got == [1, 2]);
     });
 }
