@@ -1,12 +1,14 @@
 //! The command line. Results go to stdout, everything else to stderr; exit status 0 means that what was
 //! asked for happened, 1 that it did not, 2 that the question was wrong; `doctor` has statuses of its own beside.
 
+mod ask;
 mod bench;
 mod call;
 mod doctor;
 mod serve;
 
 use clap::{Parser, Subcommand};
+use doorbell::MessageType;
 use std::process::ExitCode;
 
 /// Request/response IPC between processes of one machine, through shared memory.
@@ -21,6 +23,12 @@ struct Cli {
 enum Command {
     /// Run a server with the built-in handlers: ping, echo, stats, analyze-file.
     Serve(serve::ServeOptions),
+    /// Ask a model and print its answer as it comes. Ctrl-C cancels it.
+    Chat(ask::AskOptions),
+    /// Have a model complete a text and print that as it comes. Ctrl-C cancels it.
+    Complete(ask::AskOptions),
+    /// Print what the server finds out about a file, and a model's answer to a question about it.
+    Analyze(ask::AnalyzeOptions),
     /// Send one request and print its answer.
     Call(call::CallOptions),
     /// Measure calls against a server process of its own, every byte of every answer checked.
@@ -36,6 +44,9 @@ enum Command {
 pub fn run() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Serve(options) => serve::run(&options),
+        Command::Chat(options) => return ask(&options, MessageType::CHAT, "chat"),
+        Command::Complete(options) => return ask(&options, MessageType::COMPLETE, "complete"),
+        Command::Analyze(options) => ask::analyze(&options),
         Command::Call(options) => call::run(&options),
         Command::Bench(options) => return run_bench(&options),
         Command::Doctor(options) => return doctor::run(&options).unwrap_or_else(|error| fail(&*error)),
@@ -45,6 +56,10 @@ pub fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&*error),
     }
+}
+
+fn ask(options: &ask::AskOptions, message_type: MessageType, name: &str) -> ExitCode {
+    ask::run(options, message_type, name).unwrap_or_else(|error| fail(&*error))
 }
 
 fn run_bench(options: &bench::options::BenchOptions) -> ExitCode {

@@ -1,0 +1,89 @@
+//! `doorbell analyze`: facts about a file, and an answer to a question about it.
+
+use super::{Server, read_stdin};
+use clap::Args;
+use doorbell::codec::{Codec, Json};
+use doorbell::messages::AnalyzeFile;
+use doorbell::{CallOptions, IpcError, MessageType};
+use doorbell_shm::entry::codec;
+use serde_json::Value;
+use std::error::Error;
+use std::path::PathBuf;
+
+/// A file, and what is asked about it.
+#[derive(Debug, Args)]
+pub struct AnalyzeOptions {
+    /// The file; `-` is standard input.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// A question about it, for the server's provider; words are joined by spaces.
+    #[arg(value_name = "QUESTION")]
+    question: Vec<String>,
+    /// Let the server read the file, which must lie beneath one of its roots, instead of sending what is in it.
+    #[arg(long)]
+    by_path: bool,
+    /// Print the answer as the server gave it, a line of JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    server: Server,
+}
+
+/// Asks about the file and prints what comes.
+pub fn run(options: &AnalyzeOptions) -> Result<(), Box<dyn Error>> {
+    let mut request = AnalyzeFile {
+        question: Some(options.question.join(" ")).filter(|question| !question.is_empty()),
+        ..AnalyzeFile::default()
+    };
+    if options.by_path {
+        let path = std::path::absolute(&options.file)?;
+        let text = path.into_os_string().into_string().map_err(|_| "the path is no UTF-8 text")?;
+        request.path = Some(text);
+    } else {
+        request.content = Some(content(&options.file)?);
+    }
+    let mut body = Vec::new();
+    Json::new().encode_analyze(&request, &mut body);
+    let client = options.server.connect("analyze")?;
+    if body.len() > client.max_message_size() {
+        return Err(IpcError::MessageTooLarge(client.max_message_size()).into());
+    }
+    let connection = client.open_with(codec::JSON, false)?;
+    let call = CallOptions {
+        deadline: options.server.deadline(),
+        reply_capacity: client.max_message_size().min(16 << 10),
+        ..CallOptions::default()
+    };
+    let answer = connection.call_with(MessageType::ANALYZE_FILE, &body, &call, |reply| reply.to_vec())??;
+    if options.json {
+        println!("{}", String::from_utf8_lossy(&answer));
+        return Ok(());
+    }
+    print(&serde_json::from_slice(&answer)?);
+    Ok(())
+}
+
+fn content(file: &std::path::Path) -> Result<String, Box<dyn Error>> {
+    if file == std::path::Path::new("-") {
+        return read_stdin();
+    }
+    let name = file.display();
+    let bytes = std::fs::read(file).map_err(|e| format!("cannot read {name}: {e}"))?;
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        format!("{name} is no UTF-8 text (byte {at} begins no character): use --by-path, for any bytes")
+            .into()
+    })
+}
+
+/// Facts a line each, then the answer.
+fn print(answer: &Value) {
+    let Value::Object(fields) = answer else { return println!("{answer}") };
+    for (name, value) in fields.iter().filter(|(name, _)| *name != "answer") {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        println!("{name:12} {value}");
+    }
+    if let Some(content) = answer["answer"]["content"].as_str() {
+        println!("\n{content}");
+    }
+}
