@@ -60,11 +60,11 @@ pub enum IpcError {
     /// The handler could not make sense of the body.
     #[error("the server could not decode the request: {0}")]
     Decode(String),
-    /// The deadline had passed before the call was started; it was not run.
-    #[error("the deadline had passed before the call was started: it was not run")]
+    /// The deadline passed before the call was started, which was then not run, or before its answer was complete.
+    #[error("the deadline passed before the call was started, or before its answer was complete")]
     DeadlineExceeded,
-    /// The call was cancelled before it was started.
-    #[error("the call was cancelled before it was started")]
+    /// The call was cancelled before it was started, or before its answer was complete.
+    #[error("the call was cancelled before its answer was complete")]
     Cancelled,
     /// The server could not take the call now.
     #[error("the server is overloaded: try again in {retry_ms} ms")]
@@ -81,6 +81,14 @@ pub enum IpcError {
     /// The handler reported a failure of its own.
     #[error("the handler failed: {0}")]
     Handler(String),
+    /// A service behind the server failed, such as the provider of a model.
+    #[error("{message} ({code})")]
+    Upstream {
+        /// A word for programs, such as `rate_limited`.
+        code: String,
+        /// A sentence for people: what failed, and what to do.
+        message: String,
+    },
     /// Every slot or ring entry is in use: take completions, then try again. Nothing was sent or lost.
     #[error("all slots or ring entries are in use: take completions with `poll` and try again")]
     WouldBlock,
@@ -203,6 +211,14 @@ pub enum IpcError {
 }
 
 impl IpcError {
+    /// Of the text that goes with [`doorbell_shm::entry::Status::Upstream`].
+    pub(crate) fn upstream(text: String) -> Self {
+        match text.split_once(": ") {
+            Some((code, message)) => Self::Upstream { code: code.to_owned(), message: message.to_owned() },
+            None => Self::Upstream { code: "unknown".to_owned(), message: text },
+        }
+    }
+
     pub(crate) fn io(call: &'static str, source: impl Into<io::Error>) -> Self {
         Self::Io { call, source: source.into() }
     }

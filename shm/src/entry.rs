@@ -97,6 +97,8 @@ pub enum Status {
     /// Memory that the call had leased was taken back, because its holder did nothing with it while others
     /// waited for it (F59).
     TakenBack = 9,
+    /// A service behind the server failed; the answer says how: a word for programs, `: `, a sentence.
+    Upstream = 10,
 }
 
 impl Status {
@@ -114,6 +116,7 @@ impl Status {
             Overloaded,
             Internal,
             TakenBack,
+            Upstream,
         ]
         .into_iter()
         .find(|s| *s as u8 == code)

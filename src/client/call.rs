@@ -234,6 +234,7 @@ impl Reply<'_> {
             Some(Status::Overloaded) => IpcError::Overloaded { retry_ms: detail },
             Some(Status::Internal) => IpcError::Handler(text()),
             Some(Status::TakenBack) => IpcError::MemoryTakenBack,
+            Some(Status::Upstream) => IpcError::upstream(text()),
             Some(Status::Ok) | None => IpcError::Handshake("the server answered with an unknown status"),
         }
     }

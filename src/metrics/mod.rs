@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 #[derive(Debug, Clone, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
 pub struct Metrics {
     /// Calls answered, by status code.
-    pub calls: [u64; 10],
+    pub calls: [u64; 11],
     /// Bytes of requests copied in.
     pub bytes_in: u64,
     /// Bytes of answers copied out.
@@ -177,6 +177,7 @@ impl Metrics {
             ("calls_cancelled", self.calls[Status::Cancelled as usize]),
             ("calls_internal", self.calls[Status::Internal as usize]),
             ("calls_taken_back", self.calls[Status::TakenBack as usize]),
+            ("calls_upstream", self.calls[Status::Upstream as usize]),
             ("bytes_in", self.bytes_in),
             ("bytes_out", self.bytes_out),
             ("sessions_opened", self.sessions_opened),

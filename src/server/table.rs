@@ -426,6 +426,14 @@ pub enum HandlerError {
     /// The body makes no sense; says what and where.
     #[error("{0}")]
     Decode(String),
+    /// A service behind the handler failed.
+    #[error("{code}: {message}")]
+    Upstream {
+        /// A word for programs, without a colon.
+        code: &'static str,
+        /// A sentence for people.
+        message: String,
+    },
     /// Anything else; says what.
     #[error("{0}")]
     Failed(String),
@@ -436,6 +444,7 @@ impl HandlerError {
         match self {
             Self::TooLarge => Status::TooLarge,
             Self::Decode(_) => Status::DecodeError,
+            Self::Upstream { .. } => Status::Upstream,
             Self::Failed(_) => Status::Internal,
         }
     }
