@@ -1,6 +1,6 @@
 #!/bin/sh
 # Fuzzes what reads from untrusted peers: a server's end of a lane (shm/fuzz: consumer), the handshake and all that a
-# session can ask of a core (stress/fuzz: handshake, session). Usage: ci/fuzz.sh [seconds] [target]; without a target
+# session can ask of a core (stress/fuzz: handshake, session), bodies (stress/fuzz: json, rkyv). Usage: ci/fuzz.sh [seconds] [target]; without a target
 # each of them runs for so long.
 # A target's corpus is read and not written; new inputs go to a scratch directory.
 # `ci/fuzz.sh minimise [target]` merges what was found there into the corpus.
