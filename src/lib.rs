@@ -18,6 +18,8 @@ mod error;
 pub mod messages;
 mod metrics;
 pub mod protocol;
+#[cfg(feature = "providers")]
+pub mod provider;
 mod server;
 
 pub use client::{

@@ -4,6 +4,7 @@
 mod ask;
 mod bench;
 mod call;
+mod config;
 mod doctor;
 mod serve;
 
@@ -31,6 +32,8 @@ enum Command {
     Analyze(ask::AnalyzeOptions),
     /// Send one request and print its answer.
     Call(call::CallOptions),
+    /// Check a configuration file, or print one with all defaults.
+    Config(config::ConfigOptions),
     /// Measure calls against a server process of its own, every byte of every answer checked.
     Bench(bench::options::BenchOptions),
     /// Check whether doorbell works well on this machine, what it will use and why, and what to change.
@@ -48,6 +51,7 @@ pub fn run() -> ExitCode {
         Command::Complete(options) => return ask(&options, MessageType::COMPLETE, "complete"),
         Command::Analyze(options) => ask::analyze(&options),
         Command::Call(options) => call::run(&options),
+        Command::Config(options) => config::run(&options),
         Command::Bench(options) => return run_bench(&options),
         Command::Doctor(options) => return doctor::run(&options).unwrap_or_else(|error| fail(&*error)),
         Command::BenchChild(options) => bench::child::run(&options).map_err(Into::into),

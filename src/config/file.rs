@@ -117,7 +117,8 @@ impl ConfigFile {
         let mut ipc = Ipc::default();
         for key in KEYS {
             let value = (key.field)(&mut ipc).to_toml();
-            let line = value.map_or_else(|| format!("# {} = ...", key.name), |v| format!("{} = {v}", key.name));
+            let line =
+                value.map_or_else(|| format!("# {} = ...", key.name), |v| format!("{} = {v}", key.name));
             text += &format!("# {}\n{line}\n", key.about);
         }
         text += AI;
@@ -240,7 +241,8 @@ impl Reader<'_> {
         };
         // It begins with the name of the limit, its unit in brackets.
         let limit = problem.split(' ').next().unwrap_or_default();
-        let is_it = |key: &str| key == limit || key.strip_prefix(limit).is_some_and(|unit| unit.starts_with('_'));
+        let is_it =
+            |key: &str| key == limit || key.strip_prefix(limit).is_some_and(|unit| unit.starts_with('_'));
         let key = KEYS.iter().map(|key| key.name).find(|name| is_it(name)).unwrap_or(limit);
         let path = format!("ipc.{key}");
         // Who set it last is who is wrong.
@@ -260,7 +262,12 @@ impl Reader<'_> {
         let before = &self.text[..span.start.min(self.text.len())];
         let line = before.matches('\n').count() + 1;
         let column = before.chars().rev().take_while(|c| *c != '\n').count() + 1;
-        ConfigFileError { source: self.name.to_owned(), at: Some((line, column)), key: key.to_owned(), problem }
+        ConfigFileError {
+            source: self.name.to_owned(),
+            at: Some((line, column)),
+            key: key.to_owned(),
+            problem,
+        }
     }
 }
 
@@ -273,8 +280,8 @@ fn unknown(what: &str, name: &str, names: &[&str]) -> String {
 
 /// The name that is most like `name`, if any is.
 fn nearest<'n>(name: &str, names: &[&'n str]) -> Option<&'n str> {
-    let likeness = |other: &&str| (strsim::jaro_winkler(name, other) * 1000.0) as u32;
-    names.iter().copied().max_by_key(|other| likeness(other)).filter(|other| likeness(other) >= 800)
+    let likeness = |other: &&str| (strsim::normalized_damerau_levenshtein(name, other) * 1000.0) as u32;
+    names.iter().copied().max_by_key(|other| likeness(other)).filter(|other| likeness(other) >= 600)
 }
 
 /// serde's words for an unknown field or variant, and the nearest of those that there are.

@@ -29,7 +29,6 @@ pub(super) enum Field<'a> {
     U32(&'a mut u32),
     U64(&'a mut u64),
     Bool(&'a mut bool),
-    Seconds(&'a mut Duration),
     Millis(&'a mut Duration),
     Micros(&'a mut Duration),
     Path(&'a mut Option<PathBuf>),
@@ -92,7 +91,6 @@ impl Field<'_> {
             Self::U32(to) => *to = whole(value, u32::MAX.into())? as u32,
             Self::U64(to) => *to = whole(value, i64::MAX as u64)?,
             Self::Bool(to) => *to = value.as_bool().ok_or_else(|| wanted("true or false", value))?,
-            Self::Seconds(to) => *to = Duration::from_secs(whole(value, u32::MAX.into())?),
             Self::Millis(to) => *to = Duration::from_millis(whole(value, u32::MAX.into())?),
             Self::Micros(to) => *to = Duration::from_micros(whole(value, u32::MAX.into())?),
             Self::Path(to) => *to = Some(path(value)?),
@@ -101,7 +99,8 @@ impl Field<'_> {
                 *to = list(value, "a list of core numbers", |v| Ok(whole(v, 1 << 20)? as usize))?;
             }
             Self::Policy(to) => {
-                let text = value.as_str().ok_or_else(|| wanted("\"handoff\", \"block\" or \"spin\"", value))?;
+                let text =
+                    value.as_str().ok_or_else(|| wanted("\"handoff\", \"block\" or \"spin\"", value))?;
                 *to = text.parse().map_err(|_| format!("`{text}` is none: choose handoff, block or spin"))?;
             }
         }
@@ -115,7 +114,6 @@ impl Field<'_> {
             Self::U32(value) => value.to_string(),
             Self::U64(value) => value.to_string(),
             Self::Bool(value) => value.to_string(),
-            Self::Seconds(value) => value.as_secs().to_string(),
             Self::Millis(value) => value.as_millis().to_string(),
             Self::Micros(value) => value.as_micros().to_string(),
             Self::Path(value) => quoted(value.as_ref()?),
@@ -131,7 +129,7 @@ fn listed(items: impl Iterator<Item = String>) -> String {
 }
 
 fn quoted(path: &PathBuf) -> String {
-    toml::Value::String(path.display().to_string()).to_string()
+    serde_json::Value::from(path.display().to_string()).to_string()
 }
 
 fn wanted(what: &str, found: &DeValue<'_>) -> String {

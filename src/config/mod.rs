@@ -1,5 +1,13 @@
 //! Every limit of the server, in one place, with its unit (FAULTS S12).
 
+#[cfg(feature = "config-file")]
+pub mod file;
+#[cfg(feature = "config-file")]
+mod keys;
+
+#[cfg(feature = "config-file")]
+pub use keys::Ipc;
+
 use crate::error::{IpcError, Result};
 use crate::server::budget::BUDGET_MIN;
 use crate::server::reactor_cores;
@@ -32,6 +40,17 @@ pub enum WaitPolicy {
     /// Sleep as soon as there is nothing to do: no CPU while idle, a wake-up (2 µs on the caller's core, 5
     /// to 70 µs across cores) in every cold call.
     Block,
+}
+
+impl WaitPolicy {
+    /// Its name on command lines and in configuration files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Handoff => "handoff",
+            Self::Spin => "spin",
+            Self::Block => "block",
+        }
+    }
 }
 
 impl FromStr for WaitPolicy {

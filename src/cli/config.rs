@@ -1,0 +1,40 @@
+//! `doorbell config`: the configuration file, checked or written.
+
+use clap::{Args, Subcommand};
+use doorbell::config::file::ConfigFile;
+use std::error::Error;
+use std::path::PathBuf;
+
+/// Check a configuration file, or print one with all defaults.
+#[derive(Debug, Args)]
+pub struct ConfigOptions {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Say what is wrong with a file and the environment, and where; nothing is started.
+    Check {
+        /// The file; without it only the environment is checked.
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+    /// Print a file that says what holds without one.
+    Default,
+}
+
+/// Does what was asked for.
+pub fn run(options: &ConfigOptions) -> Result<(), Box<dyn Error>> {
+    match &options.action {
+        Action::Check { file } => {
+            ConfigFile::load(file.as_deref())?;
+            match file {
+                Some(file) => println!("{}: good", file.display()),
+                None => println!("the environment: good"),
+            }
+        }
+        Action::Default => print!("{}", ConfigFile::default_text()),
+    }
+    Ok(())
+}
