@@ -127,7 +127,7 @@ fn r1_9_trap15_a_full_queue_would_block_and_loses_nothing() {
         assert!(matches!(client.stream(ENDLESS, Vec::new(), |_| ()), Err(IpcError::WouldBlock)));
         server.open_gate();
         next(&client, &gated).unwrap();
-        for i in 0..99 {
+        for i in 0..99u32 {
             assert_eq!(next(&client, &told), (i, i.to_le_bytes().to_vec()));
         }
         eventually("nothing is pending", || client.pending() == 0);
@@ -178,7 +178,7 @@ fn r2_6_trap19_a_cancel_at_every_moment_is_called_back_once() {
             let end = loop {
                 match next(&client, &told) {
                     // Told before the handle was dropped.
-                    StreamEvent::Frame(frame) => at += frame.len(),
+                    StreamEvent::Frame(_) => {}
                     StreamEvent::End(result) => break result,
                 }
             };
