@@ -89,8 +89,9 @@ pub enum IpcError {
         /// A sentence for people: what failed, and what to do.
         message: String,
     },
-    /// Every slot or ring entry is in use: take completions, then try again. Nothing was sent or lost.
-    #[error("all slots or ring entries are in use: take completions with `poll` and try again")]
+    /// Every slot or ring entry, or every place in a callback client's queue, is in use: take answers, then try again.
+    /// Nothing was sent or lost.
+    #[error("all slots, ring entries or places in the queue are in use: take answers (`poll`) and try again")]
     WouldBlock,
     /// The connection has been closed by its owner.
     #[error("the connection is closed: open another one")]

@@ -4,10 +4,10 @@
 //! dispatches handlers from a static table. `ARCHITECTURE.md` says how it fits together.
 //!
 //! - Server: [`IpcServer`] with a [`HandlerTable`].
-//! - Client: [`IpcClient`].
+//! - Client: [`IpcClient`]; for the tasks of tokio `AsyncClient`; for threads that must not wait [`CallbackClient`].
 
 /// The examples of README.md, compiled.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "tokio"))]
 #[doc = include_str!("../README.md")]
 struct ReadmeExamples;
 

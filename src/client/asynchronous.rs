@@ -370,8 +370,9 @@ impl Shared {
             let mut state = self.lock();
             match state.mux.submit(message_type, request, options, None) {
                 Err((IpcError::WouldBlock, _)) => {
+                    // Room comes with answers, which the driver waits for: it need not be woken, and wakes this one.
                     replaced = state.room.replace(cx.waker().clone());
-                    (Poll::Pending, state.driver.take())
+                    (Poll::Pending, None)
                 }
                 other => (Poll::Ready(other.map_err(|(error, _)| error)), state.driver.take()),
             }

@@ -4,6 +4,7 @@
 
 pub mod process;
 pub mod raw;
+pub mod streams;
 
 use doorbell::{
     ClientConfig, Connection, Context, HandlerError, HandlerTable, IpcClient, IpcServer, MessageType,
@@ -42,6 +43,8 @@ pub struct State {
     pub counted: AtomicU64,
     pub entered: AtomicU64,
     pub gate: AtomicU64,
+    /// Streams of [`streams`] that are being answered.
+    pub streams: AtomicU64,
 }
 
 pub type Shared = &'static State;
@@ -110,7 +113,7 @@ impl Pieces<Shared> for After {
     }
 }
 
-type Made = Result<Box<dyn Pieces<Shared>>, HandlerError>;
+pub type Made = Result<Box<dyn Pieces<Shared>>, HandlerError>;
 
 fn stuck(_: &Context<'_, Shared>, _: Option<u64>) -> Made {
     Ok(Box::new(After(1, |_| Ok(Progress::Took(0)))))
@@ -131,6 +134,9 @@ static TABLE: HandlerTable<Shared> = HandlerTable::with_builtins()
     .on_pieces(STUCK, stuck)
     .on_pieces(EARLY, early)
     .on_pieces(BREAKS, breaks)
+    .on_pieces(streams::ENDLESS, streams::endless)
+    .on_pieces(streams::RECORDS, streams::records)
+    .on(streams::CORE, streams::core)
     .on(PANIC, panic)
     .on(FLOOD, flood)
     .on(REFUSE, refuse)

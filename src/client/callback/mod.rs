@@ -98,6 +98,8 @@ struct Shared {
     closing: AtomicBool,
     pending: AtomicUsize,
     pending_max: usize,
+    /// Callbacks run where the caller polls.
+    polled: bool,
     panics: AtomicU64,
     /// Somebody runs callbacks in `poll_events`.
     polling: AtomicBool,
@@ -185,6 +187,7 @@ impl CallbackClient {
             closing: AtomicBool::new(false),
             pending: AtomicUsize::new(0),
             pending_max: config.pending_max,
+            polled: config.polled,
             panics: AtomicU64::new(0),
             polling: AtomicBool::new(false),
             broken: OnceLock::new(),

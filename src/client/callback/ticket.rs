@@ -81,6 +81,8 @@ impl Ticket {
     /// Hands out the end.
     fn end(&self, result: Result<Vec<u8>>) {
         let Some(callback) = self.callback().take() else { return };
+        // From here on there is nothing to cancel.
+        self.cancel.store(true, SeqCst);
         self.contain(|| match callback {
             Callback::Answer(answered) => answered(result),
             Callback::Stream(mut on_event) => on_event(StreamEvent::End(result.map(drop))),
@@ -144,8 +146,10 @@ impl Delivery {
             What::Frame(bytes) => {
                 self.ticket.frame(bytes);
                 self.ticket.frames.fetch_sub(1, SeqCst);
-                // The thread may have another one.
-                self.ticket.shared.bell.ring();
+                if self.ticket.shared.polled {
+                    // The thread may have another one.
+                    self.ticket.shared.bell.ring();
+                }
             }
             // A call that was cancelled in time has no other answer, even if that is on its way.
             What::End(Ok(_)) if self.ticket.is_cancelled() => self.ticket.end(Err(IpcError::Cancelled)),

@@ -182,10 +182,10 @@ impl Worker {
         is_one: impl Fn(&Ticket, Option<Instant>) -> bool,
         error: impl Fn() -> IpcError,
     ) {
-        let (ended, waiting) =
+        let (ended, waiting): (VecDeque<Command>, _) =
             std::mem::take(&mut self.waiting).into_iter().partition(|c| is_one(&c.ticket, c.due));
         self.waiting = waiting;
-        for command in VecDeque::<Command>::from(ended) {
+        for command in ended {
             self.deliver(Delivery::end(command.ticket, Err(error())));
         }
         let keys: Vec<Key> = mux.keys().collect();
