@@ -142,7 +142,7 @@ fn r2_11_a_request_without_sense_is_refused() {
     for (request, problem) in [
         (&b""[..], "no object"),
         (b"{}", "neither `path` nor `content`"),
-        (br#"{"path":7}"#, "`path` must be a text"),
+        (br#"{"path":7}"#, "`path`, byte 8: must be a string"),
         (br#"{"path":"a","content":"b"}"#, "both `path` and `content`"),
         (b"{\"path\":\"\xff\"}", "not UTF-8 from byte 9"),
         (long.as_bytes(), "nonsense"),

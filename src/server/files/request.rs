@@ -1,8 +1,8 @@
 //! The body of `AnalyzeFile`: `{ "path": "...", "question"?: "..." }` or `{ "content": "...", "question"?: "..." }`.
 
+use crate::codec::{Codec, DecodeError, Json};
+use crate::messages::AnalyzeFileRef;
 use crate::server::HandlerError;
-use serde::Deserialize;
-use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::path::Path;
 
@@ -31,23 +31,9 @@ pub enum Subject<'a> {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RequestError {
-    /// The body is no UTF-8.
-    #[error("the request is not UTF-8 from byte {at} on: send JSON")]
-    NotUtf8 {
-        /// Offset of the first byte that begins no valid sequence.
-        at: usize,
-    },
-    /// The body is no object of the known fields.
-    #[error("the request is no object with `path` or `content`, and perhaps `question`: {0}")]
-    NotAnObject(String),
-    /// A field is no text.
-    #[error("`{field}` must be a text: {problem}")]
-    NotText {
-        /// The field.
-        field: &'static str,
-        /// What it is instead, and where in the field.
-        problem: String,
-    },
+    /// The body is not such a message.
+    #[error(transparent)]
+    Body(#[from] DecodeError),
     /// Neither path nor content.
     #[error("the request has neither `path` nor `content`: give one of them")]
     NoSubject,
@@ -66,23 +52,8 @@ impl From<RequestError> for HandlerError {
     }
 }
 
-/// The fields before their values are looked at, so that an error can name the field.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Fields<'a> {
-    #[serde(borrow)]
-    path: Option<&'a RawValue>,
-    #[serde(borrow)]
-    content: Option<&'a RawValue>,
-    #[serde(borrow)]
-    question: Option<&'a RawValue>,
-}
-
-#[derive(Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
-
 impl<'a> AnalyzeRequest<'a> {
-    /// Reads a request. A field that is `null` is as good as absent; one that is not known is an error, so that a
+    /// Reads a request in JSON. A field that is `null` is as good as absent; one that is not known is an error, so that a
     /// misspelt one is noticed.
     ///
     /// Cost:   two passes over the body; a copy of a text only if it has escapes.
@@ -91,20 +62,23 @@ impl<'a> AnalyzeRequest<'a> {
     ///
     /// [`RequestError`], naming the field.
     pub fn parse(body: &'a [u8]) -> Result<Self, RequestError> {
-        let body = std::str::from_utf8(body).map_err(|e| RequestError::NotUtf8 { at: e.valid_up_to() })?;
-        // An array would do for serde.
-        if body.trim_start().starts_with('[') {
-            return Err(RequestError::NotAnObject("it is an array".to_owned()));
-        }
-        let fields: Fields<'a> =
-            serde_json::from_str(body).map_err(|e| RequestError::NotAnObject(e.to_string()))?;
-        let subject = match (text("path", fields.path)?, text("content", fields.content)?) {
+        Self::decode(&Json::new(), body)
+    }
+
+    /// Reads a request of any codec.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError`], naming the field.
+    pub fn decode(codec: &dyn Codec, body: &'a [u8]) -> Result<Self, RequestError> {
+        let AnalyzeFileRef { path, content, question } = codec.decode_analyze(body)?;
+        let subject = match (path, content) {
             (Some(path), None) => Subject::Path(checked(path)?),
             (None, Some(content)) => Subject::Content(content),
             (None, None) => return Err(RequestError::NoSubject),
             (Some(_), Some(_)) => return Err(RequestError::TwoSubjects),
         };
-        Ok(Self { subject, question: text("question", fields.question)? })
+        Ok(Self { subject, question })
     }
 }
 
@@ -115,14 +89,6 @@ impl Subject<'_> {
             Self::Path(path) => Some(Path::new(&**path)),
             Self::Content(_) => None,
         }
-    }
-}
-
-fn text<'a>(field: &'static str, value: Option<&'a RawValue>) -> Result<Option<Cow<'a, str>>, RequestError> {
-    let Some(value) = value else { return Ok(None) };
-    match serde_json::from_str(value.get()) {
-        Ok(Text(text)) => Ok(Some(text)),
-        Err(error) => Err(RequestError::NotText { field, problem: error.to_string() }),
     }
 }
 
@@ -140,7 +106,11 @@ mod tests {
     use super::*;
 
     fn error(body: &str) -> String {
-        AnalyzeRequest::parse(body.as_bytes()).unwrap_err().to_string()
+        error_of(body.as_bytes())
+    }
+
+    fn error_of(body: &[u8]) -> String {
+        AnalyzeRequest::parse(body).unwrap_err().to_string()
     }
 
     /// Goal:   R2.11: a path or a content, with or without a question, in any order, borrowed where it can be.
@@ -176,18 +146,17 @@ mod tests {
             "the request has both `path` and `content`: give one of them"
         );
         for (body, parts) in [
-            (r#"{"path":5}"#, &["`path` must be a text", "integer `5`"][..]),
-            (r#"{"content":["a"]}"#, &["`content` must be a text", "sequence"]),
-            (r#"{"content":"a","question":true}"#, &["`question` must be a text", "boolean"]),
-            (r#"{"content":"\ud800"}"#, &["`content` must be a text", "hex escape"]),
-            (r#"{"pth":"a"}"#, &["unknown field `pth`", "`path`, `content`, `question`"]),
-            (r#"{"path":"a","path":"b"}"#, &["duplicate field `path`"]),
+            (r#"{"path":5}"#, &["`path`, byte 8: must be a string", "a number"][..]),
+            (r#"{"content":["a"]}"#, &["`content`, byte 11: must be a string", "an array"]),
+            (r#"{"content":"a","question":true}"#, &["`question`, byte 26: must be a string", "a boolean"]),
+            (r#"{"content":"\ud800"}"#, &["`content`, byte 12: has the lone surrogate \\ud800"]),
+            (r#"{"pth":"a"}"#, &["`pth`, byte 7: is an unknown field", "`path`, `content` and `question`"]),
             (r#"{"path":""}"#, &["`path` is empty"]),
             (r#"{"path":"a\u0000b"}"#, &["`path` contains U+0000"]),
-            (r#"["a",null,null]"#, &["no object with `path`", "array"]),
-            (r#"{"path":"a""#, &["no object with `path`", "EOF"]),
-            (r#"{"path":"a"} x"#, &["no object with `path`", "trailing"]),
-            ("", &["no object with `path`"]),
+            (r#"["a",null,null]"#, &["an object with `path`", "an array"]),
+            (r#"{"path":"a""#, &["invalid JSON", "the end"]),
+            (r#"{"path":"a"} x"#, &["invalid JSON", "the end must be here"]),
+            ("", &["an object with `path`", "the end"]),
         ] {
             let error = error(body);
             assert!(parts.iter().all(|part| error.contains(part)), "{body}: {error}");
@@ -195,8 +164,8 @@ mod tests {
         let long = format!(r#"{{"path":"{}"}}"#, "a".repeat(PATH_MAX + 1));
         assert!(error(&long).contains("`path` has more than 4095 bytes"));
         assert_eq!(
-            AnalyzeRequest::parse(b"{\"content\":\"\xe2\x82\"}"),
-            Err(RequestError::NotUtf8 { at: 12 })
+            error_of(b"{\"content\":\"\xe2\x82\"}"),
+            "`content`, byte 12: is not UTF-8: send JSON in UTF-8"
         );
     }
 

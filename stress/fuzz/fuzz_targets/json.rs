@@ -2,7 +2,7 @@
 //!
 //! Asserted: nothing panics; what is refused is refused at a byte of the body; what serde_json takes for JSON is JSON here,
 //! and the other way round, as far as depth allows; what is read is, written, read as the same and written as the same
-//! bytes; every message that plain serde_json reads is read, as the same.
+//! bytes; every request that plain serde_json reads is read, as the same.
 #![no_main]
 
 use doorbell::codec::{Codec, DecodeError, Json, Problem};
@@ -23,15 +23,19 @@ fn inside<T>(result: Result<T, DecodeError>, body: &[u8]) -> Option<T> {
     result.inspect_err(|e| assert!(e.offset <= body.len() && e.to_string().len() < 1000, "{e}")).ok()
 }
 
+/// Plain serde takes arrays for objects, and objects for words.
+fn is_serdes_own(what: &Problem) -> bool {
+    matches!(what, Problem::Type { found: "an array" | "an object", .. } | Problem::Depth { .. })
+}
+
 fn request(body: &[u8]) {
     let plain = serde_json::from_slice::<AIRequest>(body);
-    // Where plain serde has an array for an object, we have not.
-    let plain = plain.ok().filter(|_| !body.contains(&b'['));
-    let Some(request) = inside(JSON.decode_request(body), body) else {
-        return assert!(plain.is_none(), "plain serde reads it");
+    let request = match (JSON.decode_request(body), &plain) {
+        (Ok(request), _) => request.into_owned(),
+        (Err(error), Ok(_)) => return assert!(is_serdes_own(&error.what), "plain serde reads it: {error}"),
+        (error, Err(_)) => return drop(inside(error, body)),
     };
-    let request = request.into_owned();
-    if let Some(plain) = plain {
+    if let Ok(plain) = plain {
         assert_eq!(format!("{plain:?}"), format!("{request:?}"));
     }
     let first = written(|out| JSON.encode_request(&request, out));
