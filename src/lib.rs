@@ -34,9 +34,9 @@ pub use error::{IpcError, Result};
 pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};
 pub use server::{
-    BoundServer, BufferPool, ConnectionPool, Context, Handler, HandlerError, HandlerTable, IpcServer,
-    MakePieces, Pieces, Progress, Reply, ShutdownHandle, TABLE_LEN, check_socket_path, files, reactor_cores,
-    wake_cost,
+    Answering, AsyncHandler, BoundServer, BufferPool, ConnectionPool, Context, Deferred, DeferredError,
+    DeferredHandler, Executor, Handler, HandlerError, HandlerTable, IpcServer, MakePieces, Pieces, Progress,
+    Reply, ShutdownHandle, TABLE_LEN, check_socket_path, files, reactor_cores, wake_cost,
 };
 #[cfg(fuzzing)]
 #[doc(hidden)]

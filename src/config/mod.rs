@@ -12,6 +12,7 @@ use crate::error::{IpcError, Result};
 use crate::server::budget::BUDGET_MIN;
 use crate::server::reactor_cores;
 use doorbell_shm::layout::LANES_MAX;
+use doorbell_shm::pipe::ReadySet;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -121,6 +122,12 @@ pub struct ServerConfig {
     pub file_roots: Vec<PathBuf>,
     /// Longest file that is read for a client, bytes.
     pub max_file_size: u64,
+    /// Calls of each reactor that are answered from elsewhere at a time, tickets that are still held of calls that have
+    /// ended among them; one more is answered `Overloaded`.
+    pub max_deferred: u32,
+    /// Deadline, from when the server takes them, of calls that are not answered within their turn and have none of their
+    /// own: those of several frames, and those answered from elsewhere. `None`: they may take for ever.
+    pub default_deadline: Option<Duration>,
     /// How the reactor waits.
     pub policy: WaitPolicy,
     /// Reactors, each a thread with a ring of its own; 0 means one for every core that may be used.
@@ -160,6 +167,8 @@ impl Default for ServerConfig {
             buffer_pool_size: 100,
             file_roots: Vec::new(),
             max_file_size: 10 << 20,
+            max_deferred: 1024,
+            default_deadline: None,
             policy: WaitPolicy::default(),
             reactors: 0,
             cores: Vec::new(),
@@ -219,6 +228,9 @@ impl ServerConfig {
         range("storm_patience (ms)", self.storm_patience.as_millis() as u64, 1, 3_600_000)?;
         range("reactors", self.reactors.into(), 0, REACTORS_LIMIT.into())?;
         range("buffer_pool_size", self.buffer_pool_size.into(), 1, BUFFERS_LIMIT.into())?;
+        range("max_deferred", self.max_deferred.into(), 1, ReadySet::MOST.into())?;
+        let deadline_ms = self.default_deadline.map_or(1, |after| after.as_millis() as u64);
+        range("default_deadline (ms)", deadline_ms, 1, 1 << 40)?;
         range("max_file_size", self.max_file_size, 1, 1 << 40)?;
         range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
     }

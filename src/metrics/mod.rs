@@ -72,6 +72,12 @@ pub struct Metrics {
     pub files_refused: u64,
     /// Bytes that buffers for files take at most; none once they have not been used for a while.
     pub staged_bytes: u64,
+    /// Calls that are answered from elsewhere, now: their tickets are held by threads or futures.
+    pub deferred_live: u64,
+    /// Tickets that are still held although their calls have ended.
+    pub deferred_detached: u64,
+    /// Calls refused because there were too many tickets.
+    pub deferred_refused: u64,
     /// Clients that could not be accepted, or were sent away at once, because the kernel gave no descriptor (F32).
     pub accepts_failed: u64,
 }
@@ -208,6 +214,9 @@ impl Metrics {
             ("files_read", self.files_read),
             ("files_refused", self.files_refused),
             ("staged_bytes", self.staged_bytes),
+            ("deferred_live", self.deferred_live),
+            ("deferred_detached", self.deferred_detached),
+            ("deferred_refused", self.deferred_refused),
             ("accepts_failed", self.accepts_failed),
         ];
         for (i, (name, value)) in fields.iter().enumerate() {

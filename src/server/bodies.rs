@@ -1,9 +1,13 @@
 //! How a lane moves its calls of several frames (`exchange.rs` says what they are).
 
+use super::deferred::{AsyncCall, DROPPED, End};
 use super::exchange::{Body, Exchange, Frame, LaneExchanges, Plan, Terminal, Work};
 use super::jobs::{Answer, Ticket};
 use super::lane::{Bench, Outcome, Places, SessionLane, Turn, failure};
-use super::table::{Context, Defer, Deferral, Entry, Handler, HandlerError, Progress, Reply, Rest, Window};
+use super::table::{
+    Context, Defer, Deferral, Elsewhere, Entry, Handler, HandlerError, Progress, Reply, Rest, Window,
+};
+use super::tickets::Look;
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::PeerFault;
@@ -44,10 +48,14 @@ impl SessionLane {
                 return self.complete(ring, call, outcome);
             }
         };
-        if let Plan::Deferred(defer) = plan {
-            return self.begin_deferred(id, ring, call, places, defer, bench);
+        match plan {
+            Plan::Deferred(defer) => return self.begin_deferred(id, ring, call, places, defer, bench),
+            Plan::Elsewhere(elsewhere) => {
+                return self.begin_elsewhere(id, ring, call, places, elsewhere, bench);
+            }
+            Plan::Whole(_) | Plan::Pieces(_) => {}
         }
-        let (index, mut exchange) = bench.exchanges.begin(call, ring, id);
+        let (index, mut exchange) = bench.begin(call, ring, id);
         exchange.window = window(call, places);
         exchange.next_frame = 1;
         let meta = u32::from(call.meta_len);
@@ -64,7 +72,7 @@ impl SessionLane {
                     self.fail(&mut exchange, refused, bench);
                 }
             },
-            Plan::Deferred(_) => {}
+            Plan::Deferred(_) | Plan::Elsewhere(_) => {}
         }
         self.insert(ring, call.slot, index);
         bench.exchanges.put(index, exchange);
@@ -83,7 +91,7 @@ impl SessionLane {
         outcome: Outcome,
         bench: &mut Bench<'_, S>,
     ) -> Result<(), PeerFault> {
-        let (index, mut exchange) = bench.exchanges.begin(call, ring, id);
+        let (index, mut exchange) = bench.begin(call, ring, id);
         self.give_back_request(call, places);
         exchange.window = window(call, places);
         exchange.ended = true;
@@ -114,7 +122,7 @@ impl SessionLane {
         self.lane().common.payload.read(LaneLayout::slot_offset(places.payload), request);
         let request = &request[call.meta_len as usize..];
         let deferral = catch_unwind(AssertUnwindSafe(|| defer(request)));
-        let (index, mut exchange) = bench.exchanges.begin(call, ring, id);
+        let (index, mut exchange) = bench.begin(call, ring, id);
         self.give_back_request(call, places);
         exchange.window = window(call, places);
         exchange.ended = true;
@@ -123,6 +131,73 @@ impl SessionLane {
         self.insert(ring, call.slot, index);
         bench.exchanges.put(index, exchange);
         self.step(index, bench)
+    }
+
+    /// Runs a call of one frame that is answered from elsewhere.
+    fn begin_elsewhere<S>(
+        &mut self,
+        id: u32,
+        ring: usize,
+        call: &Submission,
+        places: Places,
+        elsewhere: Elsewhere<S>,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<(), PeerFault> {
+        let (index, mut exchange) = bench.begin(call, ring, id);
+        // Copied once: from here on the client can change the slot but not the request (S3, F15). Beside the bench,
+        // which the handler's ticket needs.
+        let mut request = std::mem::take(bench.request);
+        request.resize(call.len as usize, 0);
+        self.lane().common.payload.read(LaneLayout::slot_offset(places.payload), &mut request);
+        self.give_back_request(call, places);
+        exchange.window = window(call, places);
+        exchange.ended = true;
+        bench.metrics.bytes_in += u64::from(call.len);
+        self.run_elsewhere(index, elsewhere, &request[call.meta_len as usize..], &mut exchange, bench);
+        *bench.request = request;
+        self.insert(ring, call.slot, index);
+        bench.exchanges.put(index, exchange);
+        self.step(index, bench)
+    }
+
+    /// Runs the handler of a call that is answered from elsewhere.
+    fn run_elsewhere<S>(
+        &mut self,
+        index: u32,
+        elsewhere: Elsewhere<S>,
+        request: &[u8],
+        e: &mut Exchange<S>,
+        bench: &mut Bench<'_, S>,
+    ) {
+        let (number, ticket) = match bench.exchanges.tickets.open(e.seat, index) {
+            Ok(Some(opened)) => opened,
+            Ok(None) => {
+                bench.metrics.deferred_refused += 1;
+                return e.answer(Answer::busy(), bench.message_max);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no memory for an answer that is deferred");
+                return e.answer(Answer::busy(), bench.message_max);
+            }
+        };
+        e.work = Work::Ticket(number);
+        let context = context(bench.state, bench.metrics, bench.totals, &e.call);
+        let begun = catch_unwind(AssertUnwindSafe(|| match elsewhere {
+            Elsewhere::Ticket(handler) => handler(&context, request, ticket),
+            Elsewhere::Future(handler) => {
+                let call = AsyncCall::new(handler(&context, request), ticket);
+                match bench.executor {
+                    Some(execute) => execute(Box::pin(call)),
+                    // Refused when the server was bound.
+                    None => drop(call),
+                }
+                Ok(())
+            }
+        }));
+        if !matches!(begun, Ok(Ok(()))) {
+            bench.exchanges.tickets.detach(number);
+            self.fail(e, begun, bench);
+        }
     }
 
     /// The only frame of a request has been taken.
@@ -394,6 +469,13 @@ impl SessionLane {
             }
             match &mut e.work {
                 Work::Answered | Work::Deferred(_) => return Ok(Next::Waits),
+                Work::Ticket(number) => {
+                    let number = *number;
+                    if let Some(next) = self.send_ticket(number, e, free, bench)? {
+                        return Ok(next);
+                    }
+                    free = self.frames_free(e.ring)?;
+                }
                 Work::Waits(bytes) => {
                     let bytes = *bytes;
                     if !bench.exchanges.reserve(index, bytes) {
@@ -437,6 +519,108 @@ impl SessionLane {
                 }
             }
         }
+    }
+
+    /// Sends what the holder of a ticket has written, a frame at most; says how the exchange goes on, or `None` if that
+    /// follows from what it has become.
+    fn send_ticket<S>(
+        &mut self,
+        number: u32,
+        e: &mut Exchange<S>,
+        free: u64,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<Option<Next>, PeerFault> {
+        let available = match bench.exchanges.tickets.look(number) {
+            Look::Bytes(available) => available,
+            Look::Empty => {
+                bench.exchanges.tickets.make_room(number);
+                return self.send_written(e, free).map(Some);
+            }
+            Look::Ended(end) => {
+                self.end_ticket(e, end, bench);
+                return Ok(None);
+            }
+        };
+        if e.window.credit() == 0 {
+            // Whoever waits for room waits for the client; the rest of what he wants is seen to.
+            bench.exchanges.tickets.make_room(number);
+            return Ok(Some(Next::Waits));
+        }
+        let room = (e.window.capacity - e.filled) as usize;
+        let len = available.min(room);
+        if e.sent + e.filled as usize + len > bench.message_max {
+            bench.exchanges.tickets.detach(number);
+            e.work = Work::Answered;
+            e.filled = 0;
+            e.terminal = Some(Terminal { status: Status::TooLarge, detail: bench.message_max as u64 });
+            return Ok(None);
+        }
+        // Through private memory: nobody has a reference to either side's bytes.
+        let bytes = bench.staging.take(len);
+        bench.exchanges.tickets.take(number, bytes);
+        bench.exchanges.tickets.make_room(number);
+        self.lane().common.payload.write(e.offset() + e.filled as usize, bytes);
+        e.filled += len as u32;
+        e.moved = true;
+        bench.metrics.bytes_out += len as u64;
+        if len < room {
+            return Ok(None);
+        }
+        if free == 0 {
+            return Ok(Some(Next::WantsSpace));
+        }
+        self.send_frame(e)?;
+        Ok(Some(Next::Again))
+    }
+
+    /// Sends the frame that is being written, if anything is in it.
+    fn send_written<S>(&mut self, e: &mut Exchange<S>, free: u64) -> Result<Next, PeerFault> {
+        if e.filled == 0 {
+            return Ok(Next::Waits);
+        }
+        if free == 0 {
+            return Ok(Next::WantsSpace);
+        }
+        self.send_frame(e)?;
+        Ok(Next::Waits)
+    }
+
+    /// The holder of a ticket has ended the answer.
+    fn end_ticket<S>(&mut self, e: &mut Exchange<S>, end: Option<End>, bench: &mut Bench<'_, S>) {
+        e.work = Work::Answered;
+        let error = match end {
+            None => {
+                e.terminal = Some(Terminal { status: Status::Ok, detail: 0 });
+                return;
+            }
+            Some(End::Rest(bytes)) => {
+                if e.sent + e.filled as usize + bytes.len() > bench.message_max {
+                    e.filled = 0;
+                    return e.answer(HandlerError::TooLarge.into(), bench.message_max);
+                }
+                return e.answer(Answer::of(bytes), bench.message_max);
+            }
+            Some(End::Panicked) => Answer { status: Status::HandlerPanic, detail: 0, bytes: Vec::new() },
+            Some(End::Failed(error)) => error.into(),
+            Some(End::Dropped) => HandlerError::Failed(DROPPED.to_owned()).into(),
+        };
+        // What has not been sent is dropped.
+        e.filled = 0;
+        e.answer(error, bench.message_max);
+    }
+
+    /// Goes on with an exchange outside of its lane's turn, because the holder of its ticket has something to say;
+    /// whether the lane has to be polled for the rest.
+    pub(super) fn step_ticket<S>(&mut self, index: u32, bench: &mut Bench<'_, S>) -> Result<bool, PeerFault> {
+        match bench.exchanges.get_mut(index) {
+            // It has its turn anyway, or cannot move.
+            Some(exchange) if exchange.queued || exchange.wants_space => return Ok(exchange.queued),
+            Some(_) => {}
+            None => return Ok(false),
+        }
+        self.step(index, bench)?;
+        let all = self.exchanges.as_ref();
+        Ok(all.is_some_and(|all| all.can_move() || Drain::ORDER.iter().any(|ring| all.wants_space(*ring))))
     }
 
     /// Sends what has been written of an answer whose request has nothing more to take at the moment.
@@ -549,6 +733,9 @@ impl SessionLane {
             Some(Entry { deferred: Some(defer), .. }) => {
                 let deferral = catch_unwind(AssertUnwindSafe(|| defer(body.bytes())));
                 self.settle(index, e, deferral, bench);
+            }
+            Some(Entry { elsewhere: Some(elsewhere), .. }) => {
+                self.run_elsewhere(index, *elsewhere, body.bytes(), e, bench);
             }
             _ => {}
         }
@@ -734,7 +921,14 @@ fn plan<S>(call: &Submission, bench: &Bench<'_, S>) -> Result<Plan<S>, Outcome> 
         Some(Entry { deferred: Some(defer), .. }) if call.flags & flag::END != 0 => {
             Ok(Plan::Deferred(*defer))
         }
-        Some(Entry { whole: Some(_), whole_max, .. } | Entry { deferred: Some(_), whole_max, .. }) => {
+        Some(Entry { elsewhere: Some(elsewhere), .. }) if call.flags & flag::END != 0 => {
+            Ok(Plan::Elsewhere(*elsewhere))
+        }
+        Some(
+            Entry { whole: Some(_), whole_max, .. }
+            | Entry { deferred: Some(_), whole_max, .. }
+            | Entry { elsewhere: Some(_), whole_max, .. },
+        ) => {
             let most = (*whole_max).min(bench.message_max);
             if call.body_len > most as u64 {
                 return Err(Outcome::of(Status::TooLarge, most as u64));

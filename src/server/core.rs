@@ -4,12 +4,14 @@
 use super::budget::Budget;
 use super::connections::ConnectionPool;
 use super::crew::{Inbox, Message, Notice};
+use super::deferred::Executor;
 use super::exchange::{Exchanges, Work};
 use super::jobs::{Answer, Job, Ticket};
 use super::lane::{Batch, Bench, SessionLane, TurnLimits};
 use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
 use super::table::{Entry, Rest};
+use super::tickets::Tickets;
 use crate::config::ServerConfig;
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::handshake::{DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
@@ -58,6 +60,9 @@ macro_rules! bench {
             hinted: &mut $core.hinted,
             rest: &mut $core.rest,
             leases: &mut $core.leases,
+            request: &mut $core.request,
+            executor: $core.executor.as_deref(),
+            deadline_ns: $core.config.default_deadline.map_or(0, |after| after.as_nanos() as u64),
             message_max: $core.config.max_message_size as usize,
             now_ns: $now_ns,
             inbox: &mut $core.inbox,
@@ -103,6 +108,8 @@ pub(crate) struct Core<S: 'static> {
     batch: Box<Batch>,
     exchanges: Exchanges<S>,
     rest: Rest,
+    request: Vec<u8>,
+    executor: Option<Arc<Executor>>,
     hinted: Vec<(u32, u32)>,
     pub leases: LeaseQueue,
     pub budget: Budget,
@@ -188,8 +195,13 @@ impl<S> Core<S> {
             connections,
             staging: BufferPool::sized(config.buffer_pool_size as u16),
             batch: Box::new(Batch::new()),
-            exchanges: Exchanges::new(config.body_memory as usize),
+            exchanges: Exchanges::new(
+                config.body_memory as usize,
+                Tickets::new(config.max_deferred, budget.clone()),
+            ),
             rest: Rest { limit: config.max_message_size as usize, ..Rest::default() },
+            request: Vec::new(),
+            executor: None,
             hinted: Vec::new(),
             leases: LeaseQueue::default(),
             budget,
@@ -203,6 +215,11 @@ impl<S> Core<S> {
             handed_over: false,
             config,
         }
+    }
+
+    /// The same with somebody who runs the futures of handlers.
+    pub fn executor(self, executor: Option<Arc<Executor>>) -> Self {
+        Self { executor, ..self }
     }
 
     pub fn config(&self) -> &ServerConfig {
@@ -394,12 +411,16 @@ impl<S> Core<S> {
     /// body from others and have not moved since the sweep before the last.
     pub fn end_overdue(&mut self, now: u64, sweep: bool) {
         let memory_is_wanted = self.exchanges.anybody_waits();
-        if self.exchanges.with_deadline == 0 && !(sweep && memory_is_wanted) {
+        if now < self.exchanges.next_deadline && !(sweep && memory_is_wanted) {
             return;
         }
         let mut over = Vec::new();
+        let mut next_deadline = u64::MAX;
         for (index, exchange) in self.exchanges.iter_mut() {
             let deadline = exchange.call.deadline;
+            if deadline > now {
+                next_deadline = next_deadline.min(deadline);
+            }
             let holds = matches!(exchange.work, Work::Whole(_));
             if sweep {
                 exchange.stale =
@@ -411,9 +432,52 @@ impl<S> Core<S> {
                 over.push((exchange.seat, index, Status::TakenBack));
             }
         }
+        self.exchanges.next_deadline = next_deadline;
         for (seat, index, status) in over {
             self.end_exchange(seat, index, status);
         }
+    }
+
+    /// No deadline of a call that is under way passes before this.
+    pub fn next_deadline(&self) -> u64 {
+        self.exchanges.next_deadline
+    }
+
+    /// Who answers calls from elsewhere.
+    pub fn tickets(&self) -> &Tickets {
+        &self.exchanges.tickets
+    }
+
+    /// Sends what the holders of at most `most` tickets have written; returns how many these were.
+    #[inline(never)]
+    pub fn serve_tickets(&mut self, most: u32, now_ns: &mut dyn FnMut() -> u64) -> u32 {
+        let mut announce = |_, _| {};
+        let mut seen = 0;
+        while seen < most
+            && let Some((seat, exchange)) = self.exchanges.tickets.next_ready()
+        {
+            seen += 1;
+            let mut goes_on = false;
+            let mut bench = bench!(self, now_ns, &mut announce, None);
+            let mut served = Served { total: 0, touched: &mut self.touched, faults: &mut self.faults };
+            served.turn(&mut self.seats, seat, |lane| {
+                goes_on = lane.step_ticket(exchange, &mut bench)?;
+                if goes_on {
+                    lane.lane().common.server_bell.clear();
+                }
+                Ok(1)
+            });
+            if goes_on {
+                self.heat(SessionId { index: seat, generation: self.seats[seat as usize].generation });
+            }
+        }
+        seen
+    }
+
+    /// Wakes the holders of tickets that have got room, or have been cancelled.
+    #[inline(always)]
+    pub fn wake_holders(&mut self) {
+        self.exchanges.tickets.wake();
     }
 
     fn end_exchange(&mut self, index: u32, exchange: u32, status: Status) {

@@ -8,7 +8,8 @@
 //!         cannot wait for each other in a circle. Records are made once and used again (R1.8).
 
 use super::jobs::{Answer, Jobs};
-use super::table::{Defer, MakePieces, Pieces, RELEASED_MASK, Window};
+use super::table::{Defer, Elsewhere, MakePieces, Pieces, RELEASED_MASK, Window};
+use super::tickets::Tickets;
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Status, Submission};
 use doorbell_shm::layout::{LaneLayout, SLOT_SMALL};
@@ -43,6 +44,8 @@ pub(crate) enum Work<S> {
     Pieces(Box<dyn Pieces<S>>),
     /// It has been taken; the reactor answers, by the job of this number.
     Deferred(u64),
+    /// It has been taken; whoever has the ticket of this number answers.
+    Ticket(u32),
     /// There is nothing to be done any more: the answer is complete.
     Answered,
 }
@@ -254,16 +257,20 @@ pub(crate) struct Exchanges<S> {
     pub runnable: Vec<(u32, u32)>,
     /// What the reactor is to do for some of them.
     pub jobs: Jobs,
+    /// Who answers the others.
+    pub tickets: Tickets,
     /// Deadlines may have to be looked after.
     pub with_deadline: u32,
+    /// No deadline passes before this.
+    pub next_deadline: u64,
 }
 
 /// Records kept for later; each has a few hundred bytes.
 const SPARE_MAX: usize = 64;
 
 impl<S> Exchanges<S> {
-    /// None, and so many bytes for bodies.
-    pub fn new(memory: usize) -> Self {
+    /// None, so many bytes for bodies, and these tickets.
+    pub fn new(memory: usize, tickets: Tickets) -> Self {
         Self {
             records: Vec::new(),
             free: Vec::new(),
@@ -273,7 +280,9 @@ impl<S> Exchanges<S> {
             waiting: VecDeque::new(),
             runnable: Vec::new(),
             jobs: Jobs::default(),
+            tickets,
             with_deadline: 0,
+            next_deadline: u64::MAX,
         }
     }
 
@@ -285,7 +294,10 @@ impl<S> Exchanges<S> {
         });
         let mut record = self.spare.pop().unwrap_or_else(|| Box::new(Exchange::new()));
         (record.call, record.ring, record.seat) = (*call, ring, seat);
-        self.with_deadline += u32::from(call.deadline != 0);
+        if call.deadline != 0 {
+            self.with_deadline += 1;
+            self.next_deadline = self.next_deadline.min(call.deadline);
+        }
         (index, record)
     }
 
@@ -312,6 +324,7 @@ impl<S> Exchanges<S> {
                 self.wake_waiting();
             }
             Work::Deferred(number) => self.jobs.give_up(number),
+            Work::Ticket(number) => self.tickets.detach(number),
             Work::Pieces(_) | Work::Answered => {}
         }
         self.free.push(index);
@@ -367,7 +380,7 @@ impl<S> Exchanges<S> {
 
     /// Exchanges that are under way, but for those that the reactor is to answer.
     pub fn moving(&self) -> usize {
-        self.records.len() - self.free.len() - self.jobs.live()
+        self.records.len() - self.free.len() - self.jobs.live() - self.tickets.attached() as usize
     }
 
     /// Bytes reserved for bodies.
@@ -442,17 +455,20 @@ impl LaneExchanges {
 }
 
 /// How the body of a call is taken, given what its table entry offers.
-pub(super) enum Plan<S> {
+pub(super) enum Plan<S: 'static> {
     Pieces(MakePieces<S>),
     /// Put together, in at most so many bytes.
     Whole(usize),
     /// It is there as a whole, for a handler that may leave the answer to the reactor.
     Deferred(Defer),
+    /// It is there as a whole, and is answered from elsewhere.
+    Elsewhere(Elsewhere<S>),
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::budget::Budget;
 
     fn exchange(body_len: u64) -> Exchange<()> {
         Exchange { call: Submission { body_len, slot: 3, ..Submission::default() }, ..Exchange::new() }
@@ -491,7 +507,7 @@ mod tests {
     ///         longer than all memory gets it when nobody else has any.
     #[test]
     fn p3_bodies_wait_for_memory_in_order() {
-        let mut all: Exchanges<()> = Exchanges::new(100);
+        let mut all: Exchanges<()> = Exchanges::new(100, Tickets::new(1, Budget::new(1 << 30)));
         let begin = |all: &mut Exchanges<()>| {
             let (index, record) = all.begin(&Submission::default(), 0, 9);
             all.put(index, record);

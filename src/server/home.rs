@@ -183,7 +183,12 @@ impl Home {
                 }
                 _ => Ok(()),
             },
-            Source::Shutdown | Source::Bell(_) | Source::Mail | Source::Timer | Source::File(_) => Ok(()),
+            Source::Shutdown
+            | Source::Bell(_)
+            | Source::Mail
+            | Source::Timer
+            | Source::File(_)
+            | Source::Tickets => Ok(()),
         }
     }
 

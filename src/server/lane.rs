@@ -7,7 +7,8 @@
 
 use super::connections::ConnectionPool;
 use super::crew::{Inbox, Notice};
-use super::exchange::{Exchanges, LaneExchanges};
+use super::deferred::Executor;
+use super::exchange::{Exchange, Exchanges, LaneExchanges};
 use super::leases::{Giving, LaneLeases, LeaseQueue, Wish};
 use super::staging::BufferPool;
 use super::table::{Context, Entry, HandlerError, Reply, Rest};
@@ -42,6 +43,12 @@ pub(crate) struct Bench<'a, S: 'static> {
     pub rest: &'a mut Rest,
     /// Who waits for leased memory, and who gives it back.
     pub leases: &'a mut LeaseQueue,
+    /// Where a request lies while its handler makes something of it that may use the rest of the bench.
+    pub request: &'a mut Vec<u8>,
+    /// Runs the futures of handlers.
+    pub executor: Option<&'a Executor>,
+    /// What calls of several frames, and those answered later, have from now that have no deadline; 0 for ever.
+    pub deadline_ns: u64,
     /// Longest message, bytes.
     pub message_max: usize,
     /// The server's CLOCK_MONOTONIC, ns; asked only for calls that carry a deadline, and in turns that are timed.
@@ -53,6 +60,17 @@ pub(crate) struct Bench<'a, S: 'static> {
     pub limits: TurnLimits,
     /// Words 0 of the entries taken, or-ed: which flags occurred.
     pub flags_seen: u64,
+}
+
+impl<S> Bench<'_, S> {
+    /// A fresh record of a call that is not answered within its turn, with its deadline.
+    pub fn begin(&mut self, call: &Submission, ring: usize, id: u32) -> (u32, Box<Exchange<S>>) {
+        let mut call = *call;
+        if call.deadline == 0 && self.deadline_ns != 0 {
+            call.deadline = (self.now_ns)().saturating_add(self.deadline_ns);
+        }
+        self.exchanges.begin(&call, ring, id)
+    }
 }
 
 /// What a lane may use of the reactor before the next one has its turn (S7).

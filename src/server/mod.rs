@@ -7,6 +7,7 @@ pub mod builtin;
 mod connections;
 pub(crate) mod core;
 mod crew;
+mod deferred;
 mod exchange;
 pub mod files;
 #[cfg(fuzzing)]
@@ -28,8 +29,10 @@ mod start;
 mod storm;
 mod table;
 mod throttle;
+mod tickets;
 
 pub use connections::ConnectionPool;
+pub use deferred::{Answering, AsyncHandler, Deferred, DeferredError, DeferredHandler, Executor};
 pub use listener::check_socket_path;
 pub use staging::BufferPool;
 pub use start::{reactor_cores, wake_cost};
@@ -46,6 +49,7 @@ use listener::Listener;
 use rustix::pipe::PipeFlags;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 
 /// A server before it is bound: a handler table, the state its handlers share, limits.
@@ -64,12 +68,13 @@ pub struct IpcServer<S: 'static> {
     handlers: &'static [table::Entry<S>],
     state: S,
     config: ServerConfig,
+    executor: Option<Executor>,
 }
 
 impl<S: Send + Sync + 'static> IpcServer<S> {
     /// A server of `table` with the default limits.
     pub fn new<const N: usize>(table: &'static HandlerTable<S, N>, state: S) -> Self {
-        Self { handlers: table.as_slice(), state, config: ServerConfig::default() }
+        Self { handlers: table.as_slice(), state, config: ServerConfig::default(), executor: None }
     }
 
     /// The same with other limits.
@@ -78,16 +83,36 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
         self
     }
 
+    /// The same with somebody who runs the futures of [`HandlerTable::on_async`]: what spawns a task on the runtime of
+    /// the embedder, such as `|task| { handle.spawn(task); }` with a handle of tokio's. Called on a reactor's thread.
+    pub fn executor(
+        mut self,
+        executor: impl Fn(Pin<Box<dyn Future<Output = ()> + Send>>) + Send + Sync + 'static,
+    ) -> Self {
+        self.executor = Some(Box::new(executor));
+        self
+    }
+
     /// Takes the socket path. From here on clients queue; they are answered once [`BoundServer::serve`]
     /// runs.
     ///
     /// # Errors
     ///
-    /// [`IpcError::Config`] for a limit out of range, or a directory in `file_roots` that cannot be opened;
+    /// [`IpcError::Config`] for a limit out of range, a directory in `file_roots` that cannot be opened, or handlers
+    /// that are futures without an [`executor`](IpcServer::executor);
     /// [`IpcError::AlreadyRunning`],
     /// [`IpcError::SocketPath`] or [`IpcError::SocketPathTooLong`] for a path that cannot be had.
     pub fn bind(self, path: impl AsRef<Path>) -> Result<BoundServer<S>> {
         self.config.check()?;
+        let future = |entry: &table::Entry<S>| matches!(entry.elsewhere, Some(table::Elsewhere::Future(_)));
+        if self.executor.is_none()
+            && let Some(message_type) = self.handlers.iter().position(future)
+        {
+            return Err(IpcError::Config(format!(
+                "the handler of message type {message_type} is a future, and nothing runs it: give the server an \
+                 executor"
+            )));
+        }
         self.config.raise_file_limit()?;
         let roots = Roots::open(&self.config.file_roots, self.config.max_file_size)?;
         let listener = Listener::bind(path.as_ref())?;
@@ -130,9 +155,19 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     /// [`IpcError::Config`] for a core that may not be used; [`IpcError::Driver`] if the kernel fails a running
     /// ring. A client can cause none of them.
     pub fn serve(self) -> Result<Metrics> {
-        let IpcServer { handlers, state, config } = self.server;
+        let IpcServer { handlers, state, config, executor } = self.server;
+        let executor = executor.map(Arc::new);
         let files = Arc::new(FileSource::new(self.roots));
-        start::serve(handlers, Arc::new(state), config, files, self.listener, self.stop, self.shutdown)
+        start::serve(
+            handlers,
+            Arc::new(state),
+            config,
+            files,
+            executor,
+            self.listener,
+            self.stop,
+            self.shutdown,
+        )
     }
 }
 

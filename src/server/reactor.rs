@@ -18,7 +18,7 @@ use crate::metrics::{Metrics, Totals};
 use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::PeerFault;
-use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET, fence_before_bell};
+use doorbell_shm::bell::{self, WAITER_FUTEX, WAITER_SOCKET, fence_before_bell};
 use doorbell_shm::segment::Segment;
 use doorbell_uring::{Completion, Driver, Token, Wait};
 use rustix::io::Errno;
@@ -61,6 +61,9 @@ const MEMORY_TICK_NS: u64 = 1_000_000;
 /// polling: a client that sends a long body is about to send more.
 const FRAME_POLL_NS: u64 = 50_000;
 
+/// Tickets that are looked at between two rounds, some 100 ns each.
+const TICKETS_PER_ROUND: u32 = 128;
+
 /// What a completion is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Source {
@@ -80,6 +83,8 @@ pub(super) enum Source {
     Timer,
     /// A file that is being read.
     File(ReadId),
+    /// The bell of whoever answers calls from elsewhere.
+    Tickets,
 }
 
 /// Tokens: kind in the top 4 bits, 28 bits of generation, 32 bits of index.
@@ -98,6 +103,7 @@ impl Source {
             Self::Mail => (7, none),
             Self::Timer => (8, none),
             Self::File(ReadId { index, generation }) => (9, SessionId { index, generation }),
+            Self::Tickets => (10, none),
         };
         Token(kind << 60 | u64::from(id.generation & GENERATION_MASK) << 32 | u64::from(id.index))
     }
@@ -115,6 +121,7 @@ impl Source {
             7 => Self::Mail,
             8 => Self::Timer,
             9 => Self::File(ReadId { index: id.index, generation }),
+            10 => Self::Tickets,
             _ => return None,
         })
     }
@@ -199,6 +206,8 @@ pub(crate) struct Reactor<S: 'static> {
     memory_tick_ns: u64,
     /// Lanes that are being put to sleep.
     arming: Vec<SessionId>,
+    /// A FUTEX_WAIT on the bell of tickets has been pushed and has not completed.
+    tickets_armed: bool,
     stopping: bool,
 }
 
@@ -234,6 +243,7 @@ impl<S> Reactor<S> {
             handed_over_rarely: true,
             memory_tick_ns: 0,
             arming: Vec::new(),
+            tickets_armed: false,
             stopping: false,
             core,
         }
@@ -278,6 +288,11 @@ impl<S> Reactor<S> {
             if self.core.has_jobs() {
                 taken += self.serve_files()?;
             }
+            if self.core.tickets().has_work() {
+                taken += self.core.serve_tickets(TICKETS_PER_ROUND, &mut monotonic_ns);
+                self.end_faulty()?;
+            }
+            self.core.wake_holders();
             if taken > 0 {
                 // For whoever asks for the counters: a copy that is as old as one round.
                 self.core.metrics.enters = self.driver.counters().enters;
@@ -302,7 +317,8 @@ impl<S> Reactor<S> {
                 handed_over = self.core.take_handed_over();
                 polls_until_ns = self.poll_budget(handed_over);
             }
-            let polls = !self.core.all_cold() && (spins || polls_until_ns != 0);
+            let expects = !self.core.all_cold() || self.core.tickets().attached() > 0;
+            let polls = expects && (spins || polls_until_ns != 0);
             if (!polls || idle_rounds == QUIET_ROUNDS) && !self.core.touched().is_empty() {
                 unfenced = 0;
                 self.ring_clients()?;
@@ -471,6 +487,10 @@ impl<S> Reactor<S> {
                     self.tick(monotonic_ns())?;
                 }
                 Some(Source::File(id)) => self.file_came(id, result)?,
+                Some(Source::Tickets) => {
+                    self.tickets_armed = false;
+                    self.core.metrics.wakeups += 1;
+                }
                 Some(Source::Shutdown) => self.stopping = true,
                 Some(source) => self.with_home(|home, reactor| home.event(reactor, source, result))?,
                 None => {}
@@ -712,6 +732,8 @@ impl<S> Reactor<S> {
     /// Shows the counters to the other reactors.
     fn show(&mut self) {
         self.core.metrics.body_bytes = self.core.body_bytes() as u64;
+        self.core.metrics.deferred_live = self.core.tickets().attached().into();
+        self.core.metrics.deferred_detached = self.core.tickets().detached().into();
         self.core.metrics.staged_bytes = self.core.staging.staged_bytes() as u64;
         if self.crew.is_home() {
             self.core.metrics.budget_used = self.core.budget.used();
@@ -764,7 +786,7 @@ impl<S> Reactor<S> {
             self.put_to_sleep(id)?;
         }
         self.arming = hot;
-        if !self.core.all_cold() || self.core.bodies_can_go_on() {
+        if !self.core.all_cold() || self.core.bodies_can_go_on() || self.arm_tickets()? {
             return self.submit();
         }
         // Answers given outside of a turn, of leases and of calls that have been ended.
@@ -774,7 +796,27 @@ impl<S> Reactor<S> {
         self.trim();
         self.arm_timer()?;
         self.driver.enter(Wait::Until(None))?;
+        if let Some(desk) = self.core.tickets().desk() {
+            desk.bell().clear();
+        }
         self.events()
+    }
+
+    /// Marks the bell of tickets, looks again, arms it; whether one of them is ready.
+    fn arm_tickets(&mut self) -> Result<bool> {
+        let Some(desk) = self.core.tickets().desk() else { return Ok(false) };
+        let bell = desk.bell();
+        // Mark, fence, look again (P5): pairs with the fence of a holder that has made his ticket ready.
+        bell.mark(bell::ASLEEP);
+        if self.core.tickets().has_work() {
+            bell.clear();
+            return Ok(true);
+        }
+        if !self.tickets_armed {
+            self.driver.futex_wait(bell.0, bell::ASLEEP, Source::Tickets.token())?;
+            self.tickets_armed = true;
+        }
+        Ok(false)
     }
 
     /// There is nothing to do: gives back what lanes have left, once there are enough of them. As long as the kernel
@@ -798,6 +840,7 @@ impl<S> Reactor<S> {
         if self.rest_ends_ns != 0 {
             due_ns = due_ns.min(self.rest_ends_ns);
         }
+        due_ns = due_ns.min(self.core.next_deadline());
         if due_ns < self.timer_ns {
             self.driver.timeout(Duration::from_nanos(due_ns), Source::Timer.token())?;
             self.timer_ns = due_ns;
@@ -915,6 +958,7 @@ mod tests {
             Source::Bell(id),
             Source::Mail,
             Source::Timer,
+            Source::Tickets,
             file,
         ]) {
             let read = Source::of(source.token());

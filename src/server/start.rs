@@ -5,6 +5,7 @@ use super::analyze::{FileDesk, FileSource};
 use super::budget::Budget;
 use super::core::Core;
 use super::crew::{Address, Crew, Inbox, Message};
+use super::deferred::Executor;
 use super::home::Home;
 use super::listener::Listener;
 use super::reactor::{self, Reactor, Source};
@@ -27,6 +28,7 @@ struct Plan<S: 'static> {
     state: Arc<S>,
     config: ServerConfig,
     files: Arc<FileSource>,
+    executor: Option<Arc<Executor>>,
     totals: Totals,
     budget: Budget,
     /// What waking a reactor from another core costs, ns; 0 if that cannot happen.
@@ -40,6 +42,7 @@ impl<S> Plan<S> {
         let totals = Totals { own, ..self.totals.clone() };
         let (state, budget) = (Arc::clone(&self.state), self.budget.clone());
         Core::new(self.handlers, state, self.config.clone(), totals, inbox, budget)
+            .executor(self.executor.clone())
     }
 
     fn reactor(&self, driver: Driver, crew: Crew, inbox: Inbox, home: Option<Home>) -> Reactor<S> {
@@ -55,6 +58,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     state: Arc<S>,
     config: ServerConfig,
     files: Arc<FileSource>,
+    executor: Option<Arc<Executor>>,
     listener: Listener,
     stop: OwnedFd,
     shutdown: ShutdownHandle,
@@ -67,7 +71,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let config = ServerConfig { reactors: reactors as u32, ..config };
     let totals = Totals::new(0, reactors);
     let budget = Budget::new(config.memory_budget);
-    let plan = Plan { handlers, state, config, files, totals, budget, wake_ns, shutdown };
+    let plan = Plan { handlers, state, config, files, executor, totals, budget, wake_ns, shutdown };
     tracing::info!(reactors, wake_ns, "starting");
     let before = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
     let result = std::thread::scope(|scope| {

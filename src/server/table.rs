@@ -1,5 +1,6 @@
 //! The static handler table, and what a handler sees: a context, a private request, a reply to write.
 
+use super::deferred::{AsyncHandler, DeferredHandler};
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::bytes::SharedBytes;
@@ -85,18 +86,40 @@ pub(crate) enum Deferral {
     File(PathBuf),
 }
 
+/// What begins a call that is answered from elsewhere.
+pub(crate) enum Elsewhere<S: 'static> {
+    Ticket(DeferredHandler<S>),
+    Future(AsyncHandler<S>),
+}
+
+impl<S> Clone for Elsewhere<S> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S> Copy for Elsewhere<S> {}
+
 /// How a table serves one message type.
 pub(crate) struct Entry<S: 'static> {
     pub whole: Option<Handler<S>>,
     pub pieces: Option<MakePieces<S>>,
     /// Instead of the others.
     pub deferred: Option<Defer>,
+    /// Instead of the others.
+    pub elsewhere: Option<Elsewhere<S>>,
     /// Longest body that is put together for `whole`, bytes.
     pub whole_max: usize,
 }
 
 impl<S> Entry<S> {
-    const NONE: Self = Self { whole: None, pieces: None, deferred: None, whole_max: usize::MAX };
+    const NONE: Self =
+        Self { whole: None, pieces: None, deferred: None, elsewhere: None, whole_max: usize::MAX };
+
+    /// Whether it takes all requests of its type, so that no other may be added.
+    const fn is_sole(&self) -> bool {
+        self.deferred.is_some() || self.elsewhere.is_some()
+    }
 }
 
 /// Handlers by message type, built by `const fn`, so that it is a `static` and dispatch is one indexed
@@ -133,7 +156,7 @@ impl<S, const N: usize> HandlerTable<S, N> {
         let index = message_type.0 as usize;
         assert!(index < N, "the message type lies beyond the handler table: choose a larger N");
         let entry = &self.entries[index];
-        let free = entry.whole.is_none() && entry.deferred.is_none();
+        let free = entry.whole.is_none() && !entry.is_sole();
         assert!(free, "the message type has a handler already");
         self.entries[index].whole = Some(handler);
         self
@@ -149,9 +172,54 @@ impl<S, const N: usize> HandlerTable<S, N> {
         let index = message_type.0 as usize;
         assert!(index < N, "the message type lies beyond the handler table: choose a larger N");
         let entry = &self.entries[index];
-        let free = entry.pieces.is_none() && entry.deferred.is_none();
+        let free = entry.pieces.is_none() && !entry.is_sole();
         assert!(free, "the message type has a handler for pieces already");
         self.entries[index].pieces = Some(make);
+        self
+    }
+
+    /// The same table with `handler` for all requests of `message_type`, whole as for [`HandlerTable::on`]: it gets a
+    /// ticket for the answer, which any thread or future may write, and which may be a stream.
+    ///
+    /// # Panics
+    ///
+    /// As for [`HandlerTable::on`].
+    pub const fn on_deferred(self, message_type: MessageType, handler: DeferredHandler<S>) -> Self {
+        self.elsewhere(message_type, Elsewhere::Ticket(handler))
+    }
+
+    /// The same table with `handler` for all requests of `message_type`, whole as for [`HandlerTable::on`]: it makes a
+    /// future of the answer, which runs on the runtime of the embedder and is dropped if the call is cancelled. A
+    /// server of such a table needs an [`executor`](crate::IpcServer::executor).
+    ///
+    /// ```
+    /// use doorbell::{Answering, Context, HandlerTable, MessageType};
+    ///
+    /// fn reverse(_: &Context<'_, ()>, request: &[u8]) -> Answering {
+    ///     let mut bytes = request.to_vec();
+    ///     Box::pin(async move {
+    ///         bytes.reverse();
+    ///         Ok(bytes)
+    ///     })
+    /// }
+    ///
+    /// static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on_async(MessageType::USER, reverse);
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// As for [`HandlerTable::on`].
+    pub const fn on_async(self, message_type: MessageType, handler: AsyncHandler<S>) -> Self {
+        self.elsewhere(message_type, Elsewhere::Future(handler))
+    }
+
+    const fn elsewhere(mut self, message_type: MessageType, elsewhere: Elsewhere<S>) -> Self {
+        let index = message_type.0 as usize;
+        assert!(index < N, "the message type lies beyond the handler table: choose a larger N");
+        let entry = &self.entries[index];
+        let free = entry.whole.is_none() && entry.pieces.is_none() && !entry.is_sole();
+        assert!(free, "the message type has a handler already");
+        self.entries[index].elsewhere = Some(elsewhere);
         self
     }
 
@@ -182,7 +250,7 @@ impl<S, const N: usize> HandlerTable<S, N> {
 
 impl<S, const N: usize> fmt::Debug for HandlerTable<S, N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let served = |e: &Entry<S>| e.whole.is_some() || e.pieces.is_some() || e.deferred.is_some();
+        let served = |e: &Entry<S>| e.whole.is_some() || e.pieces.is_some() || e.is_sole();
         let types = self.entries.iter().enumerate().filter(|(_, e)| served(e)).map(|(i, _)| i);
         f.debug_set().entries(types).finish()
     }
