@@ -35,8 +35,9 @@ pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};
 pub use server::{
     Answering, AsyncHandler, BoundServer, BufferPool, ConnectionPool, Context, Deferred, DeferredError,
-    DeferredHandler, Executor, Handler, HandlerError, HandlerTable, IpcServer, MakePieces, Pieces, Progress,
-    Reply, ShutdownHandle, TABLE_LEN, check_socket_path, files, reactor_cores, wake_cost,
+    DeferredHandler, Executor, FileQuestion, FileQuestionHandler, Handler, HandlerError, HandlerTable,
+    IpcServer, MakePieces, Pieces, Progress, Reply, ShutdownHandle, TABLE_LEN, check_socket_path, files,
+    reactor_cores, wake_cost,
 };
 #[cfg(fuzzing)]
 #[doc(hidden)]

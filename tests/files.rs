@@ -336,7 +336,7 @@ fn r2_11_r1_6_files_are_read_through_registered_buffers() {
 #[test]
 fn r2_11_a_file_that_cannot_be_read_ends_at_once() {
     let mut bench = Bench::new(BufferPool::new());
-    let Ended { ticket, result } = bench.begin("none", 7).unwrap();
+    let Ended { ticket, result, .. } = bench.begin("none", 7).unwrap();
     assert_eq!((ticket, result), (7, Err(FileError::NotFound { path: "none".into() })));
     assert!(bench.reads.is_empty());
     assert_eq!(bench.pool.staged_bytes(), 0);

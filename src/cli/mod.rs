@@ -22,7 +22,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a server with the built-in handlers: ping, echo, stats, analyze-file.
+    /// Run a server: ping, echo, stats, analyze-file, and providers of models, a loopback unless configured.
     Serve(serve::ServeOptions),
     /// Ask a model and print its answer as it comes. Ctrl-C cancels it.
     Chat(ask::AskOptions),

@@ -131,6 +131,8 @@ const AI: &str = r#"
 # Who answers for models: here the loopback, which needs nothing and says in every answer that it is one.
 [ai]
 default = "loopback"
+# The model that answers questions about files.
+file_model = "loopback"
 
 [[ai.providers]]
 name = "loopback"

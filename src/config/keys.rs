@@ -31,6 +31,8 @@ pub(super) enum Field<'a> {
     Bool(&'a mut bool),
     Millis(&'a mut Duration),
     Micros(&'a mut Duration),
+    /// 0 for none.
+    OptionalMillis(&'a mut Option<Duration>),
     Path(&'a mut Option<PathBuf>),
     Paths(&'a mut Vec<PathBuf>),
     Cores(&'a mut Vec<usize>),
@@ -76,6 +78,8 @@ pub(super) const KEYS: &[Key] = keys! {
     buffer_pool_size: U32 = server.buffer_pool_size, "4 KiB staging buffers of a reactor, made when first needed.";
     file_roots: Paths = server.file_roots, "Directories beneath which clients may have files read.";
     max_file_size: U64 = server.max_file_size, "Longest file that is read for a client, bytes.";
+    max_deferred: U32 = server.max_deferred, "Calls of a reactor that are answered by other threads at a time.";
+    default_deadline_ms: OptionalMillis = server.default_deadline, "Deadline of such and of long calls that have none of their own; 0 for none.";
     thin_executable: Bool = server.thin_executable, "Whether memory of code that only the start needed is given back.";
 };
 
@@ -93,6 +97,10 @@ impl Field<'_> {
             Self::Bool(to) => *to = value.as_bool().ok_or_else(|| wanted("true or false", value))?,
             Self::Millis(to) => *to = Duration::from_millis(whole(value, u32::MAX.into())?),
             Self::Micros(to) => *to = Duration::from_micros(whole(value, u32::MAX.into())?),
+            Self::OptionalMillis(to) => {
+                let ms = whole(value, u32::MAX.into())?;
+                *to = (ms > 0).then(|| Duration::from_millis(ms));
+            }
             Self::Path(to) => *to = Some(path(value)?),
             Self::Paths(to) => *to = list(value, "a list of paths", path)?,
             Self::Cores(to) => {
@@ -116,6 +124,7 @@ impl Field<'_> {
             Self::Bool(value) => value.to_string(),
             Self::Millis(value) => value.as_millis().to_string(),
             Self::Micros(value) => value.as_micros().to_string(),
+            Self::OptionalMillis(value) => value.map_or(0, |after| after.as_millis()).to_string(),
             Self::Path(value) => quoted(value.as_ref()?),
             Self::Paths(value) => listed(value.iter().map(quoted)),
             Self::Cores(value) => listed(value.iter().map(usize::to_string)),

@@ -28,6 +28,10 @@ pub const STAGING_LARGE: u16 = 2;
 /// Files that a reactor reads or is about to read, each with a file descriptor.
 pub const FILE_READS_MAX: usize = 32;
 
+/// Longest file that questions are answered about, bytes. A reactor keeps [`FILE_READS_MAX`] of them at most while it
+/// reads them, beside the memory budget.
+pub const QUESTION_MAX: u64 = 1 << 20;
+
 /// How a side waits when there is nothing to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WaitPolicy {

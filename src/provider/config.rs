@@ -16,6 +16,8 @@ const TIME_LIMIT_MS: u64 = 24 * 60 * 60 * 1000;
 pub struct ProvidersConfig {
     /// The provider that answers for models which none names. Without it such models are unknown.
     pub default: Option<String>,
+    /// The model that answers questions about files (`AnalyzeFile`).
+    pub file_model: String,
     /// Requests that run at once over all providers.
     pub max_concurrent: usize,
     /// Requests that may wait for one of those places; more are refused as overload.
@@ -29,6 +31,7 @@ impl Default for ProvidersConfig {
         let loopback = ProviderConfig { name: "loopback".into(), ..ProviderConfig::default() };
         Self {
             default: Some("loopback".into()),
+            file_model: "loopback".into(),
             max_concurrent: 4096,
             max_waiting: 4096,
             providers: vec![loopback],

@@ -16,6 +16,7 @@ mod collect;
 mod config;
 mod error;
 mod gate;
+mod handlers;
 mod host;
 mod loopback;
 #[cfg(feature = "openai")]
@@ -33,6 +34,7 @@ pub use config::{
     Timeouts,
 };
 pub use error::{Phase, ProviderError};
+pub use handlers::HasProviders;
 pub use host::{ChunkSink, Gone, HostHandle, ProviderHost};
 pub use loopback::Loopback;
 #[cfg(feature = "openai")]

@@ -7,7 +7,8 @@
 use super::files::{Ended, FileError, FileReads, ReadId, Roots};
 use super::jobs::{Answer, Job, Ticket};
 use super::reactor::{Reactor, Source};
-use super::table::HandlerError;
+use super::table::{FileQuestion, HandlerError};
+use crate::config::QUESTION_MAX;
 use crate::error::Result;
 use crate::protocol::rendezvous::monotonic_ns;
 use rustix::io::Errno;
@@ -33,11 +34,18 @@ impl FileSource {
     }
 }
 
+/// For whom a file is read, and what he asks about it.
+#[derive(Debug)]
+struct Errand {
+    ticket: Ticket,
+    question: Option<String>,
+}
+
 /// The files of one reactor.
 #[derive(Debug)]
 pub(super) struct FileDesk {
     source: Arc<FileSource>,
-    reads: FileReads<Ticket>,
+    reads: FileReads<Errand>,
     /// When to look at unused buffers next; `u64::MAX` if there are none.
     trim_ns: u64,
 }
@@ -59,15 +67,17 @@ impl<S> Reactor<S> {
     pub(super) fn serve_files(&mut self) -> Result<u32> {
         let given_up = self.core.take_given_up();
         if !given_up.is_empty() {
-            self.desk.reads.give_up(&mut self.driver, |ticket| given_up.contains(&ticket.number))?;
+            self.desk.reads.give_up(&mut self.driver, |errand| given_up.contains(&errand.ticket.number))?;
         }
         let mut begun = 0;
         while begun < FILES_PER_ROUND
-            && let Some(Job { ticket, path }) = self.core.next_job()
+            && let Some(Job { ticket, path, question }) = self.core.next_job()
         {
             begun += 1;
             let (desk, staging) = (&mut self.desk, &mut self.core.staging);
-            let ended = desk.reads.begin(&desk.source.roots, &path, ticket, staging, &mut self.driver)?;
+            let (roots, keep) = (&desk.source.roots, question.as_ref().map(|_| QUESTION_MAX));
+            let errand = Errand { ticket, question };
+            let ended = desk.reads.begin_keeping(roots, &path, errand, keep, staging, &mut self.driver)?;
             if let Some(ended) = ended {
                 self.file_ended(ended);
             } else if self.desk.trim_ns == u64::MAX {
@@ -88,11 +98,16 @@ impl<S> Reactor<S> {
         Ok(())
     }
 
-    fn file_ended(&mut self, Ended { ticket, result }: Ended<Ticket>) {
+    fn file_ended(&mut self, Ended { ticket: errand, result, content }: Ended<Errand>) {
+        let Errand { ticket, question } = errand;
         let metrics = &mut self.core.metrics;
         let answer = match result {
             Ok(facts) => {
                 metrics.files_read += 1;
+                if let (Some(question), Some(content)) = (question, content) {
+                    let asked = self.core.ask(ticket, FileQuestion { facts, content, question });
+                    return asked.into_iter().for_each(|id| self.heat(id));
+                }
                 Answer::of(facts.to_json().into_bytes())
             }
             Err(error) => {

@@ -1,11 +1,12 @@
 //! How a lane moves its calls of several frames (`exchange.rs` says what they are).
 
-use super::deferred::{AsyncCall, DROPPED, End};
+use super::deferred::{AsyncCall, DROPPED, Deferred, End, Executor};
 use super::exchange::{Body, Exchange, Frame, LaneExchanges, Plan, Terminal, Work};
 use super::jobs::{Answer, Ticket};
 use super::lane::{Bench, Outcome, Places, SessionLane, Turn, failure};
 use super::table::{
-    Context, Defer, Deferral, Elsewhere, Entry, Handler, HandlerError, Progress, Reply, Rest, Window,
+    Context, Defer, Deferral, Elsewhere, Entry, FileQuestion, Handler, HandlerError, Progress, Reply, Rest,
+    Window,
 };
 use super::tickets::Look;
 use crate::metrics::{Metrics, Totals};
@@ -121,7 +122,7 @@ impl SessionLane {
         let request = bench.staging.take(call.len as usize);
         self.lane().common.payload.read(LaneLayout::slot_offset(places.payload), request);
         let request = &request[call.meta_len as usize..];
-        let deferral = catch_unwind(AssertUnwindSafe(|| defer(request)));
+        let deferral = catch_unwind(AssertUnwindSafe(|| defer(call.codec, request)));
         let (index, mut exchange) = bench.begin(call, ring, id);
         self.give_back_request(call, places);
         exchange.window = window(call, places);
@@ -169,6 +170,28 @@ impl SessionLane {
         e: &mut Exchange<S>,
         bench: &mut Bench<'_, S>,
     ) {
+        self.hand_out(index, e, bench, |context, ticket, executor| match elsewhere {
+            Elsewhere::Ticket(handler) => handler(context, request, ticket),
+            Elsewhere::Future(handler) => {
+                let call = AsyncCall::new(handler(context, request), ticket);
+                match executor {
+                    Some(execute) => execute(Box::pin(call)),
+                    // Refused when the server was bound.
+                    None => drop(call),
+                }
+                Ok(())
+            }
+        });
+    }
+
+    /// Gives a ticket for the answer of a call to `begin`.
+    fn hand_out<S>(
+        &mut self,
+        index: u32,
+        e: &mut Exchange<S>,
+        bench: &mut Bench<'_, S>,
+        begin: impl FnOnce(&Context<'_, S>, Deferred, Option<&Executor>) -> Result<(), HandlerError>,
+    ) {
         let (number, ticket) = match bench.exchanges.tickets.open(e.seat, index) {
             Ok(Some(opened)) => opened,
             Ok(None) => {
@@ -182,18 +205,8 @@ impl SessionLane {
         };
         e.work = Work::Ticket(number);
         let context = context(bench.state, bench.metrics, bench.totals, &e.call);
-        let begun = catch_unwind(AssertUnwindSafe(|| match elsewhere {
-            Elsewhere::Ticket(handler) => handler(&context, request, ticket),
-            Elsewhere::Future(handler) => {
-                let call = AsyncCall::new(handler(&context, request), ticket);
-                match bench.executor {
-                    Some(execute) => execute(Box::pin(call)),
-                    // Refused when the server was bound.
-                    None => drop(call),
-                }
-                Ok(())
-            }
-        }));
+        let executor = bench.executor;
+        let begun = catch_unwind(AssertUnwindSafe(|| begin(&context, ticket, executor)));
         if !matches!(begun, Ok(Ok(()))) {
             bench.exchanges.tickets.detach(number);
             self.fail(e, begun, bench);
@@ -217,12 +230,45 @@ impl SessionLane {
     ) {
         match deferral {
             Ok(Ok(Deferral::Answer(bytes))) => e.answer(Answer::of(bytes), bench.message_max),
-            Ok(Ok(Deferral::File(path))) => match bench.exchanges.jobs.add(e.seat, index, path) {
-                Some(number) => e.work = Work::Deferred(number),
-                None => e.answer(Answer::busy(), bench.message_max),
-            },
+            Ok(Ok(Deferral::File(path, question))) => {
+                match bench.exchanges.jobs.add(e.seat, index, path, question) {
+                    Some(number) => e.work = Work::Deferred(number),
+                    None => e.answer(Answer::busy(), bench.message_max),
+                }
+            }
+            Ok(Ok(Deferral::Question(question))) => self.ask(index, question, e, bench),
             refused => self.fail(e, refused.map(|refused| refused.map(|_| ())), bench),
         }
+    }
+
+    /// Has a question about a file answered.
+    fn ask<S>(&mut self, index: u32, question: FileQuestion, e: &mut Exchange<S>, bench: &mut Bench<'_, S>) {
+        let entry = bench.handlers.get(e.call.message_type as usize);
+        let Some(handler) = entry.and_then(|entry| entry.questions) else {
+            let why =
+                "nobody answers questions about files here: ask without one, or run a server with providers";
+            return e.answer(HandlerError::Failed(why.to_owned()).into(), bench.message_max);
+        };
+        self.hand_out(index, e, bench, |context, ticket, _| handler(context, question, ticket));
+    }
+
+    /// The reactor has read the file that a call asks about; `false` if that has ended meanwhile.
+    pub(super) fn ask_deferred<S>(
+        &mut self,
+        ticket: Ticket,
+        question: FileQuestion,
+        bench: &mut Bench<'_, S>,
+    ) -> bool {
+        let Some(mut exchange) = bench.exchanges.take(ticket.exchange) else { return false };
+        let waits = matches!(exchange.work, Work::Deferred(number) if number == ticket.number);
+        if waits {
+            bench.exchanges.jobs.answered();
+            exchange.work = Work::Answered;
+            self.ask(ticket.exchange, question, &mut exchange, bench);
+            self.queue(ticket.exchange, &mut exchange);
+        }
+        bench.exchanges.put(ticket.exchange, exchange);
+        waits
     }
 
     /// The reactor has the answer of a call; `false` if that has ended meanwhile.
@@ -731,7 +777,7 @@ impl SessionLane {
         match bench.handlers.get(e.call.message_type as usize) {
             Some(Entry { whole: Some(handler), .. }) => self.run_handler(*handler, body.bytes(), e, bench),
             Some(Entry { deferred: Some(defer), .. }) => {
-                let deferral = catch_unwind(AssertUnwindSafe(|| defer(body.bytes())));
+                let deferral = catch_unwind(AssertUnwindSafe(|| defer(e.call.codec, body.bytes())));
                 self.settle(index, e, deferral, bench);
             }
             Some(Entry { elsewhere: Some(elsewhere), .. }) => {

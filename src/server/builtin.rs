@@ -1,8 +1,11 @@
 //! The handlers that every server has: `Ping`, `Echo`, `Stats`, `AnalyzeFile`.
 
 use super::files::{Analysis, AnalyzeRequest, Subject};
-use super::table::{Context, Deferral, HandlerError, HandlerTable, Pieces, Progress, Reply};
+use super::table::{Context, Deferral, FileQuestion, HandlerError, HandlerTable, Pieces, Progress, Reply};
+use crate::codec::{Json, codec_of};
+use crate::config::QUESTION_MAX;
 use crate::protocol::MessageType;
+use std::borrow::Cow;
 
 impl<S: Sync, const N: usize> HandlerTable<S, N> {
     /// A table with `Ping`, `Echo`, `Stats` and `AnalyzeFile`.
@@ -50,10 +53,24 @@ fn stats<S>(context: &Context<'_, S>, _: &[u8], reply: &mut Reply<'_>) -> Result
     reply.write(context.metrics().to_json().as_bytes())
 }
 
-/// Content is analysed at once, a file when it has been read.
-fn analyze_file(request: &[u8]) -> Result<Deferral, HandlerError> {
-    Ok(match AnalyzeRequest::parse(request)?.subject {
-        Subject::Content(text) => Deferral::Answer(Analysis::of(text.as_bytes()).to_json().into_bytes()),
-        Subject::Path(path) => Deferral::File(path.into_owned().into()),
-    })
+/// Content is analysed at once, a file when it has been read; a question about either goes on from there.
+fn analyze_file(codec: u8, request: &[u8]) -> Result<Deferral, HandlerError> {
+    let codec = codec_of(codec).unwrap_or(&JSON);
+    let AnalyzeRequest { subject, question } = AnalyzeRequest::decode(codec, request)?;
+    let question = question.map(Cow::into_owned);
+    let text = match subject {
+        Subject::Content(text) => text,
+        Subject::Path(path) => return Ok(Deferral::File(path.into_owned().into(), question)),
+    };
+    let facts = Analysis::of(text.as_bytes());
+    let Some(question) = question else { return Ok(Deferral::Answer(facts.to_json().into_bytes())) };
+    if text.len() as u64 > QUESTION_MAX {
+        let len = text.len();
+        let why = format!("`content` has {len} bytes: questions are answered about {QUESTION_MAX} at most");
+        return Err(HandlerError::Decode(why));
+    }
+    Ok(Deferral::Question(FileQuestion { facts, content: text.into_owned().into_bytes(), question }))
 }
+
+/// Bodies that are not said to be anything else are taken for JSON.
+static JSON: Json = Json::new();

@@ -10,7 +10,7 @@ use super::jobs::{Answer, Job, Ticket};
 use super::lane::{Batch, Bench, SessionLane, TurnLimits};
 use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
-use super::table::{Entry, Rest};
+use super::table::{Entry, FileQuestion, Rest};
 use super::tickets::Tickets;
 use crate::config::ServerConfig;
 use crate::metrics::{Metrics, Totals};
@@ -568,6 +568,17 @@ impl<S> Core<S> {
         let message_max = self.config.max_message_size as usize;
         let id = SessionId { index: ticket.seat, generation: seat.generation };
         lane.answer_deferred(ticket, answer, &mut self.exchanges, message_max).then_some(id)
+    }
+
+    /// Has the question of a job answered, whose file has been read; returns as [`Core::answer`] does.
+    pub fn ask(&mut self, ticket: Ticket, question: FileQuestion) -> Option<SessionId> {
+        let mut now_ns = || 0;
+        let mut announce = |_, _| {};
+        let mut bench = bench!(self, &mut now_ns, &mut announce, None);
+        let seat = self.seats.get_mut(ticket.seat as usize)?;
+        let lane = seat.lane.as_deref_mut()?;
+        let id = SessionId { index: ticket.seat, generation: seat.generation };
+        lane.ask_deferred(ticket, question, &mut bench).then_some(id)
     }
 
     /// The calls of several frames.

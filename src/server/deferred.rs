@@ -246,6 +246,21 @@ impl Deferred {
         Ok(true)
     }
 
+    /// Appends one record to the answer without waiting: what does not fit the buffer is kept aside and goes with the next
+    /// call of any method that writes, waits or finishes. For those who wait for [`Deferred::ready`] before each record:
+    /// nothing piles up then but the end of one.
+    ///
+    /// # Errors
+    ///
+    /// [`DeferredError::Cancelled`], with nothing written.
+    pub fn queue_record(&mut self, record: &[u8]) -> Result<(), DeferredError> {
+        let head = (record.len() as u32).to_le_bytes();
+        let gone = if self.send_rest()? { self.push(&[&head, record]) } else { 0 };
+        let parts = [&head[gone.min(head.len())..], &record[gone.saturating_sub(head.len())..]];
+        parts.into_iter().for_each(|part| self.rest.extend_from_slice(part));
+        Ok(())
+    }
+
     /// Appends one record to the answer, in one piece; waits as [`Deferred::write`] does.
     ///
     /// # Errors

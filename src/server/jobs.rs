@@ -31,6 +31,8 @@ pub(crate) struct Job {
     pub ticket: Ticket,
     /// As the client named it.
     pub path: PathBuf,
+    /// What is asked about it.
+    pub question: Option<String>,
 }
 
 /// What a call is answered with.
@@ -72,14 +74,14 @@ pub(crate) struct Jobs {
 
 impl Jobs {
     /// A job for the call that this exchange is; returns its number, or `None` if there are as many as may be.
-    pub fn add(&mut self, seat: u32, exchange: u32, path: PathBuf) -> Option<u64> {
+    pub fn add(&mut self, seat: u32, exchange: u32, path: PathBuf, question: Option<String>) -> Option<u64> {
         if self.live >= FILE_READS_MAX {
             return None;
         }
         self.live += 1;
         self.last += 1;
         let ticket = Ticket { seat, exchange, number: self.last };
-        self.waiting.push_back(Job { ticket, path });
+        self.waiting.push_back(Job { ticket, path, question });
         Some(self.last)
     }
 
@@ -129,13 +131,13 @@ mod tests {
     fn s12_there_are_only_so_many_jobs() {
         let mut jobs = Jobs::default();
         let numbers: Vec<u64> =
-            (0..FILE_READS_MAX as u32).map(|i| jobs.add(1, i, "f".into()).unwrap()).collect();
-        assert_eq!(jobs.add(1, 99, "f".into()), None);
+            (0..FILE_READS_MAX as u32).map(|i| jobs.add(1, i, "f".into(), None).unwrap()).collect();
+        assert_eq!(jobs.add(1, 99, "f".into(), None), None);
         let job = jobs.next().unwrap();
         assert_eq!(job.ticket, Ticket { seat: 1, exchange: 0, number: numbers[0] });
-        assert_eq!(jobs.add(1, 99, "f".into()), None, "the reactor has it");
+        assert_eq!(jobs.add(1, 99, "f".into(), None), None, "the reactor has it");
         jobs.answered();
-        assert!(jobs.add(1, 99, "f".into()).is_some());
+        assert!(jobs.add(1, 99, "f".into(), None).is_some());
 
         // One that waits is forgotten here; one that the reactor has is told to it.
         jobs.give_up(numbers[2]);

@@ -37,7 +37,8 @@ pub use listener::check_socket_path;
 pub use staging::BufferPool;
 pub use start::{reactor_cores, wake_cost};
 pub use table::{
-    Context, Handler, HandlerError, HandlerTable, MakePieces, Pieces, Progress, Reply, TABLE_LEN,
+    Context, FileQuestion, FileQuestionHandler, Handler, HandlerError, HandlerTable, MakePieces, Pieces,
+    Progress, Reply, TABLE_LEN,
 };
 
 use crate::config::ServerConfig;

@@ -1,6 +1,7 @@
 //! The static handler table, and what a handler sees: a context, a private request, a reply to write.
 
-use super::deferred::{AsyncHandler, DeferredHandler};
+use super::deferred::{AsyncHandler, Deferred, DeferredHandler};
+use super::files::FileFacts;
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::bytes::SharedBytes;
@@ -74,16 +75,32 @@ pub enum Progress {
     Done,
 }
 
-/// Runs one call whose whole request is at hand, as far as that takes no system call.
-pub(crate) type Defer = fn(&[u8]) -> Result<Deferral, HandlerError>;
+/// Answers a question about a file, whose bytes are at hand, through a ticket.
+pub type FileQuestionHandler<S> = fn(&Context<'_, S>, FileQuestion, Deferred) -> Result<(), HandlerError>;
+
+/// A file, and what is asked about it (`AnalyzeFile`, R2.11).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileQuestion {
+    /// What doorbell itself found out.
+    pub facts: FileFacts,
+    /// The file, at most [`QUESTION_MAX`](crate::config::QUESTION_MAX) bytes; not UTF-8 if the facts say so.
+    pub content: Vec<u8>,
+    /// The question, in words.
+    pub question: String,
+}
+
+/// Runs one call of this codec whose whole request is at hand, as far as that takes no system call.
+pub(crate) type Defer = fn(u8, &[u8]) -> Result<Deferral, HandlerError>;
 
 /// How a call goes on that may take system calls.
 #[derive(Debug)]
 pub(crate) enum Deferral {
     /// It does not: this is the answer.
     Answer(Vec<u8>),
-    /// The reactor reads this file, and answers with what it finds.
-    File(PathBuf),
+    /// The reactor reads this file, and answers with what it finds, or has this question about it answered.
+    File(PathBuf, Option<String>),
+    /// This question is to be answered.
+    Question(FileQuestion),
 }
 
 /// What begins a call that is answered from elsewhere.
@@ -108,13 +125,21 @@ pub(crate) struct Entry<S: 'static> {
     pub deferred: Option<Defer>,
     /// Instead of the others.
     pub elsewhere: Option<Elsewhere<S>>,
+    /// Beside `deferred`: answers questions about files.
+    pub questions: Option<FileQuestionHandler<S>>,
     /// Longest body that is put together for `whole`, bytes.
     pub whole_max: usize,
 }
 
 impl<S> Entry<S> {
-    const NONE: Self =
-        Self { whole: None, pieces: None, deferred: None, elsewhere: None, whole_max: usize::MAX };
+    const NONE: Self = Self {
+        whole: None,
+        pieces: None,
+        deferred: None,
+        elsewhere: None,
+        questions: None,
+        whole_max: usize::MAX,
+    };
 
     /// Whether it takes all requests of its type, so that no other may be added.
     const fn is_sole(&self) -> bool {
@@ -226,6 +251,21 @@ impl<S, const N: usize> HandlerTable<S, N> {
     /// The same table with `defer` for all requests of `message_type`, which has no other handler.
     pub(crate) const fn deferred(mut self, message_type: MessageType, defer: Defer) -> Self {
         self.entries[message_type.0 as usize].deferred = Some(defer);
+        self
+    }
+
+    /// The same table with `handler` for questions about files: calls of `AnalyzeFile` with a `question`. Without it such
+    /// calls fail; without a question they are answered by doorbell itself.
+    ///
+    /// # Panics
+    ///
+    /// At compile time for a `static`: if the table does not serve `AnalyzeFile`
+    /// ([`HandlerTable::with_builtins`]), or has such a handler already.
+    pub const fn on_file_question(mut self, handler: FileQuestionHandler<S>) -> Self {
+        let entry = &mut self.entries[MessageType::ANALYZE_FILE.0 as usize];
+        assert!(entry.deferred.is_some(), "the table does not serve AnalyzeFile");
+        assert!(entry.questions.is_none(), "questions about files have a handler already");
+        entry.questions = Some(handler);
         self
     }
 

@@ -21,6 +21,8 @@ pub struct FileRead {
     offset: u64,
     interruptions: u32,
     analysis: Analysis,
+    /// What has come, if it is wanted afterwards.
+    content: Option<Vec<u8>>,
 }
 
 /// A read that is to be made.
@@ -35,7 +37,17 @@ pub struct Want {
 impl FileRead {
     /// A file of `size` bytes, nothing of it read yet.
     pub fn new(path: PathBuf, size: u64) -> Self {
-        Self { path, size, offset: 0, interruptions: 0, analysis: Analysis::new() }
+        Self { path, size, offset: 0, interruptions: 0, analysis: Analysis::new(), content: None }
+    }
+
+    /// The same, keeping what comes.
+    pub fn keeping(self) -> Self {
+        Self { content: Some(Vec::with_capacity(self.size as usize)), ..self }
+    }
+
+    /// What has come, if it was to be kept.
+    pub fn take_content(&mut self) -> Option<Vec<u8>> {
+        self.content.take()
     }
 
     /// The file, as the client named it.
@@ -77,6 +89,9 @@ impl FileRead {
             return Err(FileError::Changed { path, opened: self.size, found: self.offset });
         }
         self.analysis.push(bytes);
+        if let Some(content) = &mut self.content {
+            content.extend_from_slice(bytes);
+        }
         // The read that asked for one byte more has not got it. Reads of regular files end short only at the end,
         // and what ends here by a signal is still the file as it was opened.
         let ended = self.offset == self.size && bytes.len() < asked;

@@ -31,6 +31,8 @@ pub struct Ended<T> {
     pub ticket: T,
     /// What was found.
     pub result: Result<FileFacts, FileError>,
+    /// All of it, if it was to be kept and could be read.
+    pub content: Option<Vec<u8>>,
 }
 
 /// The files that one reactor is reading. Each has one read in flight, or waits for a buffer of its class.
@@ -93,15 +95,38 @@ impl<T> FileReads<T> {
         pool: &mut BufferPool,
         driver: &mut Driver,
     ) -> Result<Option<Ended<T>>, DriverError> {
+        self.begin_keeping(roots, path, ticket, None, pool, driver)
+    }
+
+    /// The same; `keep`: the file's bytes are wanted, too, and there may be so many of them.
+    ///
+    /// # Errors
+    ///
+    /// As for [`FileReads::begin`].
+    pub fn begin_keeping(
+        &mut self,
+        roots: &Roots,
+        path: &Path,
+        ticket: T,
+        keep: Option<u64>,
+        pool: &mut BufferPool,
+        driver: &mut Driver,
+    ) -> Result<Option<Ended<T>>, DriverError> {
+        let refused = |ticket, error| Ok(Some(Ended { ticket, result: Err(error), content: None }));
         if self.len() >= FILE_READS_MAX {
-            let result = Err(FileError::Busy { path: path.to_path_buf(), limit: FILE_READS_MAX });
-            return Ok(Some(Ended { ticket, result }));
+            return refused(ticket, FileError::Busy { path: path.to_path_buf(), limit: FILE_READS_MAX });
         }
         let opened = match roots.open_file(path) {
             Ok(opened) => opened,
-            Err(error) => return Ok(Some(Ended { ticket, result: Err(error) })),
+            Err(error) => return refused(ticket, error),
         };
-        let read = FileRead::new(opened.path, opened.size);
+        if let Some(limit) = keep.filter(|limit| opened.size > *limit) {
+            return refused(ticket, FileError::TooLarge { path: opened.path, size: opened.size, limit });
+        }
+        let mut read = FileRead::new(opened.path, opened.size);
+        if keep.is_some() {
+            read = read.keeping();
+        }
         let class = read.class();
         // One that waits for the same class comes first.
         let overtakes = |id: &ReadId| self.seat(*id).is_some_and(|reading| reading.read.class() == class);
@@ -109,7 +134,7 @@ impl<T> FileReads<T> {
             true => None,
             false => match pool.buffer(class) {
                 Ok(buffer) => buffer,
-                Err(error) => return Ok(Some(Ended { ticket, result: Err(no_memory(path, error)) })),
+                Err(error) => return refused(ticket, no_memory(path, error)),
             },
         };
         let id = self.sit_down(Reading { read, file: opened.file, ticket });
@@ -152,7 +177,11 @@ impl<T> FileReads<T> {
             // Given up; the buffer goes back to the pool here.
             (None, _) => None,
         };
-        let ended = ended.and_then(|result| Some(Ended { ticket: self.stand_up(id)?.ticket, result }));
+        let ended = ended.and_then(|result| {
+            let Reading { mut read, ticket, .. } = self.stand_up(id)?;
+            let content = read.take_content().filter(|_| result.is_ok());
+            Some(Ended { ticket, result, content })
+        });
         self.go_on(pool, driver)?;
         Ok(ended)
     }
