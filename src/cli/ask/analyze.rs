@@ -76,12 +76,15 @@ fn content(file: &std::path::Path) -> Result<String, Box<dyn Error>> {
     })
 }
 
+/// The facts, in the order in which they are printed.
+const FACTS: [&str; 6] = ["size", "lines", "encoding", "invalidUtf8At", "lineEnding", "sha256"];
+
 /// Facts a line each, then the answer.
 fn print(answer: &Value) {
-    let Value::Object(fields) = answer else { return println!("{answer}") };
-    for (name, value) in fields.iter().filter(|(name, _)| *name != "answer") {
+    for name in FACTS {
+        let Some(value) = answer.get(name) else { continue };
         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        println!("{name:12} {value}");
+        println!("{name:14} {value}");
     }
     if let Some(content) = answer["answer"]["content"].as_str() {
         println!("\n{content}");
