@@ -1,6 +1,6 @@
 #!/bin/sh
-# Fuzzes what reads from untrusted peers: a server's end of a lane (shm/fuzz: consumer), the handshake and all that a
-# session can ask of a core (stress/fuzz: handshake, session). Usage: ci/fuzz.sh [seconds] [target]; without a target
+# Fuzzes what reads from untrusted peers: a server's end of a lane (shm/fuzz: consumer), the handshake, all that a
+# session can ask of a core, and events from a provider (stress/fuzz: handshake, session, sse). Usage: ci/fuzz.sh [seconds] [target]; without a target
 # each of them runs for so long.
 # A target's corpus is read and not written; new inputs go to a scratch directory.
 # `ci/fuzz.sh minimise [target]` merges what was found there into the corpus.
