@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fuzzes what reads from untrusted peers: a server's end of a lane (shm/fuzz: consumer), the handshake and all that a
-# session can ask of a core (stress/fuzz: handshake, session), the bodies of messages (stress/fuzz: json, rkyv).
-# Usage: ci/fuzz.sh [seconds] [target]; without a target each of them runs for so long.
+# session can ask of a core (stress/fuzz: handshake, session), the bodies of messages (json, rkyv), events from a
+# provider (sse). Usage: ci/fuzz.sh [seconds] [target]; without a target each of them runs for so long.
 # A target's corpus is read and not written; new inputs go to a scratch directory.
 # `ci/fuzz.sh minimise [target]` merges what was found there into the corpus.
 # cargo-fuzz sets RUSTFLAGS of its own, which drops crt-static: the address sanitizer refuses that.

@@ -2,7 +2,11 @@
 
 #![allow(dead_code)]
 
+#[cfg(feature = "openai")]
+pub mod openai;
 pub mod process;
+#[cfg(feature = "providers")]
+pub mod provider;
 pub mod raw;
 pub mod streams;
 

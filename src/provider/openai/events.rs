@@ -10,6 +10,7 @@ use futures_core::Stream;
 use hyper::body::Bytes;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 /// Chunks as they come. Nothing is read while nobody asks for a chunk.
 pub struct Events {
@@ -60,14 +61,20 @@ impl Events {
         }
     }
 
-    /// Behind the end of the answer there is only the end of the body. If that is here already, the connection can be used
-    /// again.
-    fn let_go(&mut self, cx: &mut Context<'_>) {
+    /// Behind the end of the answer there is only the end of the body, which is on its way if it is not here: waited for,
+    /// so that the connection can be used again, by a task that nobody waits for.
+    fn let_go(&mut self) {
         if let Some(mut body) = self.body.take() {
-            while matches!(body.poll_piece(cx), Poll::Ready(Some(Ok(piece))) if piece.len() < 64) {}
+            tokio::spawn(async move {
+                // Whatever else comes, or nothing, closes the connection.
+                tokio::time::timeout(END_OF_BODY, body.read(64)).await.ok();
+            });
         }
     }
 }
+
+/// How long the end of a body may take behind the end of its answer.
+const END_OF_BODY: Duration = Duration::from_millis(100);
 
 fn no_events(error: SseError) -> Found {
     Found::Protocol(error.to_string())
@@ -89,7 +96,7 @@ impl Stream for Events {
             let piece = std::task::ready!(body.poll_piece(cx));
             this.take(piece);
             if this.assembler.is_over() {
-                this.let_go(cx);
+                this.let_go();
             }
         }
     }
