@@ -291,9 +291,9 @@ impl CallbackClient {
         Ok(handle)
     }
 
-    /// Runs the callbacks that are due on the calling thread, `most` of them at most; returns how many that were. Of a client
-    /// that is not [polled](CallbackConfig::polled), and inside a callback, there are none. Does not wait: the client's
-    /// descriptor ([`AsFd`]) is readable while there are some.
+    /// Runs the callbacks that are due on the calling thread, `most` of them at most; returns how many that were. There are
+    /// none of a client that is not [polled](CallbackConfig::polled), inside a callback, and while another thread polls. Does
+    /// not wait: the client's descriptor ([`AsFd`]) is readable while there are some.
     pub fn poll_events(&self, most: usize) -> usize {
         let Some(deliveries) = &self.deliveries else { return 0 };
         if self.shared.polling.swap(true, SeqCst) {
