@@ -483,3 +483,11 @@ fn r1_9_a_long_call_that_gets_no_memory_goes_on_without() {
         assert!(client.call(MessageType::ECHO, &request).await.unwrap() == request);
     });
 }
+
+/// Goal:   R5.3: a session for many tasks exists with as much memory as its documentation says.
+#[test]
+fn r5_3_a_session_for_tasks_has_as_much_memory_as_documented() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let client = IpcClient::connect_with(server.path(), &ClientConfig::for_tasks()).unwrap();
+    assert_eq!(client.shared_bytes().unwrap(), 92 << 10);
+}
