@@ -14,6 +14,7 @@ fn main() -> Result<()> {
     run(&socket)
 }
 
+/// All of it, against the server at `socket`.
 pub fn run(socket: &Path) -> Result<()> {
     let client = CallbackClient::connect(socket)?;
     let (done, all_done) = channel();

@@ -1,5 +1,5 @@
-//! What an editor does: its one thread draws and reads keys, and must never wait. Each key cancels the completion that is
-//! on its way and asks for another; what comes is handed over when the thread looks, and it looks when the client's
+//! What an editor does: its one thread draws and reads keys, and must never wait. Each key cancels the completion that
+//! is on its way and asks for another; what comes is handed over when the thread looks, and it looks when the client's
 //! descriptor is readable, beside that of the keyboard.
 //!
 //! The server echoes what was typed, which stands for what a model would add: a real editor sends `Complete`.

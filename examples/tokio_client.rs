@@ -15,6 +15,7 @@ fn main() -> Result<()> {
     run(&socket)
 }
 
+/// All of it, against the server at `socket`.
 pub fn run(socket: &Path) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     runtime.expect("tokio starts").block_on(talk(socket))

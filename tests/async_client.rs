@@ -93,8 +93,8 @@ fn r1_1_r3_1_calls_of_tasks_are_answered() {
     });
 }
 
-/// Goal:   R1.9, trap 15, trap 7: a thousand calls at once on one client, from tasks of several threads: whoever finds no room
-///         waits, each answer meets its own call.
+/// Goal:   R1.9, trap 15, trap 7: a thousand calls at once on one client, from tasks of several threads: whoever finds
+///         no room waits, each answer meets its own call.
 /// Method: 1000 tasks with bodies of their own, on a session of four slots, one of 64, one of 1000.
 #[test]
 fn r1_9_trap15_a_thousand_concurrent_calls_are_answered_each_its_own() {
@@ -181,9 +181,10 @@ fn r1_9_streams_come_whole_and_end_once() {
     });
 }
 
-/// Goal:   R1.9: a consumer that does not take its frames stops its own stream: no more come, and everybody else goes on.
-/// Method: streams nobody reads, as many as half the slots; calls and another stream beside them; then what was not read, in
-///         order. The server's streams have stood still: they have sent no more than their windows.
+/// Goal:   R1.9: a consumer that does not take its frames stops its own stream: no more come, and everybody else goes
+///         on.
+/// Method: streams nobody reads, as many as half the slots; calls and another stream beside them; then what was not
+///         read, in order. The server's streams have stood still: they have sent no more than their windows.
 #[test]
 fn r1_9_a_slow_consumer_stalls_its_own_stream_alone() {
     let server = TestServer::start(WaitPolicy::Handoff);
@@ -207,9 +208,11 @@ fn r1_9_a_slow_consumer_stalls_its_own_stream_alone() {
     });
 }
 
-/// Goal:   R2.6, trap 19: a future or stream that is dropped cancels its call, at every moment, and meets no other call.
-/// Method: dropped before the first poll, while it waits for room, after it was sent and not started, while its handler runs,
-///         once its answer has come, and, streams, at once, in mid-stream and after the end; calls behind it are counted.
+/// Goal:   R2.6, trap 19: a future or stream that is dropped cancels its call, at every moment, and meets no other
+///         call.
+/// Method: dropped before the first poll, while it waits for room, after it was sent and not started, while its handler
+///         runs, once its answer has come, and, streams, at once, in mid-stream and after the end; calls behind it are
+///         counted.
 #[test]
 fn r2_6_trap19_drop_is_cancel_at_every_moment() {
     let server = TestServer::start(WaitPolicy::Block);
@@ -266,7 +269,8 @@ fn r2_6_trap19_drop_is_cancel_at_every_moment() {
 }
 
 /// Goal:   R2.6, trap 15: cancels racing with answers lose nothing and mix nothing up.
-/// Method: 4000 calls from eight tasks, each dropped after a number of polls that changes, among calls that are checked.
+/// Method: 4000 calls from eight tasks, each dropped after a number of polls that changes, among calls that are
+///         checked.
 #[test]
 fn r2_6_trap15_cancels_racing_with_answers_mix_nothing_up() {
     let server = TestServer::start(WaitPolicy::Handoff);
@@ -332,8 +336,8 @@ fn r2_9_time_outs_and_deadlines_end_calls() {
     });
 }
 
-/// Goal:   trap 9, R3.1: a server that is killed ends everything with a typed error: calls in flight, calls that wait for room,
-///         streams, and what is begun later; nothing hangs.
+/// Goal:   trap 9, R3.1: a server that is killed ends everything with a typed error: calls in flight, calls that wait
+///         for room, streams, and what is begun later; nothing hangs.
 /// Method: a stopped server, calls beyond the slots and a stream in mid-flow; then SIGKILL.
 #[test]
 fn trap9_f50_a_killed_server_ends_every_call_and_stream() {
@@ -421,8 +425,8 @@ fn r3_3_a_client_ends_with_its_last_user_or_its_runtime() {
 }
 
 /// Goal:   trap 11: a client that waits costs no time, whatever it waits for.
-/// Method: on a runtime of one thread, half a second of nothing: with nothing under way; with a stream that nobody reads; with
-///         calls that wait for an answer, for room and for their turn, of a server that is stopped.
+/// Method: on a runtime of one thread, half a second of nothing: with nothing under way; with a stream that nobody
+///         reads; with calls that wait for an answer, for room and for their turn, of a server that is stopped.
 #[test]
 fn trap11_a_client_that_waits_costs_no_time() {
     let used = || {
@@ -478,4 +482,12 @@ fn r1_9_a_long_call_that_gets_no_memory_goes_on_without() {
         let request: Vec<u8> = (0..100_000).map(pattern).collect();
         assert!(client.call(MessageType::ECHO, &request).await.unwrap() == request);
     });
+}
+
+/// Goal:   R5.3: a session for many tasks exists with as much memory as its documentation says.
+#[test]
+fn r5_3_a_session_for_tasks_has_as_much_memory_as_documented() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let client = IpcClient::connect_with(server.path(), &ClientConfig::for_tasks()).unwrap();
+    assert_eq!(client.shared_bytes().unwrap(), 92 << 10);
 }

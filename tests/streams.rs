@@ -16,8 +16,8 @@ fn plain() -> CallOptions {
 }
 
 /// Goal:   every byte of an answer comes once, in order, and its end comes once, whatever its length.
-/// Method: echoes of lengths at the edges of slots and frames, every policy; sessions with leases and without, and with a
-///         lease at hand that would carry the request in one slot.
+/// Method: echoes of lengths at the edges of slots and frames, every policy; sessions with leases and without, and with
+///         a lease at hand that would carry the request in one slot.
 #[test]
 fn r1_9_a_stream_hands_out_every_byte_and_one_end() {
     for policy in ALL {
@@ -56,8 +56,8 @@ fn r1_9_a_stream_is_one_although_its_request_fits_a_leased_slot() {
     assert!(is_pattern(&stream.next().unwrap().unwrap(), 0));
 }
 
-/// Goal:   R2.5: a streamed answer comes apart into its records, whatever frames cut them, and an answer that ends within
-///         one is an error.
+/// Goal:   R2.5: a streamed answer comes apart into its records, whatever frames cut them, and an answer that ends
+///         within one is an error.
 #[test]
 fn r2_5_a_streamed_answer_comes_apart_into_its_records() {
     let server = TestServer::start(WaitPolicy::Block);
@@ -90,7 +90,8 @@ fn r2_5_a_streamed_answer_comes_apart_into_its_records() {
     eventually("the call has ended", || client.poll().unwrap().is_none() && client.in_flight() == 0);
 }
 
-/// Goal:   R2.6, trap 19: a dropped stream ends its call at the server, at every moment, and no call behind it is met by it.
+/// Goal:   R2.6, trap 19: a dropped stream ends its call at the server, at every moment, and no call behind it is met
+///         by it.
 /// Method: dropped at once, after a frame, after some, with a frame kept, after the end, and cancelled by name; each
 ///         followed by calls whose answers are checked, until the server has no stream left.
 #[test]
@@ -150,7 +151,8 @@ fn r1_9_a_reader_that_stops_stops_its_own_stream_alone() {
     }
 }
 
-/// Goal:   a stream whose frame does not come in time is over, with an error that says so; errors of the handler are its end.
+/// Goal:   a stream whose frame does not come in time is over, with an error that says so; errors of the handler are
+///         its end.
 #[test]
 fn r2_9_a_stream_that_does_not_go_on_times_out() {
     let server = TestServer::start(WaitPolicy::Block);

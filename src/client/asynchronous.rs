@@ -1,8 +1,9 @@
 //! The client of programs that run on tokio: any number of tasks on one session, which waits on one descriptor.
 //!
-//! Shape:   a task that calls writes its request right into the rings, under a lock that is held for that long; one task
-//!          of the client's own, the driver, rings, waits on the session's socket, and wakes whoever something has come
-//!          for. So there is no queue of requests and no thread, and what several tasks submit in a row is rung for once.
+//! Shape:   a task that calls writes its request right into the rings, under a lock that is held for that long; one
+//!          task of the client's own, the driver, rings, waits on the session's socket, and wakes whoever something has
+//!          come for. So there is no queue of requests and no thread, and what several tasks submit in a row is rung
+//!          for once.
 //! Waiting: whoever finds no room waits for it, in the order of coming (R1.9).
 //! Wakers:  are woken and dropped only while the lock is free: either may run code of anybody's.
 
@@ -25,11 +26,11 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Sleep, sleep_until, timeout};
 
-/// A client for tasks of a tokio runtime: cheap to clone, used by any number of tasks and threads at once, one session for
-/// all of them. Calls start in the order in which they are first polled.
+/// A client for tasks of a tokio runtime: cheap to clone, used by any number of tasks and threads at once, one session
+/// for all of them. Calls start in the order in which they are first polled.
 ///
-/// Dropping a call's future, or a stream, cancels that call, whenever that happens. The session ends when all clones and
-/// streams are gone, or with the runtime it was connected on, which needs its I/O and time drivers (`enable_all`).
+/// Dropping a call's future, or a stream, cancels that call, whenever that happens. The session ends when all clones
+/// and streams are gone, or with the runtime it was connected on, which needs its I/O and time drivers (`enable_all`).
 ///
 /// A call waits while all slots are in use ([`ClientConfig`] says how many there are), and allocates nothing but the
 /// answer's bytes. The client waits on its socket whatever [`ClientConfig::policy`] says; the policy says which reactor
@@ -90,8 +91,8 @@ impl AsyncClient {
     ///
     /// # Errors
     ///
-    /// What the server answered, or what became of the session; [`IpcError::ClientClosed`] if the runtime that the client
-    /// was connected on has ended.
+    /// What the server answered, or what became of the session; [`IpcError::ClientClosed`] if the runtime that the
+    /// client was connected on has ended.
     pub async fn call(&self, message_type: MessageType, request: &[u8]) -> Result<Vec<u8>> {
         self.call_with(message_type, request, &CallOptions::default()).await
     }
@@ -134,7 +135,8 @@ impl AsyncClient {
     ///
     /// # Errors
     ///
-    /// As for [`AsyncClient::call`], as long as the request has not been sent; what comes later is the stream's last item.
+    /// As for [`AsyncClient::call`], as long as the request has not been sent; what comes later is the stream's last
+    /// item.
     pub async fn stream(
         &self,
         message_type: MessageType,
@@ -169,8 +171,8 @@ async fn within<T>(options: &CallOptions, work: impl Future<Output = Result<T>>)
     }
 }
 
-/// The answer of a call, frame by frame: every byte of it in order, then either nothing more or, once, the error that it
-/// ended with. Frames that are not taken stay where the server put them, and it sends no more meanwhile. Dropping it
+/// The answer of a call, frame by frame: every byte of it in order, then either nothing more or, once, the error that
+/// it ended with. Frames that are not taken stay where the server put them, and it sends no more meanwhile. Dropping it
 /// cancels the call.
 #[derive(Debug)]
 #[must_use = "dropping it cancels the call"]
@@ -212,7 +214,8 @@ impl FusedStream for AsyncAnswer {
     }
 }
 
-/// The records of a streamed answer, in order, then either nothing more or, once, an error. Dropping it cancels the call.
+/// The records of a streamed answer, in order, then either nothing more or, once, an error. Dropping it cancels the
+/// call.
 #[derive(Debug)]
 #[must_use = "dropping it cancels the call"]
 pub struct AsyncRecords {

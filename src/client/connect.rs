@@ -73,8 +73,8 @@ impl ClientConfig {
         Self { lease_pages: 0, ..Self::default() }
     }
 
-    /// A session that many tasks or callers share: 128 entries, 64 slots of 1 KiB, 128 pages to lease. 104 KiB of shared
-    /// memory, and up to 512 KiB more in use.
+    /// A session that many tasks or callers share: 128 entries, 64 slots of 1 KiB, 128 pages to lease. 92 KiB of
+    /// shared memory, and up to 512 KiB more in use.
     pub fn for_tasks() -> Self {
         Self { ring_entries: 128, small_slots: 64, lease_pages: 128, ..Self::default() }
     }

@@ -1,8 +1,8 @@
 //! Many callers on one client: whose answer it is that comes, and the frames that wait for their readers.
 //!
-//! Rule:  a whole answer is copied out at once, so its slot is free whether its caller comes for it or not; a frame of a
-//!        stream stays where it is until its reader takes it, and no more come meanwhile (R1.9). Once a stream has ended
-//!        what is left of it, a window at most, is copied out too.
+//! Rule:  a whole answer is copied out at once, so its slot is free whether its caller comes for it or not; a frame of
+//!        a stream stays where it is until its reader takes it, and no more come meanwhile (R1.9). Once a stream has
+//!        ended what is left of it, a window at most, is copied out too.
 //! Bound: as many calls as there are slots, and for each no more than its window of frames.
 
 use super::call::{CallId, CallOptions, Reply};

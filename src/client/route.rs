@@ -3,8 +3,8 @@
 //! Rule:   a connection changes its lane only while none of its calls is in flight (P6), so its calls start in
 //!         order. Under `handoff` a call that may have to wait takes the lane of the reactor whose core it runs on,
 //!         unless the reactor of its present lane is polling on another core, or so many calls are in flight that
-//!         two cores do them sooner than one. Under `spin` a caller stays off its own core's reactor. Whoever keeps off a
-//!         core uses any lane but that of its reactor, if there is one.
+//!         two cores do them sooner than one. Under `spin` a caller stays off its own core's reactor. Whoever keeps off
+//!         a core uses any lane but that of its reactor, if there is one.
 
 use super::session::{Session, Target};
 use crate::config::WaitPolicy;

@@ -51,8 +51,8 @@ impl<'c> Connection<'c> {
     }
 }
 
-/// The answer of a call, frame by frame: every byte of it in order, then either nothing more or, once, the error that it
-/// ended with. Dropping it cancels the call.
+/// The answer of a call, frame by frame: every byte of it in order, then either nothing more or, once, the error that
+/// it ended with. Dropping it cancels the call.
 #[derive(Debug)]
 pub struct AnswerStream<'c> {
     client: &'c IpcClient,
@@ -101,8 +101,8 @@ impl<'c> AnswerStream<'c> {
         None
     }
 
-    /// Says that the rest is not wanted. The stream goes on to its end, which is [`IpcError::Cancelled`] unless the answer
-    /// was complete before; whoever does not care drops it.
+    /// Says that the rest is not wanted. The stream goes on to its end, which is [`IpcError::Cancelled`] unless the
+    /// answer was complete before; whoever does not care drops it.
     ///
     /// # Errors
     ///
@@ -156,7 +156,8 @@ impl Drop for AnswerStream<'_> {
     }
 }
 
-/// The records of a streamed answer, in order, then either nothing more or, once, an error. Dropping it cancels the call.
+/// The records of a streamed answer, in order, then either nothing more or, once, an error. Dropping it cancels the
+/// call.
 #[derive(Debug)]
 pub struct AnswerRecords<'c> {
     stream: AnswerStream<'c>,

@@ -1,7 +1,8 @@
-//! The client of threads that must not be held up, such as the one that draws an editor: calls are answered by callback.
+//! The client of threads that must not be held up, such as the one that draws an editor: calls are answered by
+//! callback.
 //!
-//! Shape:   the caller puts a call into a queue and rings; a thread of the client's own has the session, waits on its socket
-//!          and on that bell, and calls back, or leaves that to the caller (`poll_events`).
+//! Shape:   the caller puts a call into a queue and rings; a thread of the client's own has the session, waits on its
+//!          socket and on that bell, and calls back, or leaves that to the caller (`poll_events`).
 //! Bound:   calls that have not been called back are counted, and no more than so many are taken; a stream has at most
 //!          [`FRAMES_MAX`] frames on their way to a caller who polls, the others stay where the server put them (R1.9).
 //! Promise: every call that was taken is called back exactly once with its end, whatever happens.
@@ -58,14 +59,14 @@ pub enum StreamEvent {
     End(Result<()>),
 }
 
-/// A client that never holds up its caller: calls go into a queue and are answered by callback, from a thread of the client's
-/// own or whenever the caller asks for events. It can be shared by threads.
+/// A client that never holds up its caller: calls go into a queue and are answered by callback, from a thread of the
+/// client's own or whenever the caller asks for events. It can be shared by threads.
 ///
 /// No work of the server's is brought to the caller's core: calls go to a reactor of another core than the one they are
 /// made on, where there is one, as soon as none of this client's calls is in flight elsewhere.
 ///
-/// A callback that panics is caught, logged and [counted](CallbackClient::panics); its stream is cancelled. Dropping the
-/// client answers what is outstanding with [`IpcError::ClientClosed`], from its thread, and waits for nothing.
+/// A callback that panics is caught, logged and [counted](CallbackClient::panics); its stream is cancelled. Dropping
+/// the client answers what is outstanding with [`IpcError::ClientClosed`], from its thread, and waits for nothing.
 ///
 /// ```no_run
 /// use doorbell::{CallbackClient, MessageType};
@@ -236,8 +237,8 @@ impl CallbackClient {
         self.submit(message_type, request, options, Callback::Answer(Box::new(answered)))
     }
 
-    /// Sends `request`; `on_event` is called with each frame of the answer as it comes, and exactly once, at last, with its
-    /// end. Returns at once. The server sends more as calls of `on_event` return.
+    /// Sends `request`; `on_event` is called with each frame of the answer as it comes, and exactly once, at last, with
+    /// its end. Returns at once. The server sends more as calls of `on_event` return.
     ///
     /// # Errors
     ///
@@ -291,9 +292,9 @@ impl CallbackClient {
         Ok(handle)
     }
 
-    /// Runs the callbacks that are due on the calling thread, `most` of them at most; returns how many that were. Of a client
-    /// that is not [polled](CallbackConfig::polled), and inside a callback, there are none. Does not wait: the client's
-    /// descriptor ([`AsFd`]) is readable while there are some.
+    /// Runs the callbacks that are due on the calling thread, `most` of them at most; returns how many that were. There
+    /// are none of a client that is not [polled](CallbackConfig::polled), inside a callback, and while another thread
+    /// polls. Does not wait: the client's descriptor ([`AsFd`]) is readable while there are some.
     pub fn poll_events(&self, most: usize) -> usize {
         let Some(deliveries) = &self.deliveries else { return 0 };
         if self.shared.polling.swap(true, SeqCst) {
@@ -327,8 +328,8 @@ impl CallbackClient {
         self.shared.panics.load(SeqCst)
     }
 
-    /// Answers what is outstanding with [`IpcError::ClientClosed`], and waits until that has been done; inside a callback
-    /// it does not wait.
+    /// Answers what is outstanding with [`IpcError::ClientClosed`], and waits until that has been done; inside a
+    /// callback it does not wait.
     pub fn close(mut self) {
         let thread = self.thread.take();
         drop(self);
@@ -369,8 +370,8 @@ pub struct CallHandle {
 }
 
 impl CallHandle {
-    /// Says that the answer is not wanted: the call is answered [`IpcError::Cancelled`], unless its answer came first. No
-    /// further frames are handed out, but one that is being handed out on another thread.
+    /// Says that the answer is not wanted: the call is answered [`IpcError::Cancelled`], unless its answer came first.
+    /// No further frames are handed out, but one that is being handed out on another thread.
     pub fn cancel(&self) {
         if !self.cancel.swap(true, SeqCst) {
             self.shared.cancelled.store(true, SeqCst);
