@@ -2,12 +2,14 @@
 
 #![allow(unsafe_code)]
 
+use doorbell::protocol::records::RecordReader;
 use doorbell::{
-    CallOptions, ClientConfig, Connection, Context, HandlerError, HandlerTable, IpcClient, IpcError,
-    IpcServer, MessageType, Reply, ServerConfig, WaitPolicy,
+    CallOptions, ClientConfig, Connection, Context, Deferred, HandlerError, HandlerTable, IpcClient,
+    IpcError, IpcServer, MessageType, Reply, ServerConfig, WaitPolicy,
 };
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::process::{Child, Command};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Counts every allocation of the process.
@@ -39,7 +41,23 @@ fn count(_: &Context<'_, ()>, _: &[u8], reply: &mut Reply<'_>) -> Result<(), Han
     reply.write(&ALLOCATIONS.load(Relaxed).to_le_bytes())
 }
 
-static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on(COUNT, count);
+/// Streams as many chunks as its request says, from a thread.
+const STREAM: MessageType = MessageType(257);
+
+const CHUNK: [u8; 64] = [7; 64];
+
+fn stream(_: &Context<'_, ()>, request: &[u8], mut answer: Deferred) -> Result<(), HandlerError> {
+    let count = request.try_into().map(u64::from_le_bytes).map_err(|_| HandlerError::TooLarge)?;
+    std::thread::spawn(move || {
+        for _ in 0..count {
+            answer.write_record(&CHUNK).unwrap();
+        }
+        answer.finish();
+    });
+    Ok(())
+}
+
+static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on(COUNT, count).on_deferred(STREAM, stream);
 
 /// The variable that makes this executable a server, with the path to listen at.
 const SERVER: &str = "DOORBELL_TEST_ALLOCATIONS_SERVER";
@@ -65,9 +83,9 @@ impl Drop for Server {
     }
 }
 
-fn start_server() -> (Server, IpcClient) {
+fn start_server(name: &str) -> (Server, IpcClient) {
     use std::os::unix::fs::DirBuilderExt;
-    let directory = std::env::temp_dir().join(format!("doorbell-allocations-{}", std::process::id()));
+    let directory = std::env::temp_dir().join(format!("doorbell-allocations-{name}-{}", std::process::id()));
     std::fs::DirBuilder::new().mode(0o700).create(&directory).unwrap();
     let path = directory.join("s");
     let child = Command::new(std::env::current_exe().unwrap())
@@ -138,9 +156,33 @@ fn echo_leased(connection: &Connection<'_>, total: u64) {
     }
 }
 
+/// Reads a stream of `total` chunks.
+fn read_stream(connection: &Connection<'_>, reader: &mut RecordReader, total: u64) {
+    let options = CallOptions { pieces: true, ..CallOptions::default() };
+    connection.submit(STREAM, &total.to_le_bytes(), &options).unwrap();
+    let (client, mut chunks, mut frame, mut ended) = (connection.client(), 0, [0; 16 << 10], false);
+    while !ended {
+        client.wait(None).unwrap();
+        while let Some(reply) = client.poll().unwrap() {
+            assert!(reply.is_ok());
+            let len = reply.copy_to(&mut frame).unwrap();
+            let mut bytes = &frame[..len];
+            while let Some(chunk) = reader.next(&mut bytes).unwrap() {
+                assert_eq!(chunk, CHUNK);
+                chunks += 1;
+            }
+            ended = reply.is_last();
+        }
+    }
+    assert_eq!(chunks, total);
+}
+
 fn path(server: &Server) -> std::path::PathBuf {
     server.directory.join("s")
 }
+
+/// Held by the test that runs: they would take each other's cores.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// Goal:   R1.7: no message costs an allocation, neither here nor in the server's process.
 /// Method: 1 000 000 pipelined and 100 000 blocking calls, 20 000 through leased memory, after a warm-up; counters of both before and after.
@@ -149,7 +191,8 @@ fn r1_7_a_million_messages_allocate_nothing_on_either_side() {
     if std::env::var_os(SERVER).is_some() {
         return;
     }
-    let (server, client) = start_server();
+    let _alone = ALONE.lock().unwrap_or_else(|broken| broken.into_inner());
+    let (server, client) = start_server("calls");
     // One for all: a connection is announced to other reactors when it opens, which is no message.
     let connection = &client.open().unwrap();
     echo_pipelined(connection, 1000);
@@ -169,4 +212,28 @@ fn r1_7_a_million_messages_allocate_nothing_on_either_side() {
     assert_eq!(server_allocations(leasing) - before, 0, "allocations in the server for leased slots");
     // The harness may print and allocate on a thread of its own meanwhile; a message may not.
     assert!(client_after - client_before < 100, "{} allocations in the client", client_after - client_before);
+}
+
+/// Goal:   R1.7: no chunk of a streamed answer costs an allocation, neither where it is written and sent nor where it is
+///         read.
+/// Method: streams of 1000 and of 100 000 chunks cost the same, but for what their threads and calls do.
+#[test]
+fn r1_7_a_chunk_of_a_stream_allocates_nothing_on_either_side() {
+    if std::env::var_os(SERVER).is_some() {
+        return;
+    }
+    let _alone = ALONE.lock().unwrap_or_else(|broken| broken.into_inner());
+    let (_server, client) = start_server("stream");
+    let connection = &client.open().unwrap();
+    let mut reader = RecordReader::default();
+    read_stream(connection, &mut reader, 50_000);
+    let mut cost = |chunks| {
+        let before = (server_allocations(connection), ALLOCATIONS.load(Relaxed));
+        read_stream(connection, &mut reader, chunks);
+        // The first: the harness of this process may allocate meanwhile, on a thread of its own.
+        (server_allocations(connection) - before.0, ALLOCATIONS.load(Relaxed) - before.1)
+    };
+    let (short, long) = (cost(1000), cost(100_000));
+    assert!(long.0 <= short.0 + 8, "{short:?} {long:?} allocations in the server");
+    assert!(long.1 < 100, "{short:?} {long:?} allocations in the client");
 }

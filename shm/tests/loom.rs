@@ -1038,11 +1038,12 @@ fn a_pipe_changes_its_range_between_two_bytes() {
         loop {
             desk.wait(&mut slept, &mut || false);
             let done = desk.pipe.is_done();
+            desk.drain(&mut reader, &mut got);
+            // After what was taken has been published: the offer has to stand for itself.
             if reader.wants_more(&desk.pipe) && !offered {
                 offered = true;
                 reader.offer(&desk.pipe, long);
             }
-            desk.drain(&mut reader, &mut got);
             if offered && !changed && reader.available(&desk.pipe) > 0 && reader.uses(&desk.pipe, long) {
                 changed = true;
                 desk.bytes.write(0, &[9]);
