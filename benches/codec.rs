@@ -1,9 +1,8 @@
 //! What do the codecs cost, beside plain serde_json on the same input? `plain` derives what a user of serde would, once
 //! with memory of its own, once borrowing as much as serde_json lets it.
 
-use criterion::{
-    BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main, measurement::ProcessorTime,
-};
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use doorbell::codec::{Codec, Json, Rkyv};
 use doorbell::messages::{AIRequest, StreamChunk};
 use rustix::time::{ClockId, clock_gettime};
