@@ -140,11 +140,11 @@ fn r2_11_a_request_without_sense_is_refused() {
     let connection = client.open().unwrap();
     let long = json!({ "content": "x".repeat(50_000), "nonsense": 1 }).to_string();
     for (request, problem) in [
-        (&b""[..], "no object"),
+        (&b""[..], "an object with `path` or `content`"),
         (b"{}", "neither `path` nor `content`"),
         (br#"{"path":7}"#, "`path`, byte 8: must be a string"),
         (br#"{"path":"a","content":"b"}"#, "both `path` and `content`"),
-        (b"{\"path\":\"\xff\"}", "not UTF-8 from byte 9"),
+        (b"{\"path\":\"\xff\"}", "`path`, byte 9: is not UTF-8"),
         (long.as_bytes(), "nonsense"),
     ] {
         match connection.call(ANALYZE, request) {
