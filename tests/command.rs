@@ -88,9 +88,7 @@ fn r1_4_ping_and_stats_answer_on_the_command_line() {
 #[test]
 fn r1_4_an_unknown_type_is_an_error_that_names_it() {
     let server = ServerProcess::start(&[]);
-    for (message_type, named) in
-        [("999", "type 999"), ("chat", "type 17 (chat)"), ("4294967295", "4294967295")]
-    {
+    for (message_type, named) in [("999", "type 999"), ("19", "type 19"), ("4294967295", "4294967295")] {
         let output = call(&server, &["--type", message_type]);
         fails(&output, 1, &["no handler for message", named]);
     }

@@ -321,7 +321,7 @@ fn r3_1_a_body_that_makes_no_sense_is_told_with_field_and_place() {
         (r#"{"messages":[{"role":"user"}],"model":"m"}"#, "messages[0]"),
         (r#"{"messages":[{"role":"user","content":5}],"model":"m"}"#, "messages[0].content"),
         (r#"{"messages":[]}"#, "model"),
-        (deep.as_str(), "messages[0]"),
+        (deep.as_str(), "nested deeper than"),
     ];
     for (body, part) in table {
         for message_type in [MessageType::CHAT, MessageType::COMPLETE] {

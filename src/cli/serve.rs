@@ -48,7 +48,7 @@ pub struct ServeOptions {
     /// Sessions, that is, connected client processes [default: 1024]
     #[arg(long, value_name = "N")]
     max_sessions: Option<u32>,
-    /// Sessions of one client process [default: as many as of all]
+    /// Sessions of one client process [default: --max-sessions]
     #[arg(long, value_name = "N")]
     max_sessions_per_process: Option<u32>,
     /// Reactors, each a thread; 0 means one for every core that may be used [default: 0]
