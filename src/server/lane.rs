@@ -226,11 +226,16 @@ impl SessionLane {
     #[inline]
     pub fn turn<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<u32, PeerFault> {
         // Taken here too: a hint that no call follows must not keep the lane awake.
+        let mut answered = 0;
         if self.lane.common.hints.any() {
+            let before = self.published();
             self.take_hints(id, bench)?;
+            answered = (self.published() - before) as u32;
         }
         self.starved = false;
         let mut turn = Turn::begin(bench);
+        // Nothing was taken for them, but whoever has cancelled waits for the end.
+        turn.taken += answered;
         loop {
             let left = turn.left(bench) as usize;
             if left == 0 {
@@ -403,6 +408,11 @@ impl SessionLane {
     /// The state that the server bell has to show while this session's reactor sleeps.
     pub fn asleep_state(&self) -> u32 {
         if self.starved { bell::ASLEEP_WANTS_SPACE } else { bell::ASLEEP }
+    }
+
+    /// Completions published so far.
+    fn published(&self) -> u64 {
+        self.lane.completions.iter().map(|ring| ring.next()).sum()
     }
 
     /// Looks at the words that the client has hinted at: what it says of calls that are under way, kept for those
