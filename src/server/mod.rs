@@ -27,7 +27,7 @@ mod staging;
 mod start;
 mod storm;
 mod table;
-mod throttle;
+pub(crate) mod throttle;
 
 pub use connections::ConnectionPool;
 pub use listener::check_socket_path;
