@@ -30,6 +30,8 @@ pub use doorbell_shm::entry::Status;
 pub use error::{IpcError, Result};
 pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};
+#[cfg(feature = "providers")]
+pub use provider::ProviderPool;
 pub use server::{
     BoundServer, BufferPool, ConnectionPool, Context, Handler, HandlerError, HandlerTable, IpcServer,
     MakePieces, Pieces, Progress, Reply, ShutdownHandle, TABLE_LEN, check_socket_path, files, reactor_cores,

@@ -2,6 +2,7 @@
 
 pub use super::home::{Heard, hear};
 
+use super::budget::Budget;
 use super::core::{Core, Verdict};
 use super::crew::Inbox;
 use super::table::HandlerTable;
@@ -20,7 +21,8 @@ impl Judge {
     /// That of a server with these limits, and with one reactor if the number is left open.
     pub fn new(config: ServerConfig) -> Self {
         let config = ServerConfig { reactors: config.reactors.max(1), ..config };
-        Self(Core::new(TABLE.as_slice(), Arc::new(()), config, Totals::new(0, 1), Inbox::default()))
+        let budget = Budget::new(config.memory_budget);
+        Self(Core::new(TABLE.as_slice(), Arc::new(()), config, Totals::new(0, 1), Inbox::default(), budget))
     }
 
     /// The same server once it is stopping.
