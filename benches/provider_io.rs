@@ -142,16 +142,14 @@ impl Stack for Plain {
         tokio::task::LocalSet::new().block_on(&runtime, work);
     }
 
-    fn read(address: SocketAddr, events: usize) -> impl Future<Output = ()> + 'static {
-        async move {
-            use tokio::io::AsyncReadExt;
-            let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
-            let (mut bytes, mut found, mut last) = (vec![0; PIECE], 0, 0);
-            while found < events {
-                let len = socket.read(&mut bytes).await.unwrap();
-                assert!(len > 0, "the server closed after {found} events");
-                found += ends(&bytes[..len], &mut last);
-            }
+    async fn read(address: SocketAddr, events: usize) {
+        use tokio::io::AsyncReadExt;
+        let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+        let (mut bytes, mut found, mut last) = (vec![0; PIECE], 0, 0);
+        while found < events {
+            let len = socket.read(&mut bytes).await.unwrap();
+            assert!(len > 0, "the server closed after {found} events");
+            found += ends(&bytes[..len], &mut last);
         }
     }
 
@@ -180,17 +178,15 @@ impl Stack for Uring {
         tokio_uring::start(work);
     }
 
-    fn read(address: SocketAddr, events: usize) -> impl Future<Output = ()> + 'static {
-        async move {
-            let socket = tokio_uring::net::TcpStream::connect(address).await.unwrap();
-            let (mut bytes, mut found, mut last) = (vec![0; PIECE], 0, 0);
-            while found < events {
-                let (len, buffer) = socket.read(bytes).await;
-                let len = len.unwrap();
-                assert!(len > 0, "the server closed after {found} events");
-                bytes = buffer;
-                found += ends(&bytes[..len], &mut last);
-            }
+    async fn read(address: SocketAddr, events: usize) {
+        let socket = tokio_uring::net::TcpStream::connect(address).await.unwrap();
+        let (mut bytes, mut found, mut last) = (vec![0; PIECE], 0, 0);
+        while found < events {
+            let (len, buffer) = socket.read(bytes).await;
+            let len = len.unwrap();
+            assert!(len > 0, "the server closed after {found} events");
+            bytes = buffer;
+            found += ends(&bytes[..len], &mut last);
         }
     }
 

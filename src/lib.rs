@@ -33,6 +33,8 @@ pub use doorbell_shm::entry::Status;
 pub use error::{IpcError, Result};
 pub use metrics::Metrics;
 pub use protocol::{MessageType, default_socket_path};
+#[cfg(feature = "providers")]
+pub use provider::ProviderPool;
 pub use server::{
     Answering, AsyncHandler, BoundServer, BufferPool, ConnectionPool, Context, Deferred, DeferredError,
     DeferredHandler, Executor, FileQuestion, FileQuestionHandler, Handler, HandlerError, HandlerTable,

@@ -9,9 +9,10 @@ use super::{
     ProviderError, ProviderKind, ProvidersConfig, RetryConfig, Timeouts,
 };
 use crate::messages::{AIResponse, StreamChunk};
+use crate::server::throttle::Throttle;
 use std::fmt;
 use std::future::poll_fn;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::time::{Instant, timeout_at};
 
 /// The providers of a server. Shared by reference; asks need a tokio runtime, as [`Provider`] says.
@@ -19,6 +20,7 @@ pub struct ProviderPool {
     routes: Routes,
     members: Vec<Member>,
     gate: Gate,
+    log: Mutex<Throttle>,
 }
 
 struct Member {
@@ -133,14 +135,19 @@ impl ProviderPool {
             let member = &self.members[index];
             match self.ask_member(member, call, begun, once).await {
                 Err(error) if error.is_of_this_provider() => {
-                    let provider = member.provider.name();
-                    tracing::warn!(provider, code = error.code(), "no answer: {error}");
+                    self.log(member.provider.name(), &error);
                     last = Some(error);
                 }
                 done => return done,
             }
         }
         Err(last.unwrap_or_else(|| self.unknown(call)))
+    }
+
+    /// A line for the operator; few of them, however many calls fail (F30).
+    fn log(&self, provider: &str, error: &ProviderError) {
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.warn(|| tracing::warn!(provider, code = error.code(), "no answer: {error}"));
     }
 
     fn unknown(&self, call: &Call) -> ProviderError {
@@ -270,7 +277,7 @@ impl ProviderPoolBuilder {
         }
         routes.default = config.default.as_deref().and_then(|name| routes.named(name));
         let gate = Gate::new("the pool of providers".into(), config.max_concurrent, config.max_waiting);
-        Ok(ProviderPool { routes, members, gate })
+        Ok(ProviderPool { routes, members, gate, log: Mutex::default() })
     }
 }
 

@@ -74,7 +74,7 @@ impl Answer {
     }
 
     fn give_up(&mut self, error: &ProviderError) {
-        tracing::warn!(provider = self.provider, code = error.code(), "an answer broke off: {error}");
+        tracing::debug!(provider = self.provider, code = error.code(), "an answer broke off: {error}");
         self.source = None;
         let cancelled = *error == ProviderError::Cancelled;
         if !cancelled {

@@ -28,7 +28,7 @@ mod staging;
 mod start;
 mod storm;
 mod table;
-mod throttle;
+pub(crate) mod throttle;
 mod tickets;
 
 pub use connections::ConnectionPool;

@@ -97,13 +97,13 @@ impl Reader {
     pub fn cancel(&self) {
         let mut shared = self.shared.lock().unwrap();
         shared.cancelled = true;
-        shared.waker.take().map(Waker::wake);
+        shared.waker.take().into_iter().for_each(Waker::wake);
     }
 
     /// What is there now.
     pub fn read(&self) -> Vec<StreamChunk> {
         let mut shared = self.shared.lock().unwrap();
-        shared.waker.take().map(Waker::wake);
+        shared.waker.take().into_iter().for_each(Waker::wake);
         shared.chunks.drain(..).collect()
     }
 

@@ -1,7 +1,7 @@
 //! What a server's refusals mean, and how much of its sentences may be passed on.
 
 use crate::messages::AIRequest;
-use crate::provider::{Phase, ProviderError};
+use crate::provider::ProviderError;
 use hyper::HeaderMap;
 use hyper::header::{DATE, HeaderValue, RETRY_AFTER};
 use serde::Deserialize;
@@ -189,9 +189,8 @@ fn classified(
             model: asked.request.map(|request| request.model.clone()).unwrap_or_default(),
             known: asked.models.to_vec(),
         },
-        408 => ProviderError::Timeout { provider, phase: Phase::FirstChunk, after: Duration::ZERO },
         429 => ProviderError::RateLimited { provider, retry_after, code },
-        500.. => {
+        408 | 500.. => {
             let what = if message.is_empty() {
                 format!("HTTP {status}")
             } else {
