@@ -1,8 +1,8 @@
 //! What a round trip costs through each kind of client, beside the one that blocks: 64 bytes, every byte of every
 //! answer checked, the server in a process of its own.
 //!
-//! - `awake`: the reactor polls on the first core, the client is pinned to the last one, calls follow each other at
-//!            once.
+//! - `awake`: the reactor polls on the first core, the client is pinned to the last one, calls follow each
+//!   other at once.
 //! - `asleep`: a reactor on every core, a millisecond between calls, the client wherever the scheduler puts it. The
 //!   callback client goes to a reactor of another core on purpose.
 //!

@@ -6,7 +6,8 @@ use common::process::ServerProcess;
 use common::streams::{ENDLESS, RECORDS, is_pattern, pattern, records_request};
 use common::{COUNT, FLOOD, GATE, PANIC, REFUSE, TestServer, eventually, stat};
 use doorbell::{
-    AsyncAnswer, AsyncClient, CallOptions, ClientConfig, IpcClient, IpcError, MessageType, WaitPolicy,
+    AsyncAnswer, AsyncClient, CallOptions, ClientConfig, IpcClient, IpcError, MessageType, ServerConfig,
+    WaitPolicy,
 };
 use futures_core::Stream;
 use rustix::process::Signal;
@@ -490,4 +491,31 @@ fn r5_3_a_session_for_tasks_has_as_much_memory_as_documented() {
     let server = TestServer::start(WaitPolicy::Block);
     let client = IpcClient::connect_with(server.path(), &ClientConfig::for_tasks()).unwrap();
     assert_eq!(client.shared_bytes().unwrap(), 92 << 10);
+}
+
+/// Goal:   R1.9, trap 15: a thousand streams at once on one session, each in order and with its own bytes; dropping
+///         them ends all of them at the server.
+/// Method: 1000 endless streams, begun before any is read; frames of each in turn.
+#[test]
+fn r1_9_trap15_a_thousand_streams_at_once_stay_apart() {
+    let server = TestServer::start_with(ServerConfig { memory_budget: 8 << 20, ..ServerConfig::default() });
+    on_both(async || {
+        let slots =
+            ClientConfig { ring_entries: 1024, small_slots: 2048, lease_pages: 0, ..ClientConfig::default() };
+        let client = AsyncClient::connect_with(server.path(), &slots).await.unwrap();
+        let mut streams = Vec::new();
+        for _ in 0..1000 {
+            streams.push((client.stream(ENDLESS, b"", &plain()).await.unwrap(), 0));
+        }
+        for round in 0..3 {
+            for (stream, at) in &mut streams {
+                *at = read_frames(stream, 1, *at).await;
+            }
+            assert_eq!(server.state.streams.load(SeqCst), 1000, "round {round}");
+        }
+        check_echo(&client).await;
+        drop(streams);
+        until("the server's streams end", || server.state.streams.load(SeqCst) == 0).await;
+        check_echo(&client).await;
+    });
 }
