@@ -52,17 +52,25 @@ impl<S> Plan<S> {
     }
 }
 
+/// Who does for the reactors what they do not do themselves.
+pub(super) struct Helpers {
+    /// Has the files that clients may have read.
+    pub files: Arc<FileSource>,
+    /// Runs the futures of handlers.
+    pub executor: Option<Arc<Executor>>,
+}
+
 /// Runs a server on the calling thread and those of its further reactors.
 pub(super) fn serve<S: Send + Sync + 'static>(
     handlers: &'static [Entry<S>],
     state: Arc<S>,
     config: ServerConfig,
-    files: Arc<FileSource>,
-    executor: Option<Arc<Executor>>,
+    helpers: Helpers,
     listener: Listener,
     stop: OwnedFd,
     shutdown: ShutdownHandle,
 ) -> Result<Metrics> {
+    let Helpers { files, executor } = helpers;
     let cores = cores(&config)?;
     let pins = reactor_cores(&config)?;
     let reactors = pins.len();

@@ -324,7 +324,7 @@ impl Bench {
         let () = server.receive()?;
         let sessions = if options.question == Question::Many { options.sessions } else { 1 };
         let streams = if options.question == Question::Many { options.streams } else { 1 };
-        let slots = (2 * streams.div_ceil(sessions) + 4).min(1008) as u32;
+        let slots = (streams.div_ceil(sessions) + 8).min(1008) as u32;
         let config = ClientConfig {
             policy: wait_policy(options.policy),
             name: "bench-stream".to_owned(),
@@ -416,16 +416,16 @@ impl Bench {
         let window = (self.options.seconds * SECOND as f64) as u64;
         let begin_ns = now_ns() + SECOND / 2;
         let measured = begin_ns + SECOND / 2..begin_ns + SECOND / 2 + window;
+        let open = |client: &IpcClient| client.open().map(Connection::detach).map_err(peer("opening"));
+        let connections = self.clients.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         for index in 0..count {
             self.readings.push(Reading { reader: RecordReader::default(), number: 0, ended: false });
-            let client = &self.clients[index % self.clients.len()];
-            let connection = client.open().map_err(peer("opening"))?;
+            let of = index % self.clients.len();
+            let connection = self.clients[of].attached(connections[of]);
             // Spread over the pause.
             let begin_ns = begin_ns + pause_ns * index as u64 / count as u64;
             let (stream, size, end_ns) = (index as u64, self.options.size as u64, measured.end);
             self.submit(&connection, Wish { stream, size, pause_ns, begin_ns, end_ns })?;
-            // Calls of a connection that is dropped go on.
-            connection.detach();
         }
         let pid = self.server.pid();
         let (mut before, mut after, mut memory) = (None, None, None);
@@ -461,15 +461,14 @@ impl Bench {
     /// Cancels stream after stream in full flow.
     fn cancels(&mut self) -> Result<(), BenchError> {
         let (mut to_last, mut to_end) = (Latencies::new(), Latencies::new());
+        let connection = self.clients[0].open().map_err(peer("opening"))?.detach();
         let ends = now_ns() + (self.options.seconds * SECOND as f64) as u64;
         let mut stream = 0;
         while now_ns() < ends {
             self.readings.push(Reading { reader: RecordReader::default(), number: 0, ended: false });
-            let connection = self.clients[0].open().map_err(peer("opening"))?;
             let size = self.options.size as u64;
             let wish = Wish { stream, size, pause_ns: 0, begin_ns: 0, end_ns: u64::MAX };
-            let call = self.submit(&connection, wish)?;
-            connection.detach();
+            let call = self.submit(&self.clients[0].attached(connection), wish)?;
             let at = stream as usize;
             while self.readings[at].number < BEFORE_CANCEL {
                 if self.take(0, &(0..u64::MAX))? == 0 {
