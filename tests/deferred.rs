@@ -26,6 +26,9 @@ const PANICS: MessageType = MessageType(258);
 /// Is answered by a future, as its request says.
 const FUTURE: MessageType = MessageType(259);
 
+/// Writes more than there is room for, on the reactor.
+const WRITES_TOO_MUCH: MessageType = MessageType(260);
+
 const ALL: [WaitPolicy; 3] = [WaitPolicy::Block, WaitPolicy::Spin, WaitPolicy::Handoff];
 
 #[derive(Default)]
@@ -48,6 +51,10 @@ fn refused(context: &Context<'_, Shared>, request: &[u8], held: Deferred) -> Res
 
 fn panics(_: &Context<'_, Shared>, _: &[u8], _held: Deferred) -> Result<(), HandlerError> {
     panic!("a handler that panics on purpose")
+}
+
+fn writes_too_much(_: &Context<'_, Shared>, _: &[u8], mut answer: Deferred) -> Result<(), HandlerError> {
+    answer.write(&[1; 1 << 20]).map_err(|error| HandlerError::Failed(error.to_string()))
 }
 
 /// Counts when it goes.
@@ -113,6 +120,7 @@ static TABLE: HandlerTable<Shared> = HandlerTable::with_builtins()
     .on_deferred(TICKET, ticket)
     .on_deferred(REFUSED, refused)
     .on_deferred(PANICS, panics)
+    .on_deferred(WRITES_TOO_MUCH, writes_too_much)
     .on_async(FUTURE, future);
 
 struct Server {
@@ -510,7 +518,8 @@ fn r2_9_a_deferred_call_ends_with_its_deadline() {
 }
 
 /// Goal:   whatever becomes of a ticket, its call is answered, and says why.
-/// Method: dropped, failed before and behind the first bytes, refused or lost to a panic by its handler.
+/// Method: dropped, failed before and behind the first bytes, refused, lost to a panic, or filled until it would have to wait, by its
+///         handler.
 #[test]
 fn r3_1_r3_2_every_end_of_a_ticket_is_an_answer() {
     let server = Server::start(WaitPolicy::Block);
@@ -541,7 +550,9 @@ fn r3_1_r3_2_every_end_of_a_ticket_is_an_answer() {
     let refused = server.ticket(&client);
     assert!(refused.is_cancelled());
     refused.reply(b"all the same");
-    assert!(matches!(connection.call(PANICS, b"").unwrap_err(), IpcError::HandlerPanic));
+    for breaks in [PANICS, WRITES_TOO_MUCH] {
+        assert!(matches!(connection.call(breaks, b"").unwrap_err(), IpcError::HandlerPanic));
+    }
     assert_eq!(connection.call(MessageType::ECHO, b"on").unwrap(), b"on");
     none_left(&connection);
 }

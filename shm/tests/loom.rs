@@ -1032,7 +1032,6 @@ fn a_pipe_changes_its_range_between_two_bytes() {
             theirs.pipe.finish();
             theirs.ready.set(0);
         });
-        desk.bytes.write(1, &[9, 9]);
         let (mut reader, mut got, mut slept) = (PipeReader::default(), Vec::new(), true);
         let (mut offered, mut changed) = (false, false);
         loop {
@@ -1042,6 +1041,7 @@ fn a_pipe_changes_its_range_between_two_bytes() {
             // After what was taken has been published: the offer has to stand for itself.
             if reader.wants_more(&desk.pipe) && !offered {
                 offered = true;
+                desk.bytes.write(1, &[9, 9]);
                 reader.offer(&desk.pipe, long);
             }
             if offered && !changed && reader.available(&desk.pipe) > 0 && reader.uses(&desk.pipe, long) {

@@ -36,6 +36,8 @@ enum Command {
     Config(config::ConfigOptions),
     /// Measure calls against a server process of its own, every byte of every answer checked.
     Bench(bench::options::BenchOptions),
+    /// Measure streamed answers against a server process of its own, every chunk checked.
+    BenchStream(bench::stream::StreamOptions),
     /// Check whether doorbell works well on this machine, what it will use and why, and what to change.
     Doctor(doctor::DoctorOptions),
     /// A process of `bench`.
@@ -53,6 +55,7 @@ pub fn run() -> ExitCode {
         Command::Call(options) => call::run(&options),
         Command::Config(options) => config::run(&options),
         Command::Bench(options) => return run_bench(&options),
+        Command::BenchStream(options) => return run_bench_stream(&options),
         Command::Doctor(options) => return doctor::run(&options).unwrap_or_else(|error| fail(&*error)),
         Command::BenchChild(options) => bench::child::run(&options).map_err(Into::into),
     };
@@ -72,6 +75,18 @@ fn run_bench(options: &bench::options::BenchOptions) -> ExitCode {
             bench::print(options, &report);
             if report.all_errors() > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
         }
+        Err(error @ bench::error::BenchError::Option { .. }) => {
+            fail(&error);
+            ExitCode::from(2)
+        }
+        Err(error) => fail(&error),
+    }
+}
+
+fn run_bench_stream(options: &bench::stream::StreamOptions) -> ExitCode {
+    match bench::stream::run(options) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
         Err(error @ bench::error::BenchError::Option { .. }) => {
             fail(&error);
             ExitCode::from(2)

@@ -448,12 +448,15 @@ impl<S> Core<S> {
         &self.exchanges.tickets
     }
 
-    /// Sends what the holders of at most `most` tickets have written; returns how many these were.
+    /// Sends what the holders of at most `most` tickets have written, and about as many bytes as a turn has; returns how
+    /// many tickets these were.
     #[inline(never)]
     pub fn serve_tickets(&mut self, most: u32, now_ns: &mut dyn FnMut() -> u64) -> u32 {
         let mut announce = |_, _| {};
         let mut seen = 0;
+        let bytes_before = self.metrics.bytes();
         while seen < most
+            && self.metrics.bytes() - bytes_before < self.config.bytes_per_turn
             && let Some((seat, exchange)) = self.exchanges.tickets.next_ready()
         {
             seen += 1;

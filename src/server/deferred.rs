@@ -12,6 +12,7 @@ use doorbell_shm::bell::{Published, ServerBell, fence_before_bell};
 use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::pipe::{Pipe, PipeWriter, Range, ReadySet};
 use doorbell_uring::futex;
+use std::cell::Cell;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -210,6 +211,10 @@ impl Deferred {
     /// # Errors
     ///
     /// [`DeferredError::Cancelled`], with some of the bytes written or none.
+    ///
+    /// # Panics
+    ///
+    /// If it would have to wait on a reactor's thread, that is, in a handler. The call is answered `HandlerPanic`.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), DeferredError> {
         let mut gone = self.try_write(bytes)?;
         while gone < bytes.len() {
@@ -266,6 +271,10 @@ impl Deferred {
     /// # Errors
     ///
     /// [`DeferredError::Cancelled`]. Whatever was sent of the record, its client has no use for it.
+    ///
+    /// # Panics
+    ///
+    /// As [`Deferred::write`].
     pub fn write_record(&mut self, record: &[u8]) -> Result<(), DeferredError> {
         while !self.try_write_record(record)? {
             self.block(records::RECORD_HEAD + record.len())?;
@@ -402,7 +411,7 @@ impl Deferred {
             return Poll::Ready(Ok(()));
         }
         record.room.register(waker);
-        if !self.writer.wait(pipe, wanted, capacity < self.largest) {
+        if !self.writer.wait(pipe, wanted.min(capacity), capacity < self.largest) {
             return Poll::Ready(Err(DeferredError::Cancelled));
         }
         // The reactor looks at whoever waits after this, so room that has come meanwhile wakes us at once.
@@ -413,6 +422,11 @@ impl Deferred {
     /// Sleeps until there is room for `len` bytes, or as many as there may be.
     #[cold]
     fn block(&mut self, len: usize) -> Result<(), DeferredError> {
+        // It would wait for itself, for ever, and everybody with it.
+        assert!(
+            !IS_REACTOR.get(),
+            "a handler waits for room on the reactor's thread: hand its ticket to another"
+        );
         thread_local! {
             // Made once for each thread that ever waits.
             static UNPARKS: Waker = Waker::from(Arc::new(Unpark(std::thread::current())));
@@ -444,6 +458,15 @@ impl Drop for Deferred {
     fn drop(&mut self) {
         self.end(Some(End::Dropped));
     }
+}
+
+thread_local! {
+    static IS_REACTOR: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Takes note of whether the calling thread is a reactor's, which makes room in buffers and must not wait for it.
+pub(super) fn set_reactor(is_reactor: bool) {
+    IS_REACTOR.set(is_reactor);
 }
 
 /// Wakes a thread that waits.

@@ -48,6 +48,7 @@ use analyze::FileSource;
 use files::Roots;
 use listener::Listener;
 use rustix::pipe::PipeFlags;
+use start::Helpers;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::Pin;
@@ -157,18 +158,9 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     /// ring. A client can cause none of them.
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config, executor } = self.server;
-        let executor = executor.map(Arc::new);
         let files = Arc::new(FileSource::new(self.roots));
-        start::serve(
-            handlers,
-            Arc::new(state),
-            config,
-            files,
-            executor,
-            self.listener,
-            self.stop,
-            self.shutdown,
-        )
+        let helpers = Helpers { files, executor: executor.map(Arc::new) };
+        start::serve(handlers, Arc::new(state), config, helpers, self.listener, self.stop, self.shutdown)
     }
 }
 

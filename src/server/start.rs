@@ -5,7 +5,7 @@ use super::analyze::{FileDesk, FileSource};
 use super::budget::Budget;
 use super::core::Core;
 use super::crew::{Address, Crew, Inbox, Message};
-use super::deferred::Executor;
+use super::deferred::{self, Executor};
 use super::home::Home;
 use super::listener::Listener;
 use super::reactor::{self, Reactor, Source};
@@ -52,17 +52,25 @@ impl<S> Plan<S> {
     }
 }
 
+/// Who does for the reactors what they do not do themselves.
+pub(super) struct Helpers {
+    /// Has the files that clients may have read.
+    pub files: Arc<FileSource>,
+    /// Runs the futures of handlers.
+    pub executor: Option<Arc<Executor>>,
+}
+
 /// Runs a server on the calling thread and those of its further reactors.
 pub(super) fn serve<S: Send + Sync + 'static>(
     handlers: &'static [Entry<S>],
     state: Arc<S>,
     config: ServerConfig,
-    files: Arc<FileSource>,
-    executor: Option<Arc<Executor>>,
+    helpers: Helpers,
     listener: Listener,
     stop: OwnedFd,
     shutdown: ShutdownHandle,
 ) -> Result<Metrics> {
+    let Helpers { files, executor } = helpers;
     let cores = cores(&config)?;
     let pins = reactor_cores(&config)?;
     let reactors = pins.len();
@@ -97,6 +105,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
         }
         join(further.threads, result)
     });
+    deferred::set_reactor(false);
     // The calling thread was pinned, with short turns, while it was a reactor's.
     if let Err(error) = doorbell_uring::ask_for_short_turns(0) {
         tracing::info!(%error, "the scheduler's own turns could not be had back");
@@ -246,6 +255,7 @@ const TURN_NS: u64 = 100_000;
 /// Makes the calling thread a reactor's: on its core, with short turns.
 fn become_reactor(core: Option<usize>) -> Result<()> {
     pin(core)?;
+    deferred::set_reactor(true);
     if let Err(error) = doorbell_uring::ask_for_short_turns(TURN_NS) {
         tracing::info!(%error, "the scheduler grants no short turns: beside busy threads calls take longer");
     }

@@ -4,7 +4,7 @@
 //! its [`Process`] is dropped. A descriptor that a child needs is its standard input; a job is an argument.
 
 use super::error::BenchError;
-use super::{doorbell, floor, floor_long, hog, silent, uds, worker};
+use super::{doorbell, floor, floor_long, hog, silent, stream, uds, worker};
 use clap::{Args, ValueEnum};
 use rustix::process::{Pid, Signal};
 use serde::de::DeserializeOwned;
@@ -35,6 +35,8 @@ pub enum Role {
     Hog,
     /// Keeps sockets at the server that say nothing, until its standard input ends.
     Silent,
+    /// Serves streams, with a worker that writes them.
+    StreamServer,
 }
 
 impl Role {
@@ -47,6 +49,7 @@ impl Role {
             Role::Client => "client",
             Role::Hog => "hog",
             Role::Silent => "silent",
+            Role::StreamServer => "stream-server",
         }
     }
 }
@@ -79,6 +82,7 @@ pub fn run(options: &ChildOptions) -> Result<(), BenchError> {
         Role::Client => worker::run(&options.job()?),
         Role::Hog => hog::run(options.job()?),
         Role::Silent => silent::run(&options.job()?),
+        Role::StreamServer => stream::serve(&options.job()?),
     }
 }
 

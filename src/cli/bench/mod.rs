@@ -22,6 +22,7 @@ pub mod procfs;
 pub mod report;
 pub mod server;
 pub mod silent;
+pub mod stream;
 pub mod uds;
 pub mod uds_long;
 pub mod work;
