@@ -4,13 +4,8 @@
 
 mod common;
 
-#[allow(dead_code)]
-#[path = "common/openai.rs"]
-mod openai;
-#[allow(dead_code)]
-#[path = "common/provider.rs"]
-mod provider;
-
+use common::openai::{self, Fake, Step};
+use common::provider::{assert_ends, request, text_of};
 use common::{TestDir, eventually, stat};
 use doorbell::codec::{Codec, codec_of};
 use doorbell::messages::{AIRequest, AIResponse, FinishReason, StreamChunk};
@@ -20,8 +15,6 @@ use doorbell::{
     ShutdownHandle,
 };
 use doorbell_shm::entry::codec;
-use openai::{Fake, Step};
-use provider::{assert_ends, request, text_of};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -58,7 +51,9 @@ impl Server {
         let config = ServerConfig { file_roots: vec![directory.0.clone()], ..config };
         let bound = IpcServer::new(&TABLE, host.handle()).config(config).bind(&path).unwrap();
         let stop = bound.shutdown_handle();
-        let thread = std::thread::spawn(move || drop(bound.serve().unwrap()));
+        let thread = std::thread::spawn(move || {
+            bound.serve().unwrap();
+        });
         Self { path, stop, thread: Some(thread), _host: host, directory }
     }
 

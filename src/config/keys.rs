@@ -2,7 +2,7 @@
 //! for checking, for the environment and for `doorbell config default`.
 
 use super::{ServerConfig, WaitPolicy};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::de::DeValue;
 
@@ -126,7 +126,7 @@ impl Field<'_> {
             Self::Micros(value) => value.as_micros().to_string(),
             Self::OptionalMillis(value) => value.map_or(0, |after| after.as_millis()).to_string(),
             Self::Path(value) => quoted(value.as_ref()?),
-            Self::Paths(value) => listed(value.iter().map(quoted)),
+            Self::Paths(value) => listed(value.iter().map(|path| quoted(path))),
             Self::Cores(value) => listed(value.iter().map(usize::to_string)),
             Self::Policy(value) => format!("{:?}", value.as_str()),
         })
@@ -137,7 +137,7 @@ fn listed(items: impl Iterator<Item = String>) -> String {
     format!("[{}]", items.collect::<Vec<_>>().join(", "))
 }
 
-fn quoted(path: &PathBuf) -> String {
+fn quoted(path: &Path) -> String {
     serde_json::Value::from(path.display().to_string()).to_string()
 }
 
