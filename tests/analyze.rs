@@ -80,7 +80,7 @@ fn found(answer: &[u8]) -> (u64, u64, String) {
 }
 
 fn by_path(path: impl AsRef<Path>) -> Vec<u8> {
-    json!({ "path": path.as_ref().to_str().unwrap(), "question": "what is it?" }).to_string().into_bytes()
+    json!({ "path": path.as_ref().to_str().unwrap() }).to_string().into_bytes()
 }
 
 /// Analyses a file; tries again while the server has too much to do.

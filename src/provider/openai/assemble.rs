@@ -324,7 +324,7 @@ mod tests {
             [
                 r#"{"type":"reasoning","text":"r"}"#,
                 r#"{"type":"text","text":"t"}"#,
-                r#"{"type":"usage","promptTokens":3.0,"completionTokens":4.0,"totalTokens":7.0}"#,
+                r#"{"type":"usage","promptTokens":3,"completionTokens":4,"totalTokens":7}"#,
                 r#"{"type":"end","finishReason":"stop"}"#,
             ]
         );
