@@ -70,6 +70,12 @@ pub struct StreamOptions {
     /// Seconds that are measured.
     #[arg(long, value_name = "S", default_value_t = 3.0)]
     seconds: f64,
+    /// Memory budget of the server, bytes [default: 3 MiB].
+    #[arg(long, value_name = "BYTES")]
+    memory_budget: Option<u64>,
+    /// Slots of each session for each of its streams: a call in pieces takes one for its name and one for each window.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    slots: usize,
     /// How both sides wait.
     #[arg(long, value_enum, default_value_t = Policy::Spin)]
     policy: Policy,
@@ -89,7 +95,10 @@ pub struct StreamJob {
     policy: Policy,
     reactor_cpu: Option<usize>,
     worker_cpu: Option<usize>,
+    /// The worker yields until a chunk is due, instead of sleeping.
+    worker_polls: bool,
     connections: u32,
+    memory_budget: u64,
 }
 
 /// What one stream is to be; the request's own bytes.
@@ -150,22 +159,23 @@ pub fn serve(job: &StreamJob) -> Result<(), BenchError> {
         pinned: job.reactor_cpu.is_some(),
         max_connections: job.connections,
         max_message_size: 1 << 31,
+        memory_budget: job.memory_budget,
         ..ServerConfig::default()
     };
     let (sender, streams) = channel();
     let bound =
         IpcServer::new(&TABLE, Mutex::new(sender)).config(config).bind(&job.path).map_err(peer("binding"))?;
-    let cpu = job.worker_cpu;
+    let (cpu, polls) = (job.worker_cpu, job.worker_polls);
     std::thread::Builder::new()
         .name(WORKER.to_owned())
-        .spawn(move || work(cpu, &streams))
+        .spawn(move || work(cpu, polls, &streams))
         .map_err(|e| BenchError::os("starting the worker", e))?;
     say(&())?;
     bound.serve().map(|_| ()).map_err(peer("serving"))
 }
 
 /// The worker: writes every chunk when it is due, of all streams, until there are none any more.
-fn work(cpu: Option<usize>, streams: &Receiver<Writing>) -> Result<(), BenchError> {
+fn work(cpu: Option<usize>, polls: bool, streams: &Receiver<Writing>) -> Result<(), BenchError> {
     placement::pin(cpu)?;
     rustix::thread::set_current_timer_slack(NonZeroU64::new(1))
         .map_err(|e| BenchError::os("prctl(PR_SET_TIMERSLACK)", e))?;
@@ -188,7 +198,10 @@ fn work(cpu: Option<usize>, streams: &Receiver<Writing>) -> Result<(), BenchErro
                 }
             }
             let next = all.iter().map(|writing| writing.due_ns).min().unwrap_or_default();
-            if next > now_ns() {
+            if polls {
+                // Going to sleep takes longer than the chunk does, and the reader may be on this very core.
+                std::thread::yield_now();
+            } else if next > now_ns() {
                 // So that new streams are seen.
                 sleep_until(next.min(now_ns() + SECOND / 1000));
             }
@@ -318,13 +331,15 @@ impl Bench {
             reactor_cpu,
             // A core of its own if there are three.
             worker_cpu: pinned(allowed[1.min(allowed.len() - 1)]),
+            worker_polls: options.question == Question::Latency && options.policy == Policy::Spin,
             connections,
+            memory_budget: options.memory_budget.unwrap_or(ServerConfig::default().memory_budget),
         };
         let mut server = child::spawn(Role::StreamServer, &job, Stdio::piped(), Stdio::piped())?;
         let () = server.receive()?;
         let sessions = if options.question == Question::Many { options.sessions } else { 1 };
         let streams = if options.question == Question::Many { options.streams } else { 1 };
-        let slots = (streams.div_ceil(sessions) + 8).min(1008) as u32;
+        let slots = (options.slots * streams.div_ceil(sessions) + 8).min(1008) as u32;
         let config = ClientConfig {
             policy: wait_policy(options.policy),
             name: "bench-stream".to_owned(),
