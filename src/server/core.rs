@@ -702,6 +702,7 @@ mod tests {
     use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE};
     use doorbell_shm::layout::LaneLayout;
     use doorbell_shm::segment::{Identity, Segment};
+    use doorbell_shm::slots::ClientWord;
     use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
     /// Answers with how many calls came before it.
@@ -1071,6 +1072,27 @@ mod tests {
             assert_eq!(client.answer(ring), Some((Status::Ok, b"found".to_vec())));
             assert_eq!(core.answer(job.ticket, Answer::of(b"again".to_vec())), None);
             assert_eq!(round(&mut core), 0);
+        }
+    }
+
+    /// Goal:   R2.6: a client that cancels a call which waits, and sends nothing else, is among those to be woken: its end
+    ///         has been published.
+    #[test]
+    fn r2_6_whoever_cancels_a_waiting_call_is_woken() {
+        let mut core = core(ServerConfig::default());
+        let mut client = Client::join(&mut core);
+        for ring in [INTERACTIVE, BULK] {
+            let (slot, generation) = client.analyze(ring, FILE, 0);
+            round(&mut core);
+            core.untouch();
+            let word = ClientWord { generation, cancelled: true, released: 0 };
+            client.lane.common.client_words[slot as usize].store(word.pack(), Relaxed);
+            client.lane.common.hints.set(slot);
+            assert_eq!(round(&mut core), 1);
+            assert_eq!(core.touched(), [client.id.index]);
+            assert_eq!(client.answer(ring).unwrap().0, Status::Cancelled);
+            core.untouch();
+            assert_eq!((round(&mut core), core.touched().len()), (0, 0));
         }
     }
 
