@@ -391,11 +391,13 @@ fn counted(found: &Found) -> Check {
 fn take_back_checks(spread: &Spread, found: &Found, take_back: &TakeBack) -> Vec<Check> {
     let others = (spread.processes - spread.stopped) as u64 * spread.long.rounds;
     let ms = |ms: Option<f64>| ms.map_or("never".to_owned(), |ms| format!("{ms:.0} ms"));
+    let longest_ms = found.all.memory_wait_most_ns as f64 / 1e6;
     let held = format!("{} in {} of {}", mib(take_back.held_bytes), take_back.holders, take_back.stopped);
     vec![
         Check::exactly("bodies of the others meanwhile", others, found.going_on.long),
         Check::within("memory of stopped ones back after, ms", TAKE_BACK_MS, take_back.first_ms),
         Check::reported("all of it after", ms(take_back.all_ms)),
+        Check::within("longest wait for memory, ms", TAKE_BACK_MS, Some(longest_ms)),
         Check::reported("what they had leased", held),
     ]
 }
