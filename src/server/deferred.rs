@@ -11,12 +11,15 @@ use atomic_waker::AtomicWaker;
 use doorbell_shm::bell::{Published, ServerBell, fence_before_bell};
 use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::pipe::{Pipe, PipeWriter, Range, ReadySet};
+#[cfg(fuzzing)]
+use doorbell_shm::hooked::AtomicU32;
 use doorbell_uring::futex;
 use std::cell::Cell;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
+#[cfg(not(fuzzing))]
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context as TaskContext, Poll, Wake, Waker};
