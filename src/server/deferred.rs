@@ -10,9 +10,9 @@ use crate::protocol::records;
 use atomic_waker::AtomicWaker;
 use doorbell_shm::bell::{Published, ServerBell, fence_before_bell};
 use doorbell_shm::bytes::SharedBytes;
-use doorbell_shm::pipe::{Pipe, PipeWriter, Range, ReadySet};
 #[cfg(fuzzing)]
 use doorbell_shm::hooked::AtomicU32;
+use doorbell_shm::pipe::{Pipe, PipeWriter, Range, ReadySet};
 use doorbell_uring::futex;
 use std::cell::Cell;
 use std::fmt;

@@ -198,7 +198,11 @@ fn server_hears(bytes: &[u8], descriptors: usize, real: &OwnedFd) {
 
 thread_local! {
     static JUDGES: [Judge; 4] = judges();
-    static REAL: (Segment, OwnedFd) = Segment::create(GEOMETRY, 1, IDENTITY).unwrap();
+    static REAL: (Segment, OwnedFd) = {
+        let segment = Segment::create(GEOMETRY, 1, IDENTITY).unwrap();
+        let memory = segment.memory().unwrap().try_clone_to_owned().unwrap();
+        (segment, memory)
+    };
 }
 
 fuzz_target!(|data: &[u8]| {
