@@ -83,7 +83,7 @@ impl SseParser {
     ///
     /// [`SseError`]; events before the fault have been appended, and the parser is of no further use.
     pub fn feed(&mut self, mut bytes: &[u8], events: &mut Vec<SseEvent>) -> Result<(), SseError> {
-        if std::mem::take(&mut self.after_return) && !bytes.is_empty() {
+        if !bytes.is_empty() && std::mem::take(&mut self.after_return) {
             bytes = bytes.strip_prefix(b"\n").unwrap_or(bytes);
         }
         while let Some(end) = bytes.iter().position(|byte| matches!(byte, b'\n' | b'\r')) {

@@ -66,13 +66,6 @@ impl LeaseQueue {
         self.wishes.remove(at)
     }
 
-    /// Takes the wishes of a lane out of the queue.
-    pub fn withdraw(&mut self, seat: u32) -> Vec<Wish> {
-        let (theirs, others): (Vec<_>, Vec<_>) = self.wishes.drain(..).partition(|wish| wish.seat == seat);
-        self.wishes.extend(others);
-        theirs
-    }
-
     /// Forgets all that a lane wanted; returns the pages that it had returned.
     pub fn forget(&mut self, seat: u32) -> u32 {
         self.wishes.retain(|wish| wish.seat != seat);

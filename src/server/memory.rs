@@ -4,7 +4,7 @@
 use super::budget::Budget;
 use super::core::{Core, SessionId};
 use super::lane::SessionLane;
-use super::leases::{Verdict, Wish};
+use super::leases::Verdict;
 use crate::error::{IpcError, Result};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::Status;
@@ -173,16 +173,6 @@ impl<S> Core<S> {
         }
     }
 
-    /// A lane that stands still shall not have the next memory, too, which it has asked for before: its calls go on
-    /// without.
-    fn refuse_wishes(&mut self, index: u32) {
-        for Wish { ring, slot, generation, .. } in self.leases.withdraw(index) {
-            let Some((id, lane)) = self.seated_mut(index) else { return };
-            let answer = lane.answer_control(ring, slot, generation, Status::Overloaded, 0);
-            self.answered(id, answer);
-        }
-    }
-
     fn memory_is_free(&mut self, bytes: u64) {
         self.metrics.leased_bytes -= bytes;
         self.budget.give(bytes);
@@ -210,9 +200,6 @@ impl<S> Core<S> {
         let bytes = lane.take_memory()?;
         self.memory_is_free(bytes);
         self.metrics.leases_forced += u64::from(by_force);
-        if by_force {
-            self.refuse_wishes(index);
-        }
         Ok(Some(Taken { bytes, by_force }))
     }
 }

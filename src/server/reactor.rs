@@ -698,7 +698,8 @@ impl<S> Reactor<S> {
     fn tick(&mut self, now: u64) -> Result<()> {
         let home_waits = self.home.as_ref().is_some_and(Home::waits);
         // A lane may have gone while it rested: the end of its rest is due all the same.
-        if self.core.live() == 0 && !home_waits && self.desk.due_ns() == u64::MAX {
+        let nothing_rests = self.rest_ends_ns == 0;
+        if self.core.live() == 0 && nothing_rests && !home_waits && self.desk.due_ns() == u64::MAX {
             return Ok(());
         }
         self.trim_files(now)?;
