@@ -109,7 +109,7 @@ fn r2_7_r2_5_a_stream_comes_whole_in_pieces_of_any_length() {
         r#"{"type":"toolCallStart","id":"c","name":"t"}"#,
         r#"{"type":"toolCallDelta","id":"c","parameters":"{}"}"#,
         r#"{"type":"toolCallEnd","id":"c"}"#,
-        r#"{"type":"usage","promptTokens":3.0,"completionTokens":4.0,"totalTokens":7.0}"#,
+        r#"{"type":"usage","promptTokens":3,"completionTokens":4,"totalTokens":7}"#,
         r#"{"type":"end","finishReason":"toolCalls"}"#,
     ];
     for len in [1, 2, 3, 7, 1000] {
