@@ -122,7 +122,7 @@ fn granted(judge: &Judge, hello: &Hello, geometry: Geometry, welcome: &Welcome, 
     assert_eq!(geometry.checked().unwrap(), geometry);
     assert_eq!((geometry.large, geometry.medium, geometry.small), (asked.large, asked.medium, asked.small));
     assert_eq!(geometry.ring_order, asked.ring_order.min(limits.max_ring_order));
-    assert!(geometry.lease_pages == 0 && geometry.base_pages() <= limits.max_slot_pages);
+    assert!(geometry.lease_pages <= asked.lease_pages && geometry.base_pages() <= limits.max_slot_pages);
     assert_eq!(Geometry::unpack(welcome.geometry), geometry);
     let most = hello.lanes.min(limits.max_lanes).min(limits.reactors).min(lanes_max(&geometry));
     assert!(welcome.lanes == most && most >= 1);
