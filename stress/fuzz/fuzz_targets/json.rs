@@ -23,9 +23,12 @@ fn inside<T>(result: Result<T, DecodeError>, body: &[u8]) -> Option<T> {
     result.inspect_err(|e| assert!(e.offset <= body.len() && e.to_string().len() < 1000, "{e}")).ok()
 }
 
-/// Plain serde takes arrays for objects, and objects for words.
+/// Plain serde takes arrays for objects, and objects for words, and does not look whether what it ignores is UTF-8.
 fn is_serdes_own(what: &Problem) -> bool {
-    matches!(what, Problem::Type { found: "an array" | "an object", .. } | Problem::Depth { .. })
+    matches!(
+        what,
+        Problem::Type { found: "an array" | "an object", .. } | Problem::Depth { .. } | Problem::NotUtf8
+    )
 }
 
 fn request(body: &[u8]) {
