@@ -11,8 +11,8 @@ use doorbell::codec::{Codec, codec_of};
 use doorbell::messages::{AIRequest, AIResponse, FinishReason, StreamChunk};
 use doorbell::provider::{HostHandle, ProviderHost, ProviderPool, ProvidersConfig};
 use doorbell::{
-    CallOptions, Connection, HandlerTable, IpcClient, IpcError, IpcServer, MessageType, ServerConfig,
-    ShutdownHandle,
+    CallOptions, ClientConfig, Connection, HandlerTable, IpcClient, IpcError, IpcServer, MessageType,
+    ServerConfig, ShutdownHandle,
 };
 use doorbell_shm::entry::codec;
 use serde_json::json;
@@ -284,6 +284,53 @@ fn r2_7_r3_1_what_a_provider_fails_with_is_one_typed_error() {
     let unknown = whole(&connection, json_codec(), &request("nobody", "x")).unwrap_err();
     assert!(matches!(&unknown, IpcError::Upstream { code, message }
         if code == "unknown_model" && message.contains("nobody") && message.contains("gpt-*")));
+}
+
+/// Goal:   S12: requests that their provider keeps take so much memory and no more: the next one is told so, and has room
+///         again once they have gone. An answer without end is given up, and the thread of the providers goes on meanwhile.
+/// Method: requests of a mebibyte to a model that hangs, until one is refused; then a whole answer of endless chunks.
+#[test]
+fn s12_neither_requests_nor_answers_take_memory_without_end() {
+    let server = Server::start(None);
+    let client = server.client();
+    let connection = client.open_with(codec::JSON, false).unwrap();
+    let config = ClientConfig { ring_entries: 256, small_slots: 250, ..ClientConfig::default() };
+    let hoarder = IpcClient::connect_with(&server.path, &config).unwrap();
+    let hoard = hoarder.open_with(codec::JSON, false).unwrap();
+    let long = encoded(json_codec(), &streamed("loopback-hang", &"x".repeat(1 << 20)));
+    let mut kept = 0;
+    let error = loop {
+        hoard.submit(MessageType::CHAT, &long, &CallOptions::default()).unwrap();
+        let mut refused = None;
+        eventually("the request is kept or refused", || {
+            hoarder.wait(Some(Duration::from_millis(1))).unwrap();
+            refused = hoarder.poll().unwrap().map(|answer| answer.result().unwrap_err());
+            refused.is_some() || stat(&connection, "deferred_live") > kept
+        });
+        match refused {
+            Some(error) => break error,
+            None => kept += 1,
+        }
+        assert!(kept < 100, "there is no end to it");
+    };
+    assert!(
+        matches!(&error, IpcError::Upstream { code, message }
+        if code == "overloaded" && message.contains("max_request_bytes")),
+        "{error:?}"
+    );
+    assert!(kept >= 60, "{kept}");
+    drop(hoard);
+    drop(hoarder);
+    eventually("there is room again", || whole(&connection, json_codec(), &request("loopback", "x")).is_ok());
+
+    let endless = request("loopback-size-1048576-chunks-18446744073709551615", "x");
+    let error = whole(&connection, json_codec(), &endless).unwrap_err();
+    assert!(
+        matches!(&error, IpcError::Upstream { code, message }
+        if code == "protocol" && message.contains("longer than 10485760")),
+        "{error:?}"
+    );
+    assert!(whole(&connection, json_codec(), &request("loopback", "x")).is_ok());
 }
 
 /// Goal:   trap 17: a stream that breaks off in the middle says so: an error chunk, then the end, and no status that says

@@ -22,6 +22,9 @@ pub struct ProvidersConfig {
     pub max_concurrent: usize,
     /// Requests that may wait for one of those places; more are refused as overload.
     pub max_waiting: usize,
+    /// Bytes that all requests under way may take, beside the server's memory budget; a request beyond that is refused as
+    /// overload unless it is the only one.
+    pub max_request_bytes: usize,
     /// The providers; where several name a model, earlier ones come first.
     pub providers: Vec<ProviderConfig>,
 }
@@ -34,6 +37,7 @@ impl Default for ProvidersConfig {
             file_model: "loopback".into(),
             max_concurrent: 4096,
             max_waiting: 4096,
+            max_request_bytes: 64 << 20,
             providers: vec![loopback],
         }
     }
@@ -283,6 +287,7 @@ impl ProvidersConfig {
     pub fn check(&self) -> Result<(), ConfigFault> {
         range("", "max_concurrent", self.max_concurrent, 1, REQUESTS_LIMIT)?;
         range("", "max_waiting", self.max_waiting, 0, REQUESTS_LIMIT)?;
+        range("", "max_request_bytes", self.max_request_bytes, 1, 1 << 40)?;
         let names = self.names()?;
         let exists = |key, named: &String| {
             if names.contains(named.as_str()) {

@@ -109,6 +109,18 @@ pub enum ProviderError {
         /// Requests waiting.
         waiting: usize,
     },
+    /// Requests that are under way take too much memory.
+    #[error(
+        "requests under way take {used} of {limit} bytes and this one {wanted}; try again later, or raise max_request_bytes"
+    )]
+    NoMemory {
+        /// Bytes in use.
+        used: usize,
+        /// Bytes that there are.
+        limit: usize,
+        /// Bytes of the request that is refused.
+        wanted: usize,
+    },
     /// The caller wanted no more.
     #[error("the request was cancelled")]
     Cancelled,
@@ -169,7 +181,7 @@ impl ProviderError {
             Self::Protocol { .. } => "protocol",
             Self::Interrupted { .. } => "interrupted",
             Self::Failed { .. } => "failed",
-            Self::Overloaded { .. } => "overloaded",
+            Self::Overloaded { .. } | Self::NoMemory { .. } => "overloaded",
             Self::Cancelled => "cancelled",
             Self::Stopped => "stopped",
             Self::Config(_) => "config",
@@ -208,6 +220,7 @@ impl ProviderError {
             Self::BadRequest { .. }
             | Self::Failed { .. }
             | Self::Cancelled
+            | Self::NoMemory { .. }
             | Self::Stopped
             | Self::Config(_) => false,
         }

@@ -1,5 +1,6 @@
 //! The thread on which providers run, off the reactors.
 
+use super::room::{Room, Share};
 use super::{Answer, Call, Kind, ProviderError, ProviderPool};
 use crate::messages::{AIRequest, AIResponse, FinishReason, StreamChunk};
 use futures_core::Stream;
@@ -58,11 +59,13 @@ pub struct ProviderHost {
 #[derive(Clone)]
 pub struct HostHandle {
     requests: mpsc::Sender<Submission>,
+    room: Arc<Room>,
 }
 
 struct Submission {
     call: Call,
     sink: Box<dyn ChunkSink>,
+    share: Share,
 }
 
 impl ProviderHost {
@@ -81,11 +84,12 @@ impl ProviderHost {
         builder.enable_io();
         let runtime = builder.thread_name("providers-dns").max_blocking_threads(4).build()?;
         let (requests, inbox) = mpsc::channel(Self::INBOX);
+        let room = Arc::new(Room::new(pool.max_request_bytes()));
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new()
             .name("providers".into())
             .spawn(move || runtime.block_on(serve(pool, inbox, stopped)))?;
-        Ok(Self { handle: HostHandle { requests }, stop: Some(stop), thread: Some(thread) })
+        Ok(Self { handle: HostHandle { requests, room }, stop: Some(stop), thread: Some(thread) })
     }
 
     /// A way to give it requests.
@@ -111,7 +115,11 @@ impl HostHandle {
 
     /// The same for a call that its token can end as well.
     pub fn submit_call(&self, call: Call, sink: Box<dyn ChunkSink>) {
-        match self.requests.try_send(Submission { call, sink }) {
+        let share = match Room::take(&self.room, &call.request) {
+            Ok(share) => share,
+            Err(error) => return sink.fail(error),
+        };
+        match self.requests.try_send(Submission { call, sink, share }) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(refused)) => {
                 let (whom, waiting) = ("the thread of the providers".into(), ProviderHost::INBOX);
@@ -133,10 +141,13 @@ async fn serve(
         Poll::Pending => inbox.poll_recv(cx),
     };
     let mut next = poll_fn(next);
-    while let Some(Submission { call, sink }) = (&mut next).await {
+    while let Some(Submission { call, sink, share }) = (&mut next).await {
         let pool = Arc::clone(&pool);
         // A task that panics drops its sink, which tells its caller.
-        tokio::spawn(async move { run(&pool, call, sink).await });
+        tokio::spawn(async move {
+            run(&pool, call, sink).await;
+            drop(share);
+        });
     }
 }
 

@@ -23,6 +23,7 @@ mod loopback;
 mod openai;
 mod pool;
 mod retry;
+mod room;
 mod route;
 pub mod sse;
 mod stream;

@@ -20,6 +20,7 @@ pub struct ProviderPool {
     routes: Routes,
     members: Vec<Member>,
     gate: Gate,
+    max_request_bytes: usize,
     log: Mutex<Throttle>,
 }
 
@@ -76,6 +77,7 @@ impl ProviderPool {
             builder = builder.register(make(provider, &variable)?, provider.clone());
         }
         builder.config.default.clone_from(&config.default);
+        builder = builder.max_request_bytes(config.max_request_bytes);
         builder.build()
     }
 
@@ -116,6 +118,11 @@ impl ProviderPool {
         })
         .await;
         found.into_iter().flatten().collect()
+    }
+
+    /// Bytes that all requests under way may take.
+    pub(super) fn max_request_bytes(&self) -> usize {
+        self.max_request_bytes
     }
 
     /// All models and patterns of models, in the order of the configuration.
@@ -244,6 +251,12 @@ impl ProviderPoolBuilder {
         self
     }
 
+    /// Bytes that all requests under way may take; more are refused as overload.
+    pub fn max_request_bytes(mut self, bytes: usize) -> Self {
+        self.config.max_request_bytes = bytes;
+        self
+    }
+
     /// Adds a provider with its models, fail-over order and limits; what `config` says of keys and addresses does not
     /// count, and its name is the provider's own.
     pub fn register(mut self, provider: impl Provider + 'static, config: ProviderConfig) -> Self {
@@ -277,7 +290,8 @@ impl ProviderPoolBuilder {
         }
         routes.default = config.default.as_deref().and_then(|name| routes.named(name));
         let gate = Gate::new("the pool of providers".into(), config.max_concurrent, config.max_waiting);
-        Ok(ProviderPool { routes, members, gate, log: Mutex::default() })
+        let max_request_bytes = config.max_request_bytes;
+        Ok(ProviderPool { routes, members, gate, max_request_bytes, log: Mutex::default() })
     }
 }
 

@@ -8,6 +8,7 @@ use doorbell::{CallOptions, IpcError, MessageType};
 use doorbell_shm::entry::codec;
 use serde_json::Value;
 use std::error::Error;
+use std::io::Write;
 use std::path::PathBuf;
 
 /// A file, and what is asked about it.
@@ -56,10 +57,16 @@ pub fn run(options: &AnalyzeOptions) -> Result<(), Box<dyn Error>> {
     };
     let answer = connection.call_with(MessageType::ANALYZE_FILE, &body, &call, |reply| reply.to_vec())??;
     if options.json {
-        println!("{}", String::from_utf8_lossy(&answer));
-        return Ok(());
+        return write(&answer);
     }
-    print(&serde_json::from_slice(&answer)?);
+    write(text(&serde_json::from_slice(&answer)?).as_bytes())
+}
+
+/// Prints a text and the end of its last line.
+fn write(bytes: &[u8]) -> Result<(), Box<dyn Error>> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(bytes)?;
+    stdout.write_all(b"\n")?;
     Ok(())
 }
 
@@ -80,13 +87,15 @@ fn content(file: &std::path::Path) -> Result<String, Box<dyn Error>> {
 const FACTS: [&str; 6] = ["size", "lines", "encoding", "invalidUtf8At", "lineEnding", "sha256"];
 
 /// Facts a line each, then the answer.
-fn print(answer: &Value) {
-    for name in FACTS {
-        let Some(value) = answer.get(name) else { continue };
+fn text(answer: &Value) -> String {
+    let fact = |name: &&str| {
+        let value = answer.get(*name)?;
         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        println!("{name:14} {value}");
-    }
-    if let Some(content) = answer["answer"]["content"].as_str() {
-        println!("\n{content}");
+        Some(format!("{name:14} {value}"))
+    };
+    let facts: Vec<String> = FACTS.iter().filter_map(fact).collect();
+    match answer["answer"]["content"].as_str() {
+        Some(content) => format!("{}\n\n{content}", facts.join("\n")),
+        None => facts.join("\n"),
     }
 }
