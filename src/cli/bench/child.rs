@@ -4,7 +4,7 @@
 //! its [`Process`] is dropped. A descriptor that a child needs is its standard input; a job is an argument.
 
 use super::error::BenchError;
-use super::{doorbell, floor, floor_long, hog, silent, stream, uds, worker};
+use super::{doorbell, floor, floor_long, floor_stream, hog, silent, stream, uds, worker};
 use clap::{Args, ValueEnum};
 use rustix::process::{Pid, Signal};
 use serde::de::DeserializeOwned;
@@ -37,6 +37,8 @@ pub enum Role {
     Silent,
     /// Serves streams, with a worker that writes them.
     StreamServer,
+    /// The floor of streamed chunks; standard input is the shared memory.
+    StreamFloorServer,
 }
 
 impl Role {
@@ -50,6 +52,7 @@ impl Role {
             Role::Hog => "hog",
             Role::Silent => "silent",
             Role::StreamServer => "stream-server",
+            Role::StreamFloorServer => "stream-floor-server",
         }
     }
 }
@@ -83,6 +86,7 @@ pub fn run(options: &ChildOptions) -> Result<(), BenchError> {
         Role::Hog => hog::run(options.job()?),
         Role::Silent => silent::run(&options.job()?),
         Role::StreamServer => stream::serve(&options.job()?),
+        Role::StreamFloorServer => floor_stream::serve(stdin_fd()?, &options.job()?),
     }
 }
 

@@ -10,6 +10,7 @@ pub mod doorbell;
 pub mod error;
 pub mod floor;
 pub mod floor_long;
+pub mod floor_stream;
 pub mod histogram;
 pub mod hog;
 pub mod load;

@@ -8,6 +8,7 @@
 use super::child::{self, Process, Role};
 use super::clock::{SECOND, now_ns, sleep_until};
 use super::error::BenchError;
+use super::floor_stream::{self, StreamFloorJob};
 use super::histogram::Latencies;
 use super::memory::{Probe, Segments};
 use super::options::Policy;
@@ -73,9 +74,6 @@ pub struct StreamOptions {
     /// Memory budget of the server, bytes [default: 3 MiB].
     #[arg(long, value_name = "BYTES")]
     memory_budget: Option<u64>,
-    /// Slots of each session for each of its streams: a call in pieces takes one for its name and one for each window.
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    slots: usize,
     /// How both sides wait.
     #[arg(long, value_enum, default_value_t = Policy::Spin)]
     policy: Policy,
@@ -83,6 +81,9 @@ pub struct StreamOptions {
     /// another.
     #[arg(long)]
     unpinned: bool,
+    /// Pin all three to one core.
+    #[arg(long, conflicts_with = "unpinned")]
+    same_core: bool,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
@@ -250,6 +251,10 @@ struct StreamReport {
     delay_p50_ns: Option<u64>,
     delay_p99_ns: Option<u64>,
     delay_max_ns: Option<u64>,
+    /// The same of the bare futex wakes of that path, measured before, and what doorbell takes over it.
+    floor_p50_ns: Option<u64>,
+    floor_p99_ns: Option<u64>,
+    p50_over_floor: Option<f64>,
     /// Processor time of the reactors and of the worker, percent of the whole machine.
     reactor_percent: f64,
     worker_percent: f64,
@@ -275,7 +280,11 @@ struct Bench {
     frame: Vec<u8>,
     delays: Latencies,
     report: StreamReport,
+    /// Streams end by being cancelled; any other that fails is an error.
+    cancelling: bool,
     reader_cpu: Option<usize>,
+    /// Where reactor and worker run.
+    server_cpus: (Option<usize>, Option<usize>),
     directory: PathBuf,
 }
 
@@ -302,7 +311,13 @@ pub fn run(options: &StreamOptions) -> Result<u64, BenchError> {
     }
     let mut bench = Bench::start(options)?;
     match options.question {
-        Question::Latency => bench.streams(1, (SECOND as f64 / options.rate) as u64)?,
+        Question::Latency => {
+            let pause_ns = (SECOND as f64 / options.rate) as u64;
+            if options.policy != Policy::Spin {
+                bench.floor(pause_ns)?;
+            }
+            bench.streams(1, pause_ns)?;
+        }
         Question::Throughput => bench.streams(1, 0)?,
         Question::Many => bench.streams(options.streams, (SECOND as f64 / options.rate) as u64)?,
         Question::Cancel => bench.cancels()?,
@@ -321,8 +336,9 @@ impl Bench {
         let directory = std::env::temp_dir().join(format!("doorbell-bench-{}", std::process::id()));
         std::fs::DirBuilder::new().mode(0o700).create(&directory).map_err(|e| BenchError::os("mkdir", e))?;
         let allowed = placement::allowed_cpus()?;
-        let pinned = |cpu: usize| (!options.unpinned).then_some(cpu);
-        let (reactor_cpu, other) = (pinned(allowed[0]), pinned(allowed[allowed.len() - 1]));
+        let pinned =
+            |index: usize| (!options.unpinned).then(|| allowed[if options.same_core { 0 } else { index }]);
+        let (reactor_cpu, other) = (pinned(0), pinned(allowed.len() - 1));
         let path = directory.join("s");
         let connections = options.sessions as u32 + 8;
         let job = StreamJob {
@@ -330,16 +346,18 @@ impl Bench {
             policy: options.policy,
             reactor_cpu,
             // A core of its own if there are three.
-            worker_cpu: pinned(allowed[1.min(allowed.len() - 1)]),
+            worker_cpu: pinned(1.min(allowed.len() - 1)),
             worker_polls: options.question == Question::Latency && options.policy == Policy::Spin,
             connections,
             memory_budget: options.memory_budget.unwrap_or(ServerConfig::default().memory_budget),
         };
+        let server_cpus = (job.reactor_cpu, job.worker_cpu);
         let mut server = child::spawn(Role::StreamServer, &job, Stdio::piped(), Stdio::piped())?;
         let () = server.receive()?;
         let sessions = if options.question == Question::Many { options.sessions } else { 1 };
         let streams = if options.question == Question::Many { options.streams } else { 1 };
-        let slots = (options.slots * streams.div_ceil(sessions) + 8).min(1008) as u32;
+        // A stream takes one.
+        let slots = (streams.div_ceil(sessions) + 8).min(1008) as u32;
         let config = ClientConfig {
             policy: wait_policy(options.policy),
             name: "bench-stream".to_owned(),
@@ -356,9 +374,27 @@ impl Bench {
             frame: vec![0; 16 << 10],
             delays: Latencies::new(),
             report: StreamReport::default(),
+            cancelling: options.question == Question::Cancel,
             reader_cpu: other,
+            server_cpus,
             directory,
         })
+    }
+
+    /// The bare futex wakes of the path, in the same places, at the same pace, for as long.
+    fn floor(&mut self, pause_ns: u64) -> Result<(), BenchError> {
+        let begin_ns = now_ns() + SECOND / 2;
+        let measured = begin_ns + SECOND / 2..begin_ns + SECOND / 2 + self.window_ns();
+        let (relay_cpu, worker_cpu) = self.server_cpus;
+        let job = StreamFloorJob { relay_cpu, worker_cpu, pause_ns, begin_ns, end_ns: measured.end };
+        let delays = floor_stream::measure(&job, &measured)?;
+        self.report.floor_p50_ns = delays.quantile(0.5);
+        self.report.floor_p99_ns = delays.quantile(0.99);
+        Ok(())
+    }
+
+    fn window_ns(&self) -> u64 {
+        (self.options.seconds * SECOND as f64) as u64
     }
 
     /// Waits in whichever way the policy says, of several sessions in turns.
@@ -414,7 +450,7 @@ impl Bench {
                 }
             }
             if last {
-                self.report.errors += u64::from(reading.ended);
+                self.report.errors += u64::from(reading.ended || !ok && !self.cancelling);
                 reading.ended = true;
                 self.report.errors += u64::from(ok && reading.reader.finish().is_err());
             }
@@ -423,14 +459,16 @@ impl Bench {
     }
 
     fn submit(&self, connection: &Connection<'_>, wish: Wish) -> Result<CallId, BenchError> {
-        let options = CallOptions { tag: wish.stream, pieces: true, ..CallOptions::default() };
+        // As fast as it goes needs room for more than one frame; a paced stream gets on with its own slot.
+        let reply_capacity = if wish.pause_ns == 0 { 64 << 10 } else { 0 };
+        let options =
+            CallOptions { tag: wish.stream, pieces: true, reply_capacity, ..CallOptions::default() };
         connection.submit(STREAM, &wish.to_bytes(), &options).map_err(peer("submitting"))
     }
 
     fn streams(&mut self, count: usize, pause_ns: u64) -> Result<(), BenchError> {
-        let window = (self.options.seconds * SECOND as f64) as u64;
         let begin_ns = now_ns() + SECOND / 2;
-        let measured = begin_ns + SECOND / 2..begin_ns + SECOND / 2 + window;
+        let measured = begin_ns + SECOND / 2..begin_ns + SECOND / 2 + self.window_ns();
         let open = |client: &IpcClient| client.open().map(Connection::detach).map_err(peer("opening"));
         let connections = self.clients.iter().map(open).collect::<Result<Vec<_>, _>>()?;
         for index in 0..count {
@@ -477,7 +515,7 @@ impl Bench {
     fn cancels(&mut self) -> Result<(), BenchError> {
         let (mut to_last, mut to_end) = (Latencies::new(), Latencies::new());
         let connection = self.clients[0].open().map_err(peer("opening"))?.detach();
-        let ends = now_ns() + (self.options.seconds * SECOND as f64) as u64;
+        let ends = now_ns() + self.window_ns();
         let mut stream = 0;
         while now_ns() < ends {
             self.readings.push(Reading { reader: RecordReader::default(), number: 0, ended: false });
@@ -519,6 +557,8 @@ impl Bench {
         report.delay_p50_ns = self.delays.quantile(0.5);
         report.delay_p99_ns = self.delays.quantile(0.99);
         report.delay_max_ns = self.delays.max();
+        let over = |(p50, floor): (u64, u64)| p50 as f64 / floor as f64;
+        report.p50_over_floor = report.delay_p50_ns.zip(report.floor_p50_ns).map(over);
         let json = serde_json::to_value(&*report).expect("a report has string keys only");
         if self.options.json {
             println!("{json}");
