@@ -43,6 +43,37 @@ fn r1_9_a_stream_hands_out_every_byte_and_one_end() {
     }
 }
 
+/// Goal:   R1.9, R5.3: a stream whose request fits a slot takes that slot and no more memory; the last free slot stays
+///         for other calls.
+/// Method: a session of four slots that leases nothing: three endless streams at once, each read in turn, and calls
+///         beside them; a fourth stream finds no room until one of them is dropped.
+#[test]
+fn r1_9_r5_3_a_stream_takes_one_slot_and_never_the_last() {
+    for policy in ALL {
+        let server = TestServer::start(policy);
+        let config = ClientConfig { policy, ..ClientConfig::smallest() };
+        let client = IpcClient::connect_with(server.path(), &config).unwrap();
+        let connection = client.open().unwrap();
+        let open = || connection.stream(ENDLESS, b"short", &plain()).unwrap();
+        let mut streams = [open(), open(), open()];
+        let mut at = [0; 3];
+        for _ in 0..50 {
+            for (stream, at) in streams.iter_mut().zip(&mut at) {
+                let frame = stream.next().unwrap().unwrap();
+                assert!(is_pattern(&frame, *at), "{policy:?} at {at}");
+                *at += frame.len();
+            }
+            assert_eq!(connection.call(MessageType::ECHO, b"beside them").unwrap(), b"beside them");
+        }
+        let pieces = CallOptions { pieces: true, ..plain() };
+        let full = connection.submit(ENDLESS, b"short", &pieces);
+        assert!(matches!(full, Err(IpcError::WouldBlock)), "{full:?}");
+        let [first, ..] = streams;
+        drop(first);
+        assert!(is_pattern(&open().next().unwrap().unwrap(), 0));
+    }
+}
+
 /// Goal:   pieces are handed out as pieces although a lease would carry the request in one slot.
 /// Method: a call of 4 KiB leaves a lease behind; an endless answer to a short request would never come whole.
 #[test]

@@ -232,6 +232,53 @@ impl Session {
         Ok(id)
     }
 
+    /// A call whose request fits a base slot, and whose answer is handed out frame by frame: the frames come in that very
+    /// slot, one at a time, so that a stream takes no more memory than any other call. Never in the last free one.
+    #[cold]
+    #[expect(clippy::too_many_arguments, reason = "what `submit` has found out already")]
+    pub(super) fn submit_in_pieces(
+        &mut self,
+        lane_index: u32,
+        flags: u16,
+        target: Target,
+        message_type: MessageType,
+        capacity: usize,
+        options: &CallOptions,
+        write: impl FnOnce(&mut SlotWriter<'_>) -> Result<()>,
+    ) -> Result<CallId> {
+        let offset = self.clock_offset_ns;
+        let lane = self.lane_mut(lane_index);
+        if lane.lane.slots.free() < 2 || !lane.has_entry(target.bulk)? {
+            return Err(IpcError::WouldBlock);
+        }
+        let Some(name) = lane.lane.slots.take(capacity.max(options.reply_capacity)) else {
+            return Err(IpcError::WouldBlock);
+        };
+        let mut writer = lane.writer(&name);
+        if let Err(error) = write(&mut writer) {
+            lane.lane.slots.put_back(name.slot);
+            return Err(error);
+        }
+        let mut entry = call_entry(target, message_type, flags | flag::END);
+        (entry.slot, entry.generation, entry.response_slot) = (name.slot, name.generation, name.slot);
+        (entry.len, entry.body_len) = (writer.len as u32, writer.len as u64);
+        super::session::add_deadline(&mut entry, options, offset);
+        let index = self.bodies.vacancy();
+        let mut body = Body::new(lane_index, name, target, entry, Some(entry.body_len), options);
+        (body.stage, body.finishing, body.finished) = (Stage::Begun, true, true);
+        body.answers = Some(Window::of_slot(name.slot, name.capacity));
+        let id = body.id();
+        let lane = self.lane_mut(lane_index);
+        lane.hold_name(name, index, target.connection, target.bulk);
+        // There is room: that was asked for before anything was written.
+        lane.send_body(name, &entry, target.bulk)?;
+        self.bodies.all[index as usize] = Some(Box::new(body));
+        if let Some(routes) = &mut self.routes {
+            routes.started(target.connection);
+        }
+        Ok(id)
+    }
+
     /// Begins a call whose request the caller sends piece by piece.
     pub(super) fn start_body(
         &mut self,

@@ -188,8 +188,12 @@ impl Session {
         let wanted = if options.idempotent { capacity } else { capacity.max(options.reply_capacity) };
         let offset = self.clock_offset_ns;
         let lane = self.lane_mut(index);
-        if wanted.max(options.reply_capacity) > lane.lane.slots.largest() || options.pieces {
+        let in_slot = wanted.max(options.reply_capacity) <= lane.lane.slots.largest();
+        if !in_slot || options.pieces && options.idempotent {
             return self.submit_long(target, message_type, capacity, options, write);
+        }
+        if options.pieces {
+            return self.submit_in_pieces(index, flags, target, message_type, capacity, options, write);
         }
         let Some(grant) = lane.lane.slots.take(wanted) else { return Err(IpcError::WouldBlock) };
         let mut writer = lane.writer(&grant);
