@@ -2,13 +2,14 @@
 
 mod common;
 
-use common::raw::Raw;
+use common::raw::{Raw, SMALL};
 use common::{Bystander, COUNT, GATE, TestServer, client, eventually, stat};
 use doorbell::protocol::handshake::{DisconnectReason, LaneChoice};
 use doorbell::{CallOptions, ClientConfig, Connection, IpcClient, MessageType, ServerConfig, WaitPolicy};
 use doorbell_shm::entry::{Status, Submission, flag, kind};
 use doorbell_shm::lane::{BULK, INTERACTIVE};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::FallocateFlags;
 use rustix::thread::CpuSet;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -326,6 +327,48 @@ fn p6_s9_a_lie_on_a_further_lane_ends_the_session_everywhere() {
     honest.swap_lanes();
     honest.echo(b"and on the home lane");
     eventually("all liars are gone", || bystander.stat("protocol_violations") == LIES.len() as u64);
+}
+
+/// Goal:   F18: a hole punched into a further lane is that client's own loss, as on the home lane.
+/// Method: all of the segment punched after calls on both lanes; then a call on one of them. An honest session of the
+///         same two reactors, and a bystander, go on.
+#[test]
+fn f18_a_hole_punched_under_a_further_lane_ends_that_session_alone() {
+    let Some(pair) = two_cores() else { return };
+    let server = server(WaitPolicy::Handoff, pair);
+    let bystander = Bystander::new(server.path());
+    let mut honest = raw_with_lane(&server, pair.1);
+    let attach = honest.attach();
+    honest.push_words(INTERACTIVE, attach.pack());
+    honest.echo(b"on the further lane");
+    for on_further in [true, false] {
+        let mut raw = raw_with_lane(&server, pair.1);
+        let attach = raw.attach();
+        raw.push_words(INTERACTIVE, attach.pack());
+        // More than a lap less one: the zeros are of no lap that is expected.
+        for _ in 0..9 {
+            raw.echo(b"before");
+        }
+        raw.swap_lanes();
+        for _ in 0..9 {
+            raw.echo(b"before");
+        }
+        if on_further {
+            raw.swap_lanes();
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&raw.memory, flags, 0, raw.segment.len() as u64).unwrap();
+        bystander.check("a hole punched while idle");
+        let entry = raw.entry(COUNT.0, SMALL, b"after");
+        raw.push(INTERACTIVE, &entry);
+        raw.ring();
+        assert_eq!(raw.ended(), DisconnectReason::ProtocolViolation, "on the further lane: {on_further}");
+        honest.echo(b"still there");
+        bystander.check("a session ended by holes");
+    }
+    honest.swap_lanes();
+    honest.echo(b"and on the home lane");
+    eventually("both are gone", || bystander.stat("protocol_violations") == 2);
 }
 
 /// Goal:   P6: a connection can be used on every lane right after its OPEN was answered, and no longer after its

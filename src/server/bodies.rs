@@ -468,6 +468,9 @@ impl SessionLane {
     fn step<S>(&mut self, index: u32, bench: &mut Bench<'_, S>) -> Result<(), PeerFault> {
         let Some(mut exchange) = bench.exchanges.take(index) else { return Ok(()) };
         let next = self.advance(index, &mut exchange, bench);
+        if let Some(all) = &mut self.exchanges {
+            exchange.count_unread(&mut all.unread);
+        }
         bench.exchanges.put(index, exchange);
         match next? {
             Next::Ends(terminal) => return self.end(index, terminal, bench),
@@ -800,6 +803,7 @@ impl SessionLane {
         let payload = &self.lane().common.payload;
         let mut reply = Reply::new(payload, e.offset(), e.window.capacity as usize, 0, bench.rest);
         let result = catch_unwind(AssertUnwindSafe(|| handler(&context, body, &mut reply)));
+        reply.check_limit();
         let outcome = match result {
             Ok(Ok(())) if !reply.is_too_large() => Outcome::of(Status::Ok, 0),
             result => failure(result, &mut reply, bench.message_max),
@@ -939,6 +943,7 @@ impl SessionLane {
         }
         if let Some(all) = &mut self.exchanges {
             all.remove(call.slot, e.ring, index);
+            all.unread -= e.unread;
         }
         let (ring, frame, len) = (e.ring, e.window.frame, e.filled);
         bench.exchanges.end(index, e);

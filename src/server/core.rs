@@ -1164,6 +1164,69 @@ mod tests {
         assert_eq!(client.answer(INTERACTIVE), Some((Status::TooLarge, Vec::new())));
     }
 
+    /// Goal:   R1.5: the longest message holds below the size of a slot, too, for requests and for answers in one frame.
+    #[test]
+    fn r1_5_a_longest_message_below_a_slots_size_holds() {
+        static ANSWERS: HandlerTable<AtomicU64> = HandlerTable::with_builtins()
+            .on(COUNT, |_, request, reply| reply.write(&[7; 64][..2 * request.len()]));
+        let mut core = core(ServerConfig { max_message_size: 20, ..ServerConfig::default() });
+        core.handlers = ANSWERS.as_slice();
+        let mut client = Client::join(&mut core);
+        for (of, len, expected) in [
+            (MessageType::ECHO, 20, Status::Ok),
+            (MessageType::ECHO, 21, Status::TooLarge),
+            (COUNT, 10, Status::Ok),
+            (COUNT, 11, Status::TooLarge),
+        ] {
+            assert!(client.call_of(INTERACTIVE, of, len));
+            round(&mut core);
+            let (status, answer) = client.answer(INTERACTIVE).unwrap();
+            assert_eq!(status, expected, "{of:?} of {len} bytes");
+            assert_eq!(answer.len(), if status == Status::Ok { 20 } else { 0 });
+        }
+    }
+
+    /// Goal:   S12, R1.9: a client that does not read its answers is not served beyond what the server keeps for it, and
+    ///         nobody else notices; once it has cancelled them it is served on.
+    /// Method: sixty calls, each answered by 1 MiB where a slot holds 1 KiB; a call of another session; cancels.
+    #[test]
+    fn s12_r1_9_answers_that_nobody_reads_stop_their_own_lane() {
+        static BIG: HandlerTable<AtomicU64> =
+            HandlerTable::with_builtins().on(COUNT, |_, _, reply| reply.write(&vec![7; 1 << 20]));
+        let mut core = core(ServerConfig::default());
+        core.handlers = BIG.as_slice();
+        let (mut greedy, mut other) = (Client::join(&mut core), Client::join(&mut core));
+        for _ in 0..60 {
+            assert!(greedy.call_of(INTERACTIVE, COUNT, 8));
+        }
+        // First frames are taken and kept, so that no answer has room.
+        while round(&mut core) > 0 {
+            while greedy.take(INTERACTIVE).is_some() {}
+        }
+        let kept = core.exchanges.live();
+        // At most as many as pass the limit, and those of a batch that had begun.
+        assert!((40..50).contains(&kept), "{kept} answers are kept");
+        assert!(other.call_of(INTERACTIVE, MessageType::ECHO, 9));
+        round(&mut core);
+        assert_eq!(other.answer(INTERACTIVE), Some((Status::Ok, vec![0; 9])));
+        assert!(
+            !core.lane(greedy.id).unwrap().has_work().unwrap(),
+            "nothing can be done until something is read"
+        );
+        // The slot that both OPENs had is in its third generation. Those calls that have not begun are cancelled as well.
+        for generation in [1, 2, 3] {
+            for slot in 0..greedy.lane.slots.numbers() {
+                let word = ClientWord { generation, cancelled: true, released: 0 };
+                greedy.lane.common.client_words[slot as usize].store(word.pack(), Relaxed);
+                greedy.lane.common.hints.set(slot);
+            }
+            while round(&mut core) > 0 {
+                while greedy.take(INTERACTIVE).is_some() {}
+            }
+        }
+        assert_eq!(core.exchanges.live(), 0);
+    }
+
     /// Goal:   a plain call of a type that has a handler for pieces only is for that handler.
     #[test]
     fn a_plain_call_is_given_to_a_handler_for_pieces_if_there_is_no_other() {

@@ -112,6 +112,8 @@ pub(crate) struct Exchange<S> {
     /// Bytes of the answer that did not fit into the window, and how many of them have gone since.
     pub spill: Vec<u8>,
     pub spilled: usize,
+    /// Bytes of the answer that waited for room when that was last counted ([`LaneExchanges::unread`]).
+    pub unread: usize,
     /// Bytes of the answer that have been sent.
     pub sent: usize,
     pub terminal: Option<Terminal>,
@@ -153,6 +155,7 @@ impl<S> Exchange<S> {
             filled: 0,
             spill: Vec::new(),
             spilled: 0,
+            unread: 0,
             sent: 0,
             terminal: None,
             queued: false,
@@ -233,6 +236,13 @@ impl<S> Exchange<S> {
     /// Where the next byte of the answer goes in the slot region.
     pub fn offset(&self) -> usize {
         LaneLayout::slot_offset(self.window.slot(self.window.frame))
+    }
+
+    /// Counts anew what waits for room, in the sum of its lane.
+    pub fn count_unread(&mut self, sum: &mut usize) {
+        let unread = self.spill.len() - self.spilled;
+        *sum = *sum - self.unread + unread;
+        self.unread = unread;
     }
 
     /// Whether the answer has bytes left that wait for room.
@@ -409,6 +419,8 @@ pub(crate) struct LaneExchanges {
     /// Those that wait for space in the completion ring.
     pub wanting_space: [Vec<u32>; 2],
     pub live: u32,
+    /// Bytes of answers that wait in the server's memory for their client to make room.
+    pub unread: usize,
 }
 
 impl LaneExchanges {
@@ -419,6 +431,7 @@ impl LaneExchanges {
             ready: Default::default(),
             wanting_space: Default::default(),
             live: 0,
+            unread: 0,
         }
     }
 

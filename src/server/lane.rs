@@ -108,6 +108,10 @@ pub(crate) struct SessionLane {
     pub(super) leases: LaneLeases,
 }
 
+/// Bytes of answers that wait for a client to make room, of one lane, beyond which none of its entries is taken: whoever
+/// does not read what he asks for stands still alone (S12). As much as four of the longest messages by default.
+const UNREAD_MOST: usize = 40 << 20;
+
 /// Entries copied out before the first of them is run.
 const BATCH: usize = 8;
 
@@ -324,12 +328,21 @@ impl SessionLane {
     /// Calls that may still be admitted: each reserves the space of its completion.
     #[inline(always)]
     fn space(&mut self, ring: usize) -> Result<u64, PeerFault> {
+        if self.is_stuffed() {
+            return Ok(0);
+        }
         let completions = &mut self.lane.completions[ring];
         // Frames of answers may have taken the space beyond what is admitted.
         if self.admitted[ring].saturating_sub(completions.outstanding()) < BATCH as u64 {
             completions.refresh()?;
         }
         Ok(self.admitted[ring].saturating_sub(completions.outstanding()))
+    }
+
+    /// Whether so much of its answers is unread that none of its entries is taken.
+    #[inline(always)]
+    fn is_stuffed(&self) -> bool {
+        self.exchanges.as_ref().is_some_and(|all| all.unread > UNREAD_MOST)
     }
 
     #[inline(always)]
@@ -390,7 +403,7 @@ impl SessionLane {
             return Ok(true);
         }
         for ring in Drain::ORDER {
-            if self.lane.submissions[ring].is_ready() {
+            if self.lane.submissions[ring].is_ready() && !self.is_stuffed() {
                 self.lane.completions[ring].refresh()?;
                 if self.lane.completions[ring].outstanding() < self.admitted[ring] {
                     return Ok(true);
@@ -561,7 +574,9 @@ impl SessionLane {
     /// Why a call must not be started, if so.
     #[inline(always)]
     fn refusal<S>(&self, call: &Submission, hinted: bool, bench: &mut Bench<'_, S>) -> Option<Outcome> {
-        if call.body_len > bench.message_max as u64 {
+        // What has come in one frame need not have been announced.
+        let body = u64::from(call.len.saturating_sub(u32::from(call.meta_len)));
+        if call.body_len.max(body) > bench.message_max as u64 {
             return Some(Outcome::of(Status::TooLarge, bench.message_max as u64));
         }
         if hinted && self.word_of(call.slot, call.generation).is_some_and(|word| word.cancelled) {
@@ -586,7 +601,8 @@ impl SessionLane {
         let request = bench.staging.take(call.len as usize);
         payload.read(LaneLayout::slot_offset(places.payload), request);
         let request = &request[call.meta_len as usize..];
-        let (offset, capacity) = (LaneLayout::slot_offset(call.response_slot), places.capacity as usize);
+        let offset = LaneLayout::slot_offset(call.response_slot);
+        let capacity = (places.capacity as usize).min(bench.message_max);
         let mut reply = Reply::new(payload, offset, capacity, 0, bench.rest);
         let context = Context {
             state: bench.state,
