@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what building and testing need and is not there: a C linker, strace, Rust with its formatter and linter.
+# Installs what building and testing need and is not there: a C linker, strace, python3, Rust with its formatter and linter.
 # Run by ci/first-run.sh and ci/test.sh; says nothing when there is nothing to do.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,6 +11,10 @@ fi
 if ! command -v strace >/dev/null 2>&1; then
     echo "installing strace, by which tests make system calls fail" >&2
     apt-get update -qq && apt-get install -y -qq strace >/dev/null
+fi
+if ! command -v python3 >/dev/null 2>&1; then
+    echo "installing python3, for the client in another language and the scripts of benches/" >&2
+    apt-get update -qq && apt-get install -y -qq python3 >/dev/null
 fi
 if ! command -v cargo >/dev/null 2>&1; then
     echo "Rust is missing: install rustup (apt-get install rustup, or rustup.rs), then run this again" >&2

@@ -11,6 +11,11 @@
 #[doc = include_str!("../README.md")]
 struct ReadmeExamples;
 
+/// Those of the book.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/quick-start.md")]
+struct BookExamples;
+
 mod client;
 pub mod codec;
 pub mod config;

@@ -174,3 +174,33 @@ fn every_row_has_a_test_that_exists() {
     }
     assert!(rows > 60, "only {rows} rows found");
 }
+
+/// Goal:   the book in docs/ has every page, and no link in it or in the README leads nowhere.
+/// Method: every relative link of a page that is not to a place within it is a file; all pages are in SUMMARY.md.
+#[test]
+fn every_page_is_in_the_book_and_no_link_is_broken() {
+    let docs = root().join("docs");
+    let pages = |folder: &Path| {
+        let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        files.filter(|path| path.extension().is_some_and(|e| e == "md")).collect::<Vec<_>>()
+    };
+    let summary = std::fs::read_to_string(docs.join("SUMMARY.md")).unwrap();
+    let mut links = 0;
+    for path in pages(&docs).into_iter().chain(pages(root())) {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if path.parent() == Some(&docs) && name != "SUMMARY.md" {
+            assert!(summary.contains(&format!("({name})")), "{name} is not in docs/SUMMARY.md");
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let file = link.split('#').next().unwrap_or_default();
+            // Code has brackets before parentheses, too.
+            if file.is_empty() || link.contains("://") || file.contains([' ', '`']) {
+                continue;
+            }
+            links += 1;
+            assert!(path.with_file_name(file).exists(), "{name} links to `{link}`, which is not there");
+        }
+    }
+    assert!(links > 10, "only {links} links found");
+}
