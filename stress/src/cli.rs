@@ -6,7 +6,7 @@ use crate::machine::{Cores, Machine};
 use crate::processes::{self, ChildOptions};
 use crate::report::Report;
 use crate::scratch;
-use crate::{level1, level2};
+use crate::{level1, level2, level3, level4, level5};
 use clap::{Args, Parser, Subcommand};
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -46,13 +46,15 @@ enum Command {
 
 #[derive(Debug, Clone, PartialEq, Args)]
 struct SuiteOptions {
-    /// The level: connections (or 1), memory (or 2), or all that exist.
+    /// The level: connections (or 1), memory (2), latency (3), leaks (4), chaos (5), or all.
     #[arg(required = true, value_parser = parse_level)]
     level: Option<Level>,
-    /// The short duration: a window of 5 s in each row of level 1, 40 of the 500 rounds of level 2.
+    /// The short duration: a window of 5 s in each row of level 1, 40 of the 500 rounds of level 2, 8.5 s of level 3, 6 of
+    /// the 120 cycles of level 4, 28 s of level 5.
     #[arg(long, required_unless_present = "full", conflicts_with = "full")]
     short: bool,
-    /// The full duration: a window of 300 s in each row of level 1, all calls of level 2.
+    /// The full duration: a window of 300 s in each row of level 1, all calls of level 2, 600 s of level 3, all cycles of
+    /// level 4, 1800 s of level 5.
     #[arg(long)]
     full: bool,
     /// Print one JSON object instead of a table.
@@ -61,12 +63,15 @@ struct SuiteOptions {
     /// Seed of every content that is sent; random and printed unless given.
     #[arg(long)]
     seed: Option<u64>,
-    /// Level 1: another length of the window, seconds; may be a fraction.
+    /// Levels 1, 3 and 5: another length of the window, seconds; may be a fraction.
     #[arg(long, value_parser = parse_seconds)]
     seconds: Option<f64>,
     /// Level 2: another number of calls of 1 MiB on each connection; those of 4 KiB are twice as many.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     rounds: Option<u64>,
+    /// Level 4: another number of cycles.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    cycles: Option<u64>,
     /// Fewer connections, thousandths of a level's, to try it out; rates are then not judged.
     #[arg(long, hide = true, default_value_t = level1::CONNECTIONS, value_parser = parse_connections)]
     connections: usize,
@@ -78,23 +83,30 @@ enum Level {
     All,
     Connections,
     Memory,
+    Latency,
+    Leaks,
+    Chaos,
 }
 
-/// Levels that do not exist yet: naming one is refused, never ignored.
-const TO_COME: [(&str, &str); 3] = [("3", "latency"), ("4", "leaks"), ("5", "chaos")];
+/// The levels, by number and name.
+const LEVELS: [(&str, &str, Level); 5] = [
+    ("1", "connections", Level::Connections),
+    ("2", "memory", Level::Memory),
+    ("3", "latency", Level::Latency),
+    ("4", "leaks", Level::Leaks),
+    ("5", "chaos", Level::Chaos),
+];
 
 fn parse_level(text: &str) -> Result<Level, String> {
-    if let Some((number, name)) = TO_COME.iter().find(|(number, name)| [*number, *name].contains(&text)) {
-        return Err(format!(
-            "level {number} ({name}) is not there yet: this version has levels 1 (connections) and 2 (memory)"
-        ));
+    if text == "all" {
+        return Ok(Level::All);
     }
-    match text {
-        "all" => Ok(Level::All),
-        "connections" | "1" => Ok(Level::Connections),
-        "memory" | "2" => Ok(Level::Memory),
-        _ => Err("no level is called that: name `connections` (`1`), `memory` (`2`), or `all`".to_owned()),
-    }
+    let named = LEVELS.iter().find(|(number, name, _)| [*number, *name].contains(&text));
+    named.map(|(_, _, level)| *level).ok_or_else(|| {
+        let names: Vec<String> =
+            LEVELS.iter().map(|(number, name, _)| format!("`{name}` (`{number}`)")).collect();
+        format!("no level is called that: name {}, or `all`", names.join(", "))
+    })
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {
@@ -145,16 +157,32 @@ fn run_suite(options: &SuiteOptions) -> Result<Report, StressError> {
     let cores = Cores::plan()?;
     let seed = options.seed.map_or_else(random_seed, Ok)?;
     progress(&format!("seed {seed}"));
-    let (connections, level) = (options.connections, options.level);
+    let connections = options.connections;
+    let asked = |level| options.level.is_some_and(|asked| asked == Level::All || asked == level);
+    let seconds = |full, short| options.seconds.unwrap_or(if options.full { full } else { short });
     let mut rows = Vec::new();
-    if matches!(level, Some(Level::All | Level::Connections)) {
-        let seconds = options.seconds.unwrap_or(if options.full { FULL } else { SHORT });
+    if asked(Level::Connections) {
+        let seconds = seconds(FULL, SHORT);
         rows.extend(level1::run(&level1::Plan { seconds, seed, connections }, &cores, progress)?);
     }
-    if matches!(level, Some(Level::All | Level::Memory)) {
+    if asked(Level::Memory) {
         let usual = if options.full { level2::FULL } else { level2::SHORT_ROUNDS };
         let rounds = options.rounds.unwrap_or(usual);
         rows.extend(level2::run(&level2::Plan { rounds, seed, size: connections }, &cores, progress)?);
+    }
+    if asked(Level::Latency) {
+        let seconds = seconds(level3::FULL, level3::SHORT);
+        // One of them is the probe's.
+        let connections = connections.max(2);
+        rows.extend(level3::run(&level3::Plan { seconds, seed, connections }, &cores, progress)?);
+    }
+    if asked(Level::Leaks) {
+        let cycles = options.cycles.unwrap_or(if options.full { level4::FULL } else { level4::SHORT });
+        rows.extend(level4::run(&level4::Plan { cycles, seed, size: connections }, &cores, progress)?);
+    }
+    if asked(Level::Chaos) {
+        let seconds = seconds(level5::FULL, level5::SHORT);
+        rows.extend(level5::run(&level5::Plan { seconds, seed }, &cores, progress)?);
     }
     Ok(Report::new(Machine::describe(&cores), seed, rows))
 }
@@ -189,30 +217,20 @@ mod tests {
 
     #[test]
     fn a_level_goes_by_name_or_number_or_with_all() {
-        for (name, level) in [
-            ("connections", Level::Connections),
-            ("1", Level::Connections),
-            ("all", Level::All),
-            ("memory", Level::Memory),
-            ("2", Level::Memory),
-        ] {
-            assert_eq!(parse(&format!("{name} --short")).unwrap().level, Some(level));
+        for (number, name, level) in LEVELS {
+            for text in [number, name] {
+                assert_eq!(parse(&format!("{text} --short")).unwrap().level, Some(level));
+            }
         }
+        assert_eq!(parse("all --short").unwrap().level, Some(Level::All));
         let options = parse("1 --full --json --seed 7 --seconds 0.2").unwrap();
         assert!(options.full && options.json && options.connections == 1000);
         assert_eq!((options.seed, options.seconds), (Some(7), Some(0.2)));
     }
 
-    /// Goal:   every wrong question is refused as one (exit status 2), those about later levels by name.
+    /// Goal:   every wrong question is refused as one (exit status 2).
     #[test]
     fn wrong_questions_are_refused() {
-        for (number, name) in TO_COME {
-            for level in [number, name] {
-                let error = parse(&format!("{level} --short")).unwrap_err();
-                assert_eq!(error.exit_code(), 2);
-                assert!(error.to_string().contains(&format!("level {number} ({name}) is not there yet")));
-            }
-        }
         for line in [
             "connections",
             "--short",
@@ -223,6 +241,8 @@ mod tests {
             "1 --short --connections 1001",
             "1 --short --seed -1",
             "2 --short --rounds 0",
+            "4 --short --cycles 0",
+            "6 --short",
             "child",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");

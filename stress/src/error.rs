@@ -68,6 +68,9 @@ pub enum StressError {
     /// A child was told something that it does not understand.
     #[error("a job that cannot be read: {0}")]
     Job(#[from] serde_json::Error),
+    /// The providers cannot be had.
+    #[error("the providers cannot be had: {0}")]
+    Providers(String),
     /// A child was not started by its parent.
     #[error("this subcommand is for this program's own processes")]
     NotAChild,

@@ -7,9 +7,10 @@
 //!
 //! Layout of the shared memory: page 0 the stop word, then requests, answers, slots.
 
-use crate::clock::SECOND;
+use crate::clock::{SECOND, now_ns};
 use crate::content::{self, Nonces, SIZE};
 use crate::error::StressError;
+use crate::latency::{Histogram, Latency};
 use crate::load::{self, Link, Outcome, Polled, Schedule, Sent};
 use crate::machine::{self, Cores};
 use crate::processes::{self, Role};
@@ -33,6 +34,8 @@ const ANSWERS: usize = REQUESTS + ENTRIES * 8;
 const SLOTS: usize = ANSWERS + ENTRIES * 8;
 /// Empty polls between two looks at the stop word.
 const LOOK_EVERY: u32 = 1024;
+/// Left out of the window of [`latency`].
+const SETTLE_NS: u64 = SECOND / 10;
 /// What its processes may take beside warm-up and window.
 const SLACK: Duration = Duration::from_secs(60);
 
@@ -46,6 +49,8 @@ pub struct FloorJob {
     seed: u64,
     /// For the client.
     schedule: Schedule,
+    /// For the client: one call after the other, each timed.
+    timed: bool,
 }
 
 fn mapping_len(calls: usize) -> usize {
@@ -67,7 +72,7 @@ pub fn measure(
     let (_map, fd) = segment::scratch(mapping_len(calls))?;
     let second = fd.try_clone().map_err(|e| StressError::os("dup(memfd)", e))?;
     let schedule = Schedule::after(warm_up_ns, window_ns);
-    let job = FloorJob { calls, core: cores.server, seed, schedule };
+    let job = FloorJob { calls, core: cores.server, seed, schedule, timed: false };
     let mut server = processes::spawn(Role::FloorServer, &job, Stdio::from(second))?;
     let job = FloorJob { core: cores.client(0), ..job };
     let mut client = processes::spawn(Role::FloorClient, &job, Stdio::from(fd))?;
@@ -79,6 +84,27 @@ pub fn measure(
         return Err(StressError::Floor(format!("{outcome:?}")));
     }
     Ok(outcome.answered as f64 * SECOND as f64 / window_ns as f64)
+}
+
+/// Measures its tail: one call of [`SIZE`] bytes after the other, each timed from before its request is written until its
+/// answer has been checked. What the longest ones show is the host, which stops the cores now and then.
+///
+/// # Errors
+///
+/// As for [`measure`].
+pub fn latency(seed: u64, cores: &Cores, window_ns: u64) -> Result<Latency, StressError> {
+    let (_map, fd) = segment::scratch(mapping_len(1))?;
+    let second = fd.try_clone().map_err(|e| StressError::os("dup(memfd)", e))?;
+    let schedule = Schedule::after(SETTLE_NS, window_ns);
+    let job = FloorJob { calls: 1, core: cores.server, seed, schedule, timed: true };
+    let mut server = processes::spawn(Role::FloorServer, &job, Stdio::from(second))?;
+    let job = FloorJob { core: cores.client(0), ..job };
+    let mut client = processes::spawn(Role::FloorClient, &job, Stdio::from(fd))?;
+    let latency: Option<Latency> = client.receive(Duration::from_nanos(SETTLE_NS + window_ns) + SLACK)?;
+    let () = server.receive(SLACK)?;
+    client.end()?;
+    server.end()?;
+    latency.ok_or_else(|| StressError::Floor("an answer was wrong or did not come".to_owned()))
 }
 
 /// The server process.
@@ -102,6 +128,11 @@ pub fn drive(fd: OwnedFd, job: &FloorJob) -> Result<(), StressError> {
     machine::pin(job.core)?;
     let map = segment::attach_scratch(fd.as_fd(), mapping_len(job.calls))?;
     let mut client = Client::new(Rings::open(&map, job.calls)?);
+    if job.timed {
+        let latency = client.time(Nonces::new(job.seed, 0), &job.schedule);
+        client.rings.stop.store(1, Relaxed);
+        return processes::say(&latency);
+    }
     let outcome = load::run(&mut client, job.calls, Nonces::new(job.seed, 0), false, &job.schedule);
     client.rings.stop.store(1, Relaxed);
     processes::say(&outcome)
@@ -187,6 +218,32 @@ struct Client {
 impl Client {
     fn new(rings: Rings) -> Self {
         Self { rings, sent: 0, taken: 0 }
+    }
+
+    /// One call after the other; how long those of the window took, or `None` if one was answered wrongly or not.
+    fn time(&mut self, mut nonces: Nonces, schedule: &Schedule) -> Option<Latency> {
+        let mut histogram = Histogram::new();
+        let (mut request, mut answer) = ([0; SIZE], [0; SIZE]);
+        loop {
+            let nonce = nonces.draw();
+            let begun = now_ns();
+            if begun >= schedule.end_ns {
+                return Some(histogram.summary());
+            }
+            content::fill(nonce, &mut request);
+            self.send(0, &request);
+            while let Polled::Nothing = self.poll(&mut answer) {
+                if now_ns() > schedule.end_ns + SECOND {
+                    return None;
+                }
+            }
+            if !content::is_right(nonce, &answer) {
+                return None;
+            }
+            if begun >= schedule.begin_ns {
+                histogram.add(now_ns() - begun);
+            }
+        }
     }
 }
 

@@ -109,6 +109,7 @@ impl Bomb {
             core: cores.server,
             connections: plan.connections as u32,
             sessions: spread.sessions as u32,
+            ..ServerJob::default()
         };
         let server = server::start(&job)?;
         let client = |number: usize| {

@@ -151,6 +151,7 @@ impl Load {
             // The monitor has one of each.
             connections: (short + long) as u32 + 1,
             sessions: spread.processes as u32 + 1,
+            ..ServerJob::default()
         };
         let server = server::start(&job)?;
         let idle = match spread {

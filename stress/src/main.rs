@@ -8,24 +8,32 @@
 //! server's memory and judges what the clients report. Exit status: 0 all passed, 1 something failed,
 //! 2 the question was wrong.
 
+mod assistant;
 mod cli;
 mod client;
 mod clock;
 mod content;
 mod error;
 mod floor;
+mod hostile;
+mod latency;
 mod level1;
 mod level2;
+mod level3;
+mod level4;
+mod level5;
 mod load;
 mod machine;
 mod memory;
 mod mixed;
 mod monitor;
+mod normal;
 mod processes;
 mod report;
 mod scratch;
 mod server;
 mod takeback;
+mod torture;
 
 fn main() -> std::process::ExitCode {
     cli::run()

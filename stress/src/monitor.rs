@@ -39,6 +39,12 @@ pub struct Counters {
     pub leased_bytes: u64,
     /// Bytes of the budget in use now.
     pub budget_used: u64,
+    /// Answers that are being written from elsewhere now.
+    pub deferred_live: u64,
+    /// Sessions that were ended for breaking the protocol.
+    pub protocol_violations: u64,
+    /// Calls refused because their message is too long.
+    pub calls_too_large: u64,
     /// Bytes reserved now for requests that are put together, beside the budget.
     pub body_bytes: u64,
 }

@@ -5,7 +5,7 @@
 //! descriptor that a child needs is its standard input instead.
 
 use crate::error::StressError;
-use crate::{client, floor, mixed, server};
+use crate::{assistant, client, floor, hostile, mixed, normal, server, torture};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -32,6 +32,14 @@ pub enum Role {
     Client,
     /// A doorbell client with short and long calls at once.
     Mixed,
+    /// A doorbell client with bulk calls and a probe.
+    Torture,
+    /// A doorbell client that asks models and has files analysed.
+    Assistant,
+    /// A client that breaks the protocol.
+    Hostile,
+    /// A client that goes on whatever happens.
+    Normal,
     /// Serves the bare ring; standard input is the shared memory.
     FloorServer,
     /// Drives the bare ring; standard input is the shared memory.
@@ -45,6 +53,10 @@ impl Role {
             Self::Server => "server",
             Self::Client => "client",
             Self::Mixed => "mixed",
+            Self::Torture => "torture",
+            Self::Assistant => "assistant",
+            Self::Hostile => "hostile",
+            Self::Normal => "normal",
             Self::FloorServer => "floor-server",
             Self::FloorClient => "floor-client",
         }
@@ -76,6 +88,10 @@ pub fn run(options: &ChildOptions) -> Result<(), StressError> {
         Role::Server => server::serve(&serde_json::from_str(job)?),
         Role::Client => client::run(&serde_json::from_str(job)?),
         Role::Mixed => mixed::run(&serde_json::from_str(job)?),
+        Role::Torture => torture::run(&serde_json::from_str(job)?),
+        Role::Assistant => assistant::run(&serde_json::from_str(job)?),
+        Role::Hostile => hostile::run(&serde_json::from_str(job)?),
+        Role::Normal => normal::run(&serde_json::from_str(job)?),
         Role::FloorServer => floor::serve(stdin_fd()?, &serde_json::from_str(job)?),
         Role::FloorClient => floor::drive(stdin_fd()?, &serde_json::from_str(job)?),
     }

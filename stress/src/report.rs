@@ -2,7 +2,7 @@
 
 use crate::machine::Machine;
 use crate::memory::Peak;
-use crate::{level1, level2};
+use crate::{level1, level2, level3, level4, level5};
 use serde::Serialize;
 use std::fmt;
 
@@ -59,6 +59,11 @@ impl Check {
         Self { claim, limit: format!("= {}", grouped(limit)), measured: grouped(measured), verdict }
     }
 
+    /// As `holds` says; only reported if that is `None`.
+    pub fn judged(claim: &'static str, limit: String, measured: String, holds: Option<bool>) -> Self {
+        Self { claim, limit, measured, verdict: holds.map_or(Verdict::Reported, verdict) }
+    }
+
     /// Not judged.
     pub fn reported(claim: &'static str, measured: String) -> Self {
         Self { claim, limit: "-".to_owned(), measured, verdict: Verdict::Reported }
@@ -98,6 +103,12 @@ pub enum Figures {
     Connections(level1::Figures),
     /// Level 2.
     Memory(level2::Figures),
+    /// Level 3.
+    Latency(level3::Figures),
+    /// Level 4.
+    Leaks(level4::Figures),
+    /// Level 5.
+    Chaos(level5::Figures),
 }
 
 /// One run of the suite.

@@ -4,6 +4,7 @@
 use crate::content;
 use crate::error::StressError;
 use crate::processes::{self, Process, Role};
+use doorbell::provider::{HostHandle, ProviderHost, ProviderPool, ProvidersConfig};
 use doorbell::{
     Context, HandlerError, HandlerTable, IpcServer, MessageType, Pieces, Progress, Reply, ServerConfig,
     WaitPolicy,
@@ -11,6 +12,7 @@ use doorbell::{
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The echo under a mask.
@@ -22,6 +24,8 @@ const START: Duration = Duration::from_secs(30);
 
 static TABLE: HandlerTable<()> =
     HandlerTable::with_builtins().on(MASKED_ECHO, masked_echo).on_pieces(MASKED_ECHO, masked_pieces);
+
+static ASSISTANTS: HandlerTable<HostHandle> = HandlerTable::with_builtins().register_provider_handlers();
 
 fn masked_echo(_: &Context<'_, ()>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
     let (blocks, []) = request.as_chunks::<BLOCK>() else {
@@ -66,7 +70,7 @@ impl Pieces<()> for MaskedPieces {
 }
 
 /// What a server process is told.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ServerJob {
     /// Where to listen.
     pub path: PathBuf,
@@ -76,6 +80,11 @@ pub struct ServerJob {
     pub connections: u32,
     /// The same for sessions.
     pub sessions: u32,
+    /// Handshakes of one process that may be under way, where that is not the default.
+    pub half_open_per_process: Option<u32>,
+    /// Where the files lie that clients may have analysed. With it the server has providers, too, and sleeps while there
+    /// is nothing to do: they need the core.
+    pub files: Option<PathBuf>,
 }
 
 /// Starts a server process; it listens when this returns.
@@ -95,17 +104,33 @@ pub fn start(job: &ServerJob) -> Result<Process, StressError> {
 ///
 /// Whatever keeps it from serving.
 pub fn serve(job: &ServerJob) -> Result<(), StressError> {
+    let usual = ServerConfig::default();
     let config = ServerConfig {
-        policy: WaitPolicy::Spin,
+        policy: if job.files.is_some() { WaitPolicy::Handoff } else { WaitPolicy::Spin },
         reactors: 1,
         cores: vec![job.core],
         max_connections: job.connections,
         max_sessions: job.sessions,
-        max_half_open: job.sessions.min(ServerConfig::default().max_half_open),
-        ..ServerConfig::default()
+        max_half_open: job.sessions.min(usual.max_half_open),
+        max_half_open_per_process: job.half_open_per_process.unwrap_or(usual.max_half_open_per_process),
+        file_roots: job.files.iter().cloned().collect(),
+        ..usual
     };
-    let server = IpcServer::new(&TABLE, ()).config(config);
-    let bound = server.bind(&job.path).map_err(StressError::ipc("binding"))?;
+    if job.files.is_none() {
+        return listen(IpcServer::new(&TABLE, ()), config, job);
+    }
+    let pool = ProviderPool::from_config(&ProvidersConfig::default())
+        .map_err(|fault| StressError::Providers(fault.to_string()))?;
+    let host = ProviderHost::start(Arc::new(pool)).map_err(|e| StressError::os("clone for providers", e))?;
+    listen(IpcServer::new(&ASSISTANTS, host.handle()), config, job)
+}
+
+fn listen<S: Send + Sync>(
+    server: IpcServer<S>,
+    config: ServerConfig,
+    job: &ServerJob,
+) -> Result<(), StressError> {
+    let bound = server.config(config).bind(&job.path).map_err(StressError::ipc("binding"))?;
     processes::say(&())?;
     bound.serve().map_err(StressError::ipc("serving"))?;
     Ok(())
