@@ -318,6 +318,10 @@ impl IpcClient {
                 }
                 session.keep(next);
             }
+            // It has ended while somebody else was waited for, or with the session (F51).
+            if let Some(answered) = session.take_kept(id.lane, id.slot) {
+                return Ok(Some(answered));
+            }
             if session.bodies.take_news() {
                 return Ok(None);
             }
@@ -514,6 +518,8 @@ impl<'c> Connection<'c> {
                     Ok(more) => sent += more,
                     // Answered before it was complete.
                     Err(IpcError::NoSuchCall) => sent = request.len(),
+                    // What became of it lies among the answers: it may have been started (F50).
+                    Err(_) if client.session.borrow().end.is_some() => sent = request.len(),
                     Err(error) => return Err(error),
                 }
             }
