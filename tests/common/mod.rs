@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+pub mod executed;
 #[cfg(feature = "openai")]
 pub mod openai;
 pub mod process;
