@@ -188,6 +188,17 @@ pub enum IpcError {
     /// The server is gone; this call may have been executed.
     #[error("the server is gone; the call may or may not have been executed")]
     ConnectionLost,
+    /// The server is gone, and with it the rest of an answer that was handed out frame by frame. The call was started.
+    /// Nothing resumes it but whoever knows what the answer was to be.
+    #[error(
+        "the server is gone after {frames} frames ({bytes} bytes) of the answer: ask again for what is missing"
+    )]
+    StreamLost {
+        /// Frames that were handed out: the last one received has this number less one.
+        frames: u64,
+        /// Bytes in them.
+        bytes: u64,
+    },
     /// The answer is no sequence of records, or was cut off within one.
     #[error("the streamed answer cannot be taken apart: {0}: client and server may be of different versions")]
     Records(#[from] RecordError),

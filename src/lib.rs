@@ -4,7 +4,7 @@
 //! dispatches handlers from a static table. `ARCHITECTURE.md` says how it fits together.
 //!
 //! - Server: [`IpcServer`] with a [`HandlerTable`].
-//! - Client: [`IpcClient`]; for the tasks of tokio `AsyncClient`; for threads that must not wait [`CallbackClient`].
+//! - Client: [`IpcClient`]; [`ReconnectingClient`] comes back to a server that was away; for the tasks of tokio `AsyncClient`; for threads that must not wait [`CallbackClient`].
 
 /// The examples of README.md, compiled.
 #[cfg(all(doctest, feature = "tokio"))]
@@ -29,7 +29,9 @@ mod server;
 
 pub use client::{
     AnswerRecords, AnswerStream, CallHandle, CallId, CallOptions, CallbackClient, CallbackConfig,
-    ClientConfig, Connecting, Connection, ConnectionId, IpcClient, Reply as Answer, SlotWriter, StreamEvent,
+    ClientConfig, Connecting, Connection, ConnectionId, IpcClient, LinkOptions, LinkStatus, PendingCall,
+    PendingOutcome, Reconnect, ReconnectingClient, ReconnectingConnection, ReconnectingRecords,
+    ReconnectingStream, Reply as Answer, SlotWriter, StatusCallback, StreamEvent,
 };
 #[cfg(feature = "tokio")]
 pub use client::{AsyncAnswer, AsyncClient, AsyncRecords};

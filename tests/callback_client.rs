@@ -20,7 +20,8 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 /// Called back on the client's thread, and when polled; on few slots.
 fn both() -> [CallbackConfig; 2] {
-    let threaded = CallbackConfig { client: ClientConfig::smallest(), pending_max: 100, polled: false };
+    let threaded =
+        CallbackConfig { client: ClientConfig::smallest(), pending_max: 100, ..CallbackConfig::default() };
     [threaded.clone(), CallbackConfig { polled: true, ..threaded }]
 }
 

@@ -5,7 +5,7 @@ mod common;
 
 use common::process::{Actor, Process, ServerProcess, copy_of_test, ready, returns, role};
 use common::raw::{Heard, Raw, SMALL, connect_silently, hear, hello, send, send_with_fds};
-use common::{Bystander, COUNT, GATE, TestDir, TestServer, client, eventually, stat};
+use common::{Bystander, COUNT, GATE, HELD, TestDir, TestServer, client, eventually, stat};
 use doorbell::protocol::handshake::DisconnectReason;
 use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy};
 use doorbell_shm::lane::INTERACTIVE;
@@ -366,6 +366,39 @@ fn f50_a_started_call_is_unknown_and_those_behind_it_are_not_executed() {
                 }
             }
         });
+    }
+}
+
+/// Goal:   F50, F51: a caller whose long request is still going out is told of the server's death, and that the call was
+///         not executed only if no entry of it had been taken.
+/// Method: a request longer than its window, once to a stopped server, once to a handler that takes no more of it; then
+///         the server is killed.
+#[test]
+fn f50_f51_a_caller_in_the_midst_of_a_long_request_is_told_what_became_of_it() {
+    for policy in ALL {
+        for started in [false, true] {
+            let directory = TestDir::new();
+            let path = directory.join("s");
+            let mut server = Actor::start("server", &path);
+            eventually("the server serves", || IpcClient::connect(&path).is_ok());
+            let caller = client(&path, policy);
+            let id = caller.open().unwrap().detach();
+            if !started {
+                server.process.stop();
+            }
+            let calling = std::thread::spawn(move || caller.attached(id).call(HELD, &[7; 1 << 20]));
+            if started {
+                server.wait_until_ready();
+            }
+            server.process.kill();
+            eventually("the caller is told", || calling.is_finished());
+            let told = calling.join().unwrap();
+            match started {
+                true => assert!(matches!(told, Err(IpcError::ConnectionLost)), "{told:?}"),
+                // Killed before or after it wrote its first entry.
+                false => assert!(matches!(told, Err(IpcError::NotExecuted)), "{told:?}"),
+            }
+        }
     }
 }
 

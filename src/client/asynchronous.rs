@@ -10,6 +10,7 @@
 use super::ClientConfig;
 use super::call::CallOptions;
 use super::mux::{Key, Mux, Next};
+use super::reconnect::{Address, Link, LinkOptions, LinkStatus, Reconnect, Search};
 use super::stream::Splitter;
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
@@ -24,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Sleep, sleep_until, timeout};
+use tokio::time::{Sleep, sleep, sleep_until, timeout};
 
 /// A client for tasks of a tokio runtime: cheap to clone, used by any number of tasks and threads at once, one session
 /// for all of them. Calls start in the order in which they are first polled.
@@ -77,14 +78,38 @@ impl AsyncClient {
     ///
     /// As for [`AsyncClient::connect`].
     pub async fn connect_with(path: impl AsRef<Path>, config: &ClientConfig) -> Result<Self> {
-        let (path, config) = (path.as_ref().to_owned(), config.clone());
-        let connecting = tokio::task::spawn_blocking(move || Mux::connect(&path, &config));
+        Self::connect_as(path, config, &LinkOptions::default()).await
+    }
+
+    /// The same with another codec or priority, or with another session whenever one is over: calls that were not
+    /// executed, or are idempotent, then go on in that, and new ones wait for it. What becomes of which is told of
+    /// [`ReconnectingClient`](super::ReconnectingClient).
+    ///
+    /// # Errors
+    ///
+    /// As for [`AsyncClient::connect_with`].
+    ///
+    /// # Panics
+    ///
+    /// As for [`AsyncClient::connect`].
+    pub async fn connect_as(
+        path: impl AsRef<Path>,
+        config: &ClientConfig,
+        link: &LinkOptions,
+    ) -> Result<Self> {
+        let address = Address::new(path.as_ref().to_owned(), config.clone())?;
+        let LinkOptions { codec, bulk, reconnect } = link.clone();
+        let revives = reconnect.is_some();
+        let tell = |status: &LinkStatus| reconnect.iter().for_each(|reconnect| reconnect.tell(status));
+        tell(&LinkStatus::Connecting);
+        let connecting = tokio::task::spawn_blocking(move || Mux::connect(address, (codec, bulk), revives));
         // It does not panic, so only a runtime that ends keeps it from coming to an end.
         let mux = connecting.await.map_err(|_| IpcError::ClientClosed)??;
         let socket = register(mux.socket())?;
         let state = State { mux, driver: None, room: None, deserted: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), turn: tokio::sync::Mutex::new(()) });
-        let driver = Driver { shared: Arc::clone(&shared), socket };
+        tell(&LinkStatus::Connected);
+        let driver = Driver { shared: Arc::clone(&shared), socket, reconnect };
         tokio::spawn(driver.run());
         Ok(Self { owner: Arc::new(Owner { shared }) })
     }
@@ -161,7 +186,8 @@ impl AsyncClient {
 
 /// Its successor is unsafe for types whose descriptor may change or be closed; that of an owned one does neither.
 #[allow(deprecated)]
-fn register(socket: Arc<OwnedFd>) -> Result<AsyncFd<Arc<OwnedFd>>> {
+fn register(socket: Option<Arc<OwnedFd>>) -> Result<AsyncFd<Arc<OwnedFd>>> {
+    let socket = socket.ok_or(IpcError::ClientClosed)?;
     AsyncFd::with_interest(socket, Interest::READABLE)
         .map_err(|e| IpcError::io("registering the session socket with tokio", e))
 }
@@ -373,7 +399,7 @@ impl Shared {
         let mut replaced = None;
         let (submitted, driver) = {
             let mut state = self.lock();
-            match state.mux.submit(message_type, request, options, None) {
+            match state.mux.submit(LINE, message_type, request, options, None) {
                 Err((IpcError::WouldBlock, _)) => {
                     // Room comes with answers, which the driver waits for: it need not be woken, and wakes this one.
                     replaced = state.room.replace(cx.waker().clone());
@@ -389,10 +415,14 @@ impl Shared {
     }
 }
 
-/// Rings, waits, and wakes those for whom something has come.
+/// The connection that all calls go on.
+const LINE: usize = 0;
+
+/// Rings, waits, and wakes those for whom something has come; connects again.
 struct Driver {
     shared: Arc<Shared>,
     socket: AsyncFd<Arc<OwnedFd>>,
+    reconnect: Option<Reconnect>,
 }
 
 /// What the driver waits for, beside the socket.
@@ -401,11 +431,18 @@ enum Wait {
     Woken,
     /// That, or this moment.
     Until(std::time::Instant),
+    /// The session is over, and another one is to follow.
+    Away,
     Over,
 }
 
 impl Driver {
-    async fn run(self) {
+    async fn run(mut self) {
+        while self.serve().await && self.come_back().await {}
+    }
+
+    /// Works until the session is over; says whether another one is to follow.
+    async fn serve(&self) -> bool {
         let mut timer = pin!(None::<Sleep>);
         let mut woken = Vec::new();
         poll_fn(|cx| {
@@ -424,7 +461,8 @@ impl Driver {
                 let wait = self.turn(cx, &mut woken, &socket);
                 woken.drain(..).for_each(Waker::wake);
                 match wait {
-                    Wait::Over => return Poll::Ready(()),
+                    Wait::Over => return Poll::Ready(false),
+                    Wait::Away => return Poll::Ready(true),
                     Wait::Woken => timer.set(None),
                     Wait::Until(at) => {
                         timer.set(Some(sleep_until(at.into())));
@@ -436,7 +474,52 @@ impl Driver {
                 return Poll::Pending;
             }
         })
-        .await;
+        .await
+    }
+
+    /// Looks for the server until it is there; `false` if that is not to be, or wanted by nobody any more.
+    async fn come_back(&mut self) -> bool {
+        let Some(reconnect) = self.reconnect.clone() else { return false };
+        let found = {
+            let mut searching = pin!(search(&self.shared, &reconnect));
+            poll_fn(|cx| {
+                let (deserted, replaced) = {
+                    let mut state = self.shared.lock();
+                    (state.deserted, state.driver.replace(cx.waker().clone()))
+                };
+                drop(replaced);
+                if deserted { Poll::Ready(None) } else { searching.as_mut().poll(cx).map(Some) }
+            })
+            .await
+        };
+        let socket = match found {
+            None => return false,
+            Some(Ok(link)) => {
+                // The lock is free while wakers run, and while the old socket goes.
+                let (socket, room) = {
+                    let mut state = self.shared.lock();
+                    state.mux.attach(link);
+                    (state.mux.socket(), state.room.take())
+                };
+                room.inspect(Waker::wake_by_ref);
+                register(socket)
+            }
+            Some(Err(error)) => Err(error),
+        };
+        match socket {
+            Ok(socket) => {
+                self.socket = socket;
+                reconnect.tell(&LinkStatus::Connected);
+                true
+            }
+            Err(reason) => {
+                let mut woken = Vec::new();
+                self.shared.lock().break_off(&reason, &mut woken);
+                woken.drain(..).for_each(Waker::wake);
+                reconnect.tell(&LinkStatus::Disconnected { reason });
+                false
+            }
+        }
     }
 
     /// Takes all that has come, and prepares to be woken for more.
@@ -452,6 +535,9 @@ impl Driver {
                 Err(IpcError::ClientClosed)
             }
         };
+        if taken.is_ok() && state.mux.is_away() {
+            return Wait::Away;
+        }
         // Whoever waits for room looks whether there is some.
         woken.extend(state.room.take());
         if let Err(error) = taken {
@@ -461,6 +547,27 @@ impl Driver {
         // Dropped later, with the lock free, like all others.
         woken.extend(state.driver.replace(cx.waker().clone()).filter(|old| !old.will_wake(cx.waker())));
         state.mux.wakes_at().map_or(Wait::Woken, Wait::Until)
+    }
+}
+
+/// Tries to connect until that succeeds, or has become useless.
+async fn search(shared: &Shared, reconnect: &Reconnect) -> Result<Link> {
+    let (address, lines, reason) = {
+        let mut state = shared.lock();
+        (state.mux.address.clone(), state.mux.line_kinds(), state.mux.take_reason())
+    };
+    if let Some(reason) = reason {
+        reconnect.tell(&LinkStatus::Disconnected { reason });
+    }
+    reconnect.tell(&LinkStatus::Connecting);
+    let mut search = Search::new(reconnect);
+    loop {
+        let (address, lines) = (address.clone(), lines.clone());
+        let attempt = tokio::task::spawn_blocking(move || address.connect(&lines));
+        match attempt.await.map_err(|_| IpcError::ClientClosed)? {
+            Ok(link) => return Ok(link),
+            Err(error) => sleep(search.pause_after(error, reconnect)?).await,
+        }
     }
 }
 

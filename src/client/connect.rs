@@ -24,6 +24,12 @@ const CONNECT_TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(16);
 
+/// The other side of a handshake went away in the midst of it.
+pub(super) const CLOSED_EARLY: &str = "the server closed the socket without an answer";
+/// The segment's descriptor could not be received.
+pub(super) const CUT: &str =
+    "the answer was cut: no file descriptor is free for the segment (ulimit -n), or it is too long";
+
 /// What a client asks for when it connects.
 #[derive(Debug, Clone)]
 pub struct ClientConfig {
@@ -138,6 +144,7 @@ pub struct Connecting {
     path: PathBuf,
     config: ClientConfig,
     geometry: Geometry,
+    client_id: [u64; 2],
     socket: OwnedFd,
     sent_ns: u64,
     give_up: Instant,
@@ -158,16 +165,43 @@ impl Connecting {
     ///
     /// As for [`IpcClient::connect_with`].
     pub fn begin(path: impl AsRef<Path>, config: &ClientConfig) -> Result<Self> {
-        let path = path.as_ref();
+        Self::begin_as(path.as_ref(), config, rendezvous::random_id()?)
+    }
+
+    /// The same for a client that has this id, which stays the same when it connects again.
+    pub(super) fn begin_as(path: &Path, config: &ClientConfig, client_id: [u64; 2]) -> Result<Self> {
         rendezvous::check_length(path)?;
         let geometry = config.geometry()?;
         config.check_lanes()?;
         // A time-out beyond all clocks is none worth a name: a day will do.
         let give_up = Instant::now() + config.connect_timeout.min(CONNECT_TIMEOUT_MAX);
         let mut backoff = Backoff::until(give_up);
-        let (socket, sent_ns) = say_hello(path, config, geometry, &mut backoff)?;
+        let (socket, sent_ns) = say_hello(path, config, geometry, client_id, &mut backoff)?;
         let (path, config) = (path.to_owned(), config.clone());
-        Ok(Self { path, config, geometry, socket, sent_ns, give_up, backoff })
+        Ok(Self { path, config, geometry, client_id, socket, sent_ns, give_up, backoff })
+    }
+
+    /// The same, to be given up so long from now.
+    pub(super) fn with_patience(mut self, patience: Duration) -> Self {
+        self.give_up = Instant::now() + patience.min(CONNECT_TIMEOUT_MAX);
+        self.backoff = Backoff::until(self.give_up);
+        self.config.connect_timeout = patience;
+        self
+    }
+
+    /// When it is given up.
+    pub(super) fn gives_up_at(&self) -> Instant {
+        self.give_up
+    }
+
+    /// Whether the server has answered, or has had its time.
+    pub(super) fn is_due(&self) -> Result<bool> {
+        let events = PollFlags::IN | PollFlags::RDHUP;
+        match poll(&mut [PollFd::new(&self.socket, events)], Some(&Timespec::default())) {
+            Ok(readable) => Ok(readable > 0 || Instant::now() >= self.give_up),
+            Err(Errno::INTR) => Ok(false),
+            Err(e) => Err(IpcError::io("poll of the session socket", e)),
+        }
     }
 
     /// Waits for the answer and attaches the segment. What only means that the server is busy is tried again until
@@ -205,7 +239,7 @@ impl Connecting {
                 return Err(why);
             }
             (self.socket, self.sent_ns) =
-                say_hello(&self.path, &self.config, self.geometry, &mut self.backoff)?;
+                say_hello(&self.path, &self.config, self.geometry, self.client_id, &mut self.backoff)?;
         }
     }
 
@@ -234,6 +268,7 @@ fn say_hello(
     path: &Path,
     config: &ClientConfig,
     geometry: Geometry,
+    client_id: [u64; 2],
     backoff: &mut Backoff,
 ) -> Result<(OwnedFd, u64)> {
     let socket = connect_socket(path, backoff)?;
@@ -242,7 +277,7 @@ fn say_hello(
         return Err(IpcError::WrongServer { path: path.to_owned(), uid });
     }
     let sent_ns = monotonic_ns();
-    let hello = Hello::new(geometry, rendezvous::random_id()?, sent_ns, &config.name);
+    let hello = Hello::new(geometry, client_id, sent_ns, &config.name);
     let hello = Hello { lanes: config.lanes, ..hello };
     match rendezvous::send(socket.as_fd(), hello.as_bytes(), None) {
         // Refused before it was heard: the answer says why.
@@ -351,13 +386,11 @@ fn receive_answer(
         return Err(IpcError::NotRunning { path: path.to_owned() });
     }
     if packet.len == 0 {
-        return Err(IpcError::Handshake("the server closed the socket without an answer"));
+        return Err(IpcError::Handshake(CLOSED_EARLY));
     }
     if packet.truncated {
         // The kernel does not say which.
-        return Err(IpcError::Handshake(
-            "the answer was cut: no file descriptor is free for the segment (ulimit -n), or it is too long",
-        ));
+        return Err(IpcError::Handshake(CUT));
     }
     let answer = Answer::read(&bytes[..packet.len], packet.fds.len()).map_err(IpcError::Handshake)?;
     Ok((answer, packet.fds.pop()))

@@ -4,6 +4,7 @@
 //!        completion is checked against what was submitted, and a late answer never meets another call.
 
 use super::call::{CallId, SlotWriter};
+use super::classify::{Fate, Remains, Witness, fate};
 use crate::error::{IpcError, Result};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{AWAKE, Published, fence_before_bell};
@@ -25,6 +26,8 @@ pub(super) const NO_CONNECTION: u32 = u32::MAX;
 pub(super) const BODY: u32 = u32::MAX;
 /// Stands for the answer slot of a LEASE.
 const LEASE: u32 = u32::MAX - 1;
+/// The position of an entry that has not been published.
+const UNPUBLISHED: u64 = u64::MAX;
 /// How long no lease is asked for after the lane was found full.
 const FULL_REST: Duration = Duration::from_millis(100);
 
@@ -253,7 +256,7 @@ impl Lane {
     pub fn hold_name(&mut self, name: Grant, body: u32, connection: u32, bulk: bool) {
         self.calls[name.slot as usize] = Call {
             tag: body.into(),
-            position: u64::MAX,
+            position: UNPUBLISHED,
             generation: name.generation,
             response_slot: BODY,
             connection,
@@ -702,7 +705,7 @@ impl Lane {
 
     /// The session is over and every completion has been taken: what is in flight is classified by the server's
     /// published position (FAULTS §5).
-    pub fn classify(&mut self, mut lost: impl FnMut(Answered, bool)) -> Result<()> {
+    pub fn classify(&mut self, witness: Witness, mut lost: impl FnMut(Answered, bool)) -> Result<()> {
         for ring in [INTERACTIVE, BULK] {
             self.lane.submissions[ring].refresh().map_err(IpcError::ServerFault)?;
         }
@@ -715,7 +718,13 @@ impl Lane {
                 }
                 Phase::InFlight => {
                     let ring = if call.bulk { BULK } else { INTERACTIVE };
-                    let started = call.position < self.lane.submissions[ring].passed();
+                    let remains = Remains {
+                        completed: false,
+                        position: (call.position != UNPUBLISHED).then_some(call.position),
+                        taken: self.lane.submissions[ring].passed(),
+                        at_home: self.index == 0,
+                    };
+                    let started = fate(remains, witness) != Fate::NotExecuted;
                     call.phase = Phase::Answered;
                     let Call { tag, generation, response_slot, .. } = *call;
                     let is_body = response_slot == BODY;

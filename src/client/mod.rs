@@ -5,9 +5,13 @@ mod asynchronous;
 mod body;
 mod call;
 mod callback;
+mod classify;
 mod connect;
 mod lane;
 mod mux;
+mod reconnect;
+mod reconnecting;
+mod revive;
 mod route;
 mod session;
 mod stream;
@@ -18,6 +22,11 @@ pub use asynchronous::{AsyncAnswer, AsyncClient, AsyncRecords};
 pub use call::{CallId, CallOptions, Reply, SlotWriter, Taken};
 pub use callback::{CallHandle, CallbackClient, CallbackConfig, StreamEvent};
 pub use connect::{ClientConfig, Connecting};
+pub use reconnect::{LinkOptions, LinkStatus, Reconnect, StatusCallback};
+pub use reconnecting::{
+    Outcome as PendingOutcome, PendingCall, ReconnectingClient, ReconnectingConnection, ReconnectingRecords,
+    ReconnectingStream,
+};
 pub use stream::{AnswerRecords, AnswerStream};
 
 use crate::error::{IpcError, Result};
@@ -83,9 +92,14 @@ impl IpcClient {
     ///
     /// As for [`IpcClient::open`].
     pub fn open_with(&self, codec: u8, bulk: bool) -> Result<Connection<'_>> {
+        self.open_until(codec, bulk, None)
+    }
+
+    /// The same; [`IpcError::Timeout`] if it takes longer than until then. The client is of no use any more in that case.
+    fn open_until(&self, codec: u8, bulk: bool, deadline: Option<Instant>) -> Result<Connection<'_>> {
         let flags = if bulk { flag::BULK } else { 0 };
-        let slot = self.retry(|session| session.submit_open(codec, flags))?;
-        let answered = self.wait_for(0, slot, None)?;
+        let slot = self.retry_until(deadline, |session| session.submit_open(codec, flags))?;
+        let answered = self.wait_for(0, slot, deadline)?;
         self.session.borrow_mut().release(&answered);
         match answered.outcome {
             Outcome::Reply { status, detail, .. } if status == Status::Ok as u8 => {
@@ -318,6 +332,10 @@ impl IpcClient {
                 }
                 session.keep(next);
             }
+            // It has ended while somebody else was waited for, or with the session (F51).
+            if let Some(answered) = session.take_kept(id.lane, id.slot) {
+                return Ok(Some(answered));
+            }
             if session.bodies.take_news() {
                 return Ok(None);
             }
@@ -514,6 +532,8 @@ impl<'c> Connection<'c> {
                     Ok(more) => sent += more,
                     // Answered before it was complete.
                     Err(IpcError::NoSuchCall) => sent = request.len(),
+                    // What became of it lies among the answers: it may have been started (F50).
+                    Err(_) if client.session.borrow().end.is_some() => sent = request.len(),
                     Err(error) => return Err(error),
                 }
             }

@@ -4,10 +4,13 @@
 //!        a stream stays where it is until its reader takes it, and no more come meanwhile (R1.9). Once a stream has
 //!        ended what is left of it, a window at most, is copied out too.
 //! Bound: as many calls as there are slots, and for each no more than its window of frames.
+//! Loss:  `revive.rs` has what becomes of it all when the session is over and another one shall follow.
 
 use super::call::{CallId, CallOptions, Reply};
-use super::lane::Answered;
-use super::{ClientConfig, ConnectionId, IpcClient};
+use super::lane::{Answered, Outcome};
+use super::reconnect::{Address, Link, is_loss};
+use super::revive::{Again, Revival};
+use super::{Connection, ConnectionId, IpcClient};
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use crate::protocol::handshake::DisconnectReason;
@@ -15,7 +18,7 @@ use doorbell_shm::PeerFault;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -24,8 +27,13 @@ use std::time::Instant;
 pub(super) struct Key(u64);
 
 impl Key {
-    fn index(self) -> usize {
+    pub fn index(self) -> usize {
         self.0 as u32 as usize
+    }
+
+    /// How many calls there had been.
+    pub fn begun(self) -> u32 {
+        (self.0 >> 32) as u32
     }
 }
 
@@ -42,7 +50,7 @@ pub(super) enum Next {
 
 /// A frame of a stream that its reader has not taken.
 #[derive(Debug)]
-enum Frame {
+pub(super) enum Frame {
     /// Where the server has put it.
     InPlace(Answered),
     /// Copied out; whether it is the last.
@@ -50,7 +58,7 @@ enum Frame {
 }
 
 #[derive(Debug)]
-enum State {
+pub(super) enum State {
     /// To be answered as a whole, or so answered.
     Whole(Option<Result<Vec<u8>>>),
     /// To be answered frame by frame.
@@ -58,11 +66,22 @@ enum State {
 }
 
 #[derive(Debug)]
-struct Call<T> {
-    key: Key,
-    id: CallId,
-    state: State,
+pub(super) struct Call<T> {
+    pub key: Key,
+    /// While it is in flight: what names it in the session.
+    pub id: Option<CallId>,
+    pub state: State,
+    /// Of a client that connects again: what it takes to send it again.
+    pub again: Option<Again>,
     data: T,
+}
+
+/// A connection: what it was opened with, and its number in the present session.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Line {
+    pub codec: u8,
+    pub bulk: bool,
+    pub id: Option<ConnectionId>,
 }
 
 /// Why a client cannot be used any more: an error that can be given to many.
@@ -73,6 +92,12 @@ pub(super) enum Broken {
     Io(&'static str, Option<i32>),
     Told(DisconnectReason),
     NotRunning(PathBuf),
+    Version { min: u16, max: u16, ours: u16 },
+    WrongServer(PathBuf, u32),
+    SocketPath(PathBuf, &'static str),
+    NotPermitted,
+    Handshake(&'static str),
+    Config(String),
     Died,
 }
 
@@ -84,6 +109,14 @@ impl Broken {
             IpcError::Io { call, source } => Self::Io(call, source.raw_os_error()),
             IpcError::Disconnected(reason) => Self::Told(*reason),
             IpcError::NotRunning { path } => Self::NotRunning(path.clone()),
+            IpcError::VersionMismatch { min, max, ours } => {
+                Self::Version { min: *min, max: *max, ours: *ours }
+            }
+            IpcError::WrongServer { path, uid } => Self::WrongServer(path.clone(), *uid),
+            IpcError::SocketPath { path, problem } => Self::SocketPath(path.clone(), problem),
+            IpcError::NotPermitted => Self::NotPermitted,
+            IpcError::Handshake(what) => Self::Handshake(what),
+            IpcError::Config(what) => Self::Config(what.clone()),
             _ => Self::Died,
         }
     }
@@ -98,6 +131,14 @@ impl Broken {
             }
             Self::Told(reason) => IpcError::Disconnected(*reason),
             Self::NotRunning(path) => IpcError::NotRunning { path: path.clone() },
+            Self::Version { min, max, ours } => {
+                IpcError::VersionMismatch { min: *min, max: *max, ours: *ours }
+            }
+            Self::WrongServer(path, uid) => IpcError::WrongServer { path: path.clone(), uid: *uid },
+            Self::SocketPath(path, problem) => IpcError::SocketPath { path: path.clone(), problem },
+            Self::NotPermitted => IpcError::NotPermitted,
+            Self::Handshake(what) => IpcError::Handshake(what),
+            Self::Config(what) => IpcError::Config(what.clone()),
             Self::Died => IpcError::NotExecuted,
         }
     }
@@ -106,31 +147,52 @@ impl Broken {
 /// A client, and the calls of all who use it; `T` is what its owner keeps of each.
 #[derive(Debug)]
 pub(super) struct Mux<T> {
-    client: IpcClient,
-    connection: ConnectionId,
-    calls: Vec<Option<Call<T>>>,
+    pub(super) address: Address,
+    /// `None` while the client is away from its server.
+    pub(super) client: Option<IpcClient>,
+    pub(super) lines: Vec<Option<Line>>,
+    pub(super) calls: Vec<Option<Call<T>>>,
     vacant: Vec<u32>,
     /// Calls so far.
-    begun: u32,
+    pub(super) begun: u32,
     broken: Option<Broken>,
+    /// `None`: the client is of no use any more once its session is over.
+    pub(super) revival: Option<Box<Revival>>,
 }
 
 impl<T> Mux<T> {
-    /// Connects, and opens the connection that all calls go on. Blocks.
-    pub fn connect(path: &Path, config: &ClientConfig) -> Result<Self> {
-        let client = IpcClient::connect_with(path, config)?;
-        let connection = client.open()?.detach();
-        Ok(Self { client, connection, calls: Vec::new(), vacant: Vec::new(), begun: 0, broken: None })
+    /// Connects, and opens the connection that all calls go on, of this codec and priority. Blocks.
+    pub fn connect(address: Address, line: (u8, bool), revives: bool) -> Result<Self> {
+        let link = address.connect(&[line])?;
+        let mut mux = Self::away(address, revives);
+        mux.lines.push(Some(Line { codec: line.0, bulk: line.1, id: None }));
+        mux.attach(link);
+        Ok(mux)
     }
 
-    /// What to wait on after [`Mux::prepare_to_wait`].
-    pub fn socket(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.client.socket)
+    /// Without connections, and not connected yet.
+    pub fn away(address: Address, revives: bool) -> Self {
+        Self {
+            address,
+            client: None,
+            lines: Vec::new(),
+            calls: Vec::new(),
+            vacant: Vec::new(),
+            begun: 0,
+            broken: None,
+            revival: revives.then(Box::default),
+        }
     }
 
-    /// Submits a call; `data` comes back if that cannot be done, or not now ([`IpcError::WouldBlock`]).
+    /// What to wait on after [`Mux::prepare_to_wait`]; another one in each session.
+    pub fn socket(&self) -> Option<Arc<OwnedFd>> {
+        self.client.as_ref().map(|client| Arc::clone(&client.socket))
+    }
+
+    /// Submits a call on a connection; `data` comes back if that cannot be done, or not now ([`IpcError::WouldBlock`]).
     pub fn submit(
         &mut self,
+        line: usize,
         message_type: MessageType,
         request: &[u8],
         options: &CallOptions,
@@ -139,18 +201,30 @@ impl<T> Mux<T> {
         if self.broken.is_some() {
             return Err((self.why_broken(), data));
         }
+        // Those that are to be sent again were there before.
+        self.resend();
+        let waits = self.revival.as_ref().is_some_and(|revival| revival.is_sending());
+        let (Some(client), false) = (&self.client, waits) else { return Err((IpcError::WouldBlock, data)) };
+        let Some(connection) = self.lines.get(line).and_then(|line| line.as_ref()?.id) else {
+            return Err((IpcError::ConnectionClosed, data));
+        };
         let index = self.vacant.last().copied().unwrap_or(self.calls.len() as u32);
         // No call has the key 0, which is the tag of what is not a caller's.
         let begun = self.begun.wrapping_add(1).max(1);
         let key = Key(u64::from(begun) << 32 | u64::from(index));
         let options = CallOptions { tag: key.0, ..*options };
-        let id = match self.client.attached(self.connection).submit(message_type, request, &options) {
+        let id = match client.attached(connection).submit(message_type, request, &options) {
             Ok(id) => id,
+            // Its end is taken note of when all that came before it has been taken.
+            Err(error) if self.revival.is_some() && is_loss(&error) => {
+                return Err((IpcError::WouldBlock, data));
+            }
             Err(error) => return Err((error, data)),
         };
+        let again = self.revival.is_some().then(|| Again::new(client, line, message_type, request, &options));
         self.begun = begun;
         let state = if options.pieces { State::Frames(VecDeque::new()) } else { State::Whole(None) };
-        let call = Some(Call { key, id, state, data });
+        let call = Some(Call { key, id: Some(id), state, again, data });
         match self.vacant.pop() {
             Some(index) => self.calls[index as usize] = call,
             None => self.calls.push(call),
@@ -163,19 +237,40 @@ impl<T> Mux<T> {
         if self.broken.is_some() {
             return Err(self.why_broken());
         }
+        if let Some(key) = self.take_news() {
+            return Ok(Some(key));
+        }
         loop {
-            let Some(answered) = self.client.session.borrow_mut().next()? else { return Ok(None) };
+            let Some(client) = &self.client else { return Ok(None) };
+            let next = client.session.borrow_mut().next();
+            let answered = match next {
+                Ok(Some(answered)) => answered,
+                Ok(None) => return Ok(None),
+                Err(error) => {
+                    self.lose(error)?;
+                    return Ok(self.take_news());
+                }
+            };
             let key = Key(answered.tag);
             let Some(call) =
                 self.calls.get_mut(key.index()).and_then(Option::as_mut).filter(|c| c.key == key)
             else {
                 // Nobody waits for it any more.
-                self.client.session.borrow_mut().release(&answered);
+                client.session.borrow_mut().release(&answered);
                 continue;
             };
+            if answered.is_last() {
+                call.id = None;
+            }
+            if let (Outcome::Lost { started }, Some(revival)) = (answered.outcome, &mut self.revival) {
+                if revival.lost(client, call, &answered, started) {
+                    return Ok(Some(key));
+                }
+                continue;
+            }
             match &mut call.state {
-                State::Whole(answer) => *answer = Some(copy_out(&self.client, answered).0),
-                State::Frames(frames) => note_frame(&self.client, frames, answered),
+                State::Whole(answer) => *answer = Some(copy_out(client, answered).0),
+                State::Frames(frames) => note_frame(client, frames, answered),
             }
             return Ok(Some(key));
         }
@@ -189,15 +284,19 @@ impl<T> Mux<T> {
         };
         let next = match &mut call.state {
             State::Whole(answer) => answer.take().map(|answer| (answer, true)),
-            State::Frames(frames) => next_frame(&self.client, frames),
+            State::Frames(frames) => next_frame(self.client.as_ref(), frames),
         };
         match next {
             None if self.broken.is_some() => {
+                let in_doubt = call.again.as_ref().is_some_and(Again::is_in_doubt);
                 self.forget(key);
-                Next::Failed(self.why_broken())
+                Next::Failed(if in_doubt { IpcError::ConnectionLost } else { self.why_broken() })
             }
             None => Next::Pending,
             Some((Ok(bytes), last)) => {
+                if let Some(again) = &mut call.again {
+                    again.count_frame(&bytes);
+                }
                 if last {
                     self.forget(key);
                 }
@@ -229,7 +328,8 @@ impl<T> Mux<T> {
     /// Nobody wants anything of a call any more: cancels it unless it is over, and forgets it.
     pub fn drop_call(&mut self, key: Key) -> Option<T> {
         let call = self.forget(key)?;
-        let mut session = self.client.session.borrow_mut();
+        let Some(client) = &self.client else { return Some(call.data) };
+        let mut session = client.session.borrow_mut();
         if let State::Frames(frames) = call.state {
             for frame in frames {
                 if let Frame::InPlace(answered) = frame {
@@ -237,7 +337,10 @@ impl<T> Mux<T> {
                 }
             }
         }
-        if let Err(error) = session.abandon(call.id) {
+        // One whose end has come has no name any more: in this session, or the next, that may be another call's.
+        if let Some(id) = call.id
+            && let Err(error) = session.abandon(id)
+        {
             // The cancel is published all the same; the server's sweep finds it.
             tracing::debug!(%error, "the server could not be woken for a cancel");
         }
@@ -250,26 +353,96 @@ impl<T> Mux<T> {
         Some(call)
     }
 
-    /// As [`IpcClient::prepare_to_wait`].
+    /// As [`IpcClient::prepare_to_wait`]; `false` while the client is away.
     pub fn prepare_to_wait(&mut self) -> Result<bool> {
-        self.client.prepare_to_wait()
+        if self.broken.is_some() {
+            return Err(self.why_broken());
+        }
+        self.resend();
+        if self.revival.as_ref().is_some_and(|revival| revival.has_news()) {
+            return Ok(true);
+        }
+        let Some(client) = &self.client else { return Ok(false) };
+        let prepared = client.prepare_to_wait();
+        self.or_lose(prepared)
+    }
+
+    /// Waits until there is something to take, by the policy of the client; `false` when the deadline came first.
+    pub fn wait(&mut self, deadline: Option<Instant>) -> Result<bool> {
+        self.resend();
+        if self.revival.as_ref().is_some_and(|revival| revival.has_news()) {
+            return Ok(true);
+        }
+        let Some(client) = &self.client else { return Ok(true) };
+        let waited = client.session.borrow_mut().wait(deadline);
+        self.or_lose(waited)
+    }
+
+    fn or_lose(&mut self, result: Result<bool>) -> Result<bool> {
+        match result {
+            Ok(ready) => Ok(ready),
+            Err(error) => self.lose(error).map(|()| true),
+        }
     }
 
     /// When something is to be done whether the descriptor becomes readable or not: a call that waits for memory begins
     /// without it.
     pub fn wakes_at(&self) -> Option<Instant> {
-        let session = self.client.session.borrow();
+        let session = self.client.as_ref()?.session.borrow();
         if session.bodies.are_active() { session.body_begins_at() } else { None }
     }
 
     /// Where calls come from, for the choice of lanes: keeps the server's work off this core.
     pub fn keep_off(&mut self, core: u32) {
-        self.client.session.borrow_mut().keep_off(core);
+        if let Some(client) = &self.client {
+            client.session.borrow_mut().keep_off(core);
+        }
+    }
+
+    /// Another session: connections as they are opened go on in it.
+    pub fn attach(&mut self, link: Link) {
+        let (client, connections) = link;
+        for (line, id) in self.lines.iter_mut().flatten().zip(connections) {
+            line.id = Some(id);
+        }
+        self.client = Some(client);
+        self.resend();
+    }
+
+    /// Takes note of another connection; returns its index.
+    pub fn add_line(&mut self, line: Line) -> usize {
+        // Calls of one that has been closed still name it.
+        let is_named =
+            |at| self.calls.iter().flatten().any(|c| c.again.as_ref().is_some_and(|a| a.line == at));
+        let free = (0..self.lines.len()).find(|at| self.lines[*at].is_none() && !is_named(*at));
+        match free {
+            Some(at) => self.lines[at] = Some(line),
+            None => self.lines.push(Some(line)),
+        }
+        free.unwrap_or(self.lines.len() - 1)
+    }
+
+    /// Closes a connection. Its calls in flight go on, in this session.
+    pub fn close_line(&mut self, at: usize) {
+        let line = self.lines.get_mut(at).and_then(Option::take);
+        if let (Some(client), Some(id)) = (&self.client, line.and_then(|line| line.id)) {
+            drop(Connection { client, id, owned: true });
+        }
+    }
+
+    /// Codec and priority of each connection, in order.
+    pub fn line_kinds(&self) -> Vec<(u8, bool)> {
+        self.lines.iter().flatten().map(|line| (line.codec, line.bulk)).collect()
     }
 
     /// The client cannot be used any more: whoever asks after a call is told why.
     pub fn break_off(&mut self, error: &IpcError) {
         self.broken.get_or_insert_with(|| Broken::by(error));
+    }
+
+    /// Whether the client cannot be used any more.
+    pub fn is_broken(&self) -> bool {
+        self.broken.is_some()
     }
 
     /// The error for whoever wants something of a client that cannot be used any more.
@@ -303,11 +476,13 @@ fn note_frame(client: &IpcClient, frames: &mut VecDeque<Frame>, answered: Answer
 }
 
 /// The next frame that is not empty, or the end.
-fn next_frame(client: &IpcClient, frames: &mut VecDeque<Frame>) -> Option<(Result<Vec<u8>>, bool)> {
+fn next_frame(client: Option<&IpcClient>, frames: &mut VecDeque<Frame>) -> Option<(Result<Vec<u8>>, bool)> {
     while let Some(frame) = frames.pop_front() {
-        let (bytes, last) = match frame {
-            Frame::InPlace(answered) => copy_out(client, answered),
-            Frame::Copied(bytes, last) => (bytes, last),
+        let (bytes, last) = match (frame, client) {
+            (Frame::InPlace(answered), Some(client)) => copy_out(client, answered),
+            // It went with its session, and the end that follows says so.
+            (Frame::InPlace(_), None) => continue,
+            (Frame::Copied(bytes, last), _) => (bytes, last),
         };
         match bytes {
             // The session has ended since it came; the end that follows says how.

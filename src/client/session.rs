@@ -2,6 +2,7 @@
 
 use super::body::Bodies;
 use super::call::{CallId, CallOptions, SlotWriter};
+use super::classify::Witness;
 use super::lane::{Answered, Lane, NO_CONNECTION, Outcome};
 use super::route::Routes;
 use crate::config::WaitPolicy;
@@ -458,9 +459,13 @@ impl Session {
     pub fn finish(&mut self, end: End) -> Result<()> {
         self.stash()?;
         self.end = Some(end);
+        let witness = match end {
+            End::Told(_) => Witness::Server,
+            End::Died => Witness::Kernel,
+        };
         let Self { home, further, kept, bodies, .. } = self;
         for lane in std::iter::once(home).chain(further) {
-            lane.classify(|mut lost, is_body| {
+            lane.classify(witness, |mut lost, is_body| {
                 if is_body {
                     lost.tag = bodies.lose(lost.tag as u32);
                 }
@@ -468,6 +473,24 @@ impl Session {
             })?;
         }
         Ok(())
+    }
+
+    /// Whether the request of such a call lies whole in a base slot of its own, where it stays as it is until the call
+    /// has been started; that of an idempotent one until it has been answered.
+    pub fn keeps_request(&self, len: usize, options: &CallOptions) -> bool {
+        !options.pieces && len.max(options.reply_capacity) <= self.home.lane.slots.largest()
+    }
+
+    /// Of a session that is over: whether what lies in its slots is what the client wrote there. From a client that did
+    /// what none may do, or took too much, the server takes the memory away.
+    pub fn left_requests(&self) -> bool {
+        use DisconnectReason::{Draining, IdleTimeout};
+        matches!(self.end, Some(End::Died | End::Told(Draining | IdleTimeout)))
+    }
+
+    /// Copies the request of a call that a session which is over has lost, and that [kept](Session::keeps_request) it.
+    pub fn read_request(&self, lost: &Answered, target: &mut [u8]) {
+        self.payload(lost.lane).read(LaneLayout::slot_offset(lost.slot), target);
     }
 
     /// The error for whoever wants something of a session that is over.

@@ -296,6 +296,15 @@ impl Session {
         if self.end.is_some() { self.what_is_left().map(|_| ()) } else { Ok(()) }
     }
 
+    /// Looks at the socket now: whoever gives up waiting shall know what can be known.
+    #[cold]
+    pub fn look_at_server(&mut self) -> Result<()> {
+        if self.end.is_none() {
+            self.is_over()?;
+        }
+        Ok(())
+    }
+
     /// Of a session that is over: whether there are answers to take, else why there will be none.
     fn what_is_left(&self) -> Result<bool> {
         if self.has_kept() || self.is_ready() { Ok(true) } else { Err(self.ended()) }

@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+pub mod executed;
 #[cfg(feature = "openai")]
 pub mod openai;
 pub mod process;
@@ -41,6 +42,8 @@ pub const STUCK: MessageType = MessageType(264);
 pub const EARLY: MessageType = MessageType(265);
 /// Takes its body piece by piece, and panics at the third.
 pub const BREAKS: MessageType = MessageType(266);
+/// Takes its body piece by piece, and waits for the gate with the first.
+pub const HELD: MessageType = MessageType(267);
 
 #[derive(Debug, Default)]
 pub struct State {
@@ -131,6 +134,28 @@ fn breaks(_: &Context<'_, Shared>, _: Option<u64>) -> Made {
     Ok(Box::new(After(2, |_| panic!("a handler of pieces that panics on purpose"))))
 }
 
+/// Waits for the gate, then takes what there is.
+struct Held;
+
+impl Pieces<Shared> for Held {
+    fn take(
+        &mut self,
+        context: &Context<'_, Shared>,
+        bytes: &[u8],
+        last: bool,
+        _: &mut Reply<'_>,
+    ) -> Result<Progress, HandlerError> {
+        if !bytes.is_empty() {
+            pass_gate(context.state());
+        }
+        Ok(if last { Progress::Done } else { Progress::Took(bytes.len()) })
+    }
+}
+
+fn held(_: &Context<'_, Shared>, _: Option<u64>) -> Made {
+    Ok(Box::new(Held))
+}
+
 static TABLE: HandlerTable<Shared> = HandlerTable::with_builtins()
     .on(LENGTH, length)
     .on(AT_MOST, length)
@@ -138,6 +163,7 @@ static TABLE: HandlerTable<Shared> = HandlerTable::with_builtins()
     .on_pieces(STUCK, stuck)
     .on_pieces(EARLY, early)
     .on_pieces(BREAKS, breaks)
+    .on_pieces(HELD, held)
     .on_pieces(streams::ENDLESS, streams::endless)
     .on_pieces(streams::RECORDS, streams::records)
     .on(streams::CORE, streams::core)

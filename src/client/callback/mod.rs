@@ -13,6 +13,8 @@ mod worker;
 use super::call::CallOptions;
 use super::connect::ClientConfig;
 use super::mux::Broken;
+use super::reconnect::{Address, LinkOptions};
+use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use doorbell_uring::current_cpu;
@@ -41,12 +43,20 @@ pub struct CallbackConfig {
     pub pending_max: usize,
     /// Callbacks run inside [`CallbackClient::poll_events`] rather than on the client's thread.
     pub polled: bool,
+    /// Codec and priority of its connection, and whether another session follows when one is over. What then becomes of
+    /// which call is told of [`ReconnectingClient`](super::ReconnectingClient); calls can be made while there is none.
+    pub link: LinkOptions,
 }
 
 impl Default for CallbackConfig {
     /// 256 calls at once, called back on the client's thread.
     fn default() -> Self {
-        Self { client: ClientConfig::for_tasks(), pending_max: 256, polled: false }
+        Self {
+            client: ClientConfig::for_tasks(),
+            pending_max: 256,
+            polled: false,
+            link: LinkOptions::default(),
+        }
     }
 }
 
@@ -196,11 +206,12 @@ impl CallbackClient {
         let (commands, incoming) = channel();
         let (outgoing, deliveries) = channel();
         let outgoing = config.polled.then_some(outgoing);
-        let (worker, path, client) =
-            (Worker::new(Arc::clone(&shared), incoming, outgoing), path.to_owned(), config.client.clone());
+        let client = ClientConfig { policy: WaitPolicy::Block, ..config.client.clone() };
+        let (address, link) = (Address::new(path.to_owned(), client)?, config.link.clone());
+        let worker = Worker::new(Arc::clone(&shared), incoming, outgoing);
         let thread = std::thread::Builder::new()
             .name("doorbell-client".to_owned())
-            .spawn(move || worker.run(&path, &client, tell.as_ref()))
+            .spawn(move || worker.run(address, &link, tell.as_ref()))
             .map_err(|e| IpcError::io("starting the thread of a callback client", e))?;
         let deliveries = config.polled.then(|| Mutex::new(deliveries));
         Ok(Self { shared, commands: Mutex::new(commands), deliveries, thread: Some(thread) })

@@ -3,20 +3,19 @@
 use super::ticket::{Delivery, Ticket};
 use super::{FRAMES_MAX, Shared};
 use crate::client::call::CallOptions;
-use crate::client::connect::ClientConfig;
 use crate::client::mux::{Broken, Key, Mux, Next};
-use crate::config::WaitPolicy;
+use crate::client::reconnect::{Address, LinkOptions, LinkStatus, Reconnect, Search, sleep_until};
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
+
+/// The connection that all calls go on.
+const LINE: usize = 0;
 
 /// A call that is to be made.
 #[derive(Debug)]
@@ -56,16 +55,19 @@ impl Worker {
         Self { shared, incoming, outgoing, waiting: VecDeque::new() }
     }
 
-    /// Connects, tells how that went, and works until the client is closed or the session is over.
-    pub fn run(mut self, path: &Path, config: &ClientConfig, tell: Option<&Sender<Result<()>>>) {
-        let config = ClientConfig { policy: WaitPolicy::Block, ..config.clone() };
-        let (error, mut mux) = match Mux::connect(path, &config) {
+    /// Connects, tells how that went, and works until the client is closed or the last session is over.
+    pub fn run(mut self, address: Address, link: &LinkOptions, tell: Option<&Sender<Result<()>>>) {
+        let reconnect = link.reconnect.as_ref();
+        let status = |status: &LinkStatus| reconnect.into_iter().for_each(|reconnect| reconnect.tell(status));
+        status(&LinkStatus::Connecting);
+        let (error, mut mux) = match Mux::connect(address, (link.codec, link.bulk), reconnect.is_some()) {
             Ok(mut mux) => {
                 if let Some(tell) = tell {
                     // Whoever asked waits for it.
                     tell.send(Ok(())).ok();
                 }
-                (self.work(&mut mux), Some(mux))
+                status(&LinkStatus::Connected);
+                (self.work(&mut mux, reconnect), Some(mux))
             }
             Err(error) => (error, None),
         };
@@ -85,35 +87,59 @@ impl Worker {
     }
 
     /// Returns why it cannot go on.
-    fn work(&mut self, mux: &mut Mux<Made>) -> IpcError {
-        let socket = mux.socket();
+    fn work(&mut self, mux: &mut Mux<Made>, reconnect: Option<&Reconnect>) -> IpcError {
         loop {
-            match self.turn(mux) {
-                Ok(true) => {}
-                Ok(false) => {
-                    if let Err(error) = self.sleep(&socket, self.next_due(mux)) {
-                        return error;
-                    }
+            let session = self.work_in_session(mux);
+            let (Ok(()), Some(reconnect)) = (&session, reconnect) else {
+                return session.err().unwrap_or(IpcError::ClientClosed);
+            };
+            if let Err(reason) = self.come_back(mux, reconnect) {
+                let status = LinkStatus::Disconnected { reason };
+                reconnect.tell(&status);
+                let LinkStatus::Disconnected { reason } = status else { return IpcError::ClientClosed };
+                return reason;
+            }
+        }
+    }
+
+    /// Returns once the session is over and another one shall follow.
+    fn work_in_session(&mut self, mux: &mut Mux<Made>) -> Result<()> {
+        while let Some(socket) = mux.socket() {
+            while !mux.is_away() {
+                if !self.turn(mux)? && !mux.is_away() {
+                    self.sleep(socket.as_fd(), self.next_due(mux))?;
                 }
-                Err(error) => return error,
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for the server until it is there. Calls can be made, cancelled and overdue meanwhile.
+    fn come_back(&mut self, mux: &mut Mux<Made>, reconnect: &Reconnect) -> Result<()> {
+        if let Some(reason) = mux.take_reason() {
+            reconnect.tell(&LinkStatus::Disconnected { reason });
+        }
+        reconnect.tell(&LinkStatus::Connecting);
+        let mut search = Search::new(reconnect);
+        loop {
+            self.take_commands(mux)?;
+            if let Some(link) = search.step(&mux.address, &mux.line_kinds(), reconnect)? {
+                mux.attach(link);
+                reconnect.tell(&LinkStatus::Connected);
+                return Ok(());
+            }
+            let until = self.next_due(mux).into_iter().chain([search.due()]).min();
+            let bell = self.shared.bell.descriptor.as_fd();
+            match search.descriptor() {
+                Some(begun) => sleep_until(&[begun, bell], until)?,
+                None => sleep_until(&[bell], until)?,
             }
         }
     }
 
     /// Does what there is to do; `true` if there is more.
     fn turn(&mut self, mux: &mut Mux<Made>) -> Result<bool> {
-        self.shared.bell.hear();
-        if self.shared.closing.load(SeqCst) {
-            return Err(IpcError::ClientClosed);
-        }
-        self.waiting.extend(self.incoming.try_iter());
-        if self.shared.cancelled.swap(false, SeqCst) {
-            self.end_those(mux, |ticket, _| ticket.is_cancelled(), || IpcError::Cancelled);
-        }
-        let now = Instant::now();
-        if self.next_due(mux).is_some_and(|due| due <= now) {
-            self.end_those(mux, |_, due| due.is_some_and(|due| due <= now), || IpcError::Timeout);
-        }
+        self.take_commands(mux)?;
         while let Some(key) = mux.take()? {
             self.hand_out(mux, key, FRAMES_MAX);
         }
@@ -127,6 +153,23 @@ impl Worker {
         mux.prepare_to_wait()
     }
 
+    /// Hears what the caller wants, and ends what was cancelled or is overdue.
+    fn take_commands(&mut self, mux: &mut Mux<Made>) -> Result<()> {
+        self.shared.bell.hear();
+        if self.shared.closing.load(SeqCst) {
+            return Err(IpcError::ClientClosed);
+        }
+        self.waiting.extend(self.incoming.try_iter());
+        if self.shared.cancelled.swap(false, SeqCst) {
+            self.end_those(mux, |ticket, _| ticket.is_cancelled(), || IpcError::Cancelled);
+        }
+        let now = Instant::now();
+        if self.next_due(mux).is_some_and(|due| due <= now) {
+            self.end_those(mux, |_, due| due.is_some_and(|due| due <= now), || IpcError::Timeout);
+        }
+        Ok(())
+    }
+
     /// Submits as many of those that wait as there is room for.
     fn submit_waiting(&mut self, mux: &mut Mux<Made>) {
         while let Some(command) = self.waiting.pop_front() {
@@ -134,7 +177,7 @@ impl Worker {
             let Command { ticket, message_type, request, options, core, due } = command;
             let (streams, timeout) = (options.pieces, options.timeout);
             let made = Made { ticket, streams, timeout, due, paused: false };
-            match mux.submit(message_type, &request, &options, made) {
+            match mux.submit(LINE, message_type, &request, &options, made) {
                 Ok(_) => {}
                 Err((IpcError::WouldBlock, Made { ticket, .. })) => {
                     self.waiting.push_front(Command { ticket, message_type, request, options, core, due });
@@ -214,20 +257,8 @@ impl Worker {
         made.into_iter().chain(waiting).chain(mux.wakes_at()).min()
     }
 
-    fn sleep(&self, socket: &OwnedFd, until: Option<Instant>) -> Result<()> {
-        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-        let left = left.map(|left| Timespec {
-            tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: left.subsec_nanos().into(),
-        });
-        let mut both = [
-            PollFd::new(socket, PollFlags::IN | PollFlags::RDHUP),
-            PollFd::new(&self.shared.bell.descriptor, PollFlags::IN),
-        ];
-        match poll(&mut both, left.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => Ok(()),
-            Err(e) => Err(IpcError::io("poll of a callback client", e)),
-        }
+    fn sleep(&self, socket: BorrowedFd<'_>, until: Option<Instant>) -> Result<()> {
+        sleep_until(&[socket, self.shared.bell.descriptor.as_fd()], until)
     }
 }
 
