@@ -96,6 +96,8 @@ pub fn start(job: &ServerJob) -> Result<Process, StressError> {
 /// Whatever keeps it from serving.
 pub fn serve(job: &ServerJob) -> Result<(), StressError> {
     let config = ServerConfig {
+        // Who is silent here is silent on purpose.
+        idle_timeout: None,
         policy: WaitPolicy::Spin,
         reactors: 1,
         cores: vec![job.core],
