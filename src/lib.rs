@@ -35,7 +35,7 @@ pub use client::{
 };
 #[cfg(feature = "tokio")]
 pub use client::{AsyncAnswer, AsyncClient, AsyncRecords};
-pub use config::{ServerConfig, WaitPolicy};
+pub use config::{Movable, ServerConfig, WaitPolicy};
 pub use doorbell_shm::entry::Status;
 pub use error::{IpcError, Result};
 pub use metrics::Metrics;
@@ -45,8 +45,8 @@ pub use provider::ProviderPool;
 pub use server::{
     Answering, AsyncHandler, BoundServer, BufferPool, ConnectionPool, Context, Deferred, DeferredError,
     DeferredHandler, Executor, FileQuestion, FileQuestionHandler, Handler, HandlerError, HandlerTable,
-    IpcServer, MakePieces, Pieces, Progress, Reply, ShutdownHandle, TABLE_LEN, check_socket_path, files,
-    reactor_cores, wake_cost,
+    IpcServer, MakePieces, Pieces, Progress, ReloadHandle, Reply, ShutdownHandle, TABLE_LEN,
+    check_socket_path, files, reactor_cores, wake_cost,
 };
 #[cfg(fuzzing)]
 #[doc(hidden)]

@@ -14,7 +14,7 @@ use doorbell_shm::bell::fence_before_bell;
 use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::entry::{Submission, flag, kind};
 use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE};
-use doorbell_shm::layout::LaneLayout;
+use doorbell_shm::layout::{LaneLayout, state};
 use doorbell_shm::segment::Segment;
 use doorbell_shm::slots::Grant;
 use std::collections::VecDeque;
@@ -182,6 +182,10 @@ impl Session {
         if self.end.is_some() {
             return Err(self.ended());
         }
+        // The first call after a pause: the server may have ended the session meanwhile, or be about to stop.
+        if self.home.in_flight == 0 && self.segment.state().0 != state::RUNNING {
+            self.look_at_state()?;
+        }
         let (index, flags) = match self.routes {
             None => (0, 0),
             Some(_) => self.choose_lane(target)?,
@@ -252,6 +256,9 @@ impl Session {
     pub fn submit_open(&mut self, codec: u8, flags: u16) -> Result<u32> {
         if self.end.is_some() {
             return Err(self.ended());
+        }
+        if self.segment.state().0 != state::RUNNING {
+            self.look_at_state()?;
         }
         self.home.submit_control(kind::OPEN, 0, codec, flags, false)
     }

@@ -42,6 +42,8 @@ const YIELDS: u32 = 3;
 const SPIN_TIME: Duration = Duration::from_micros(20);
 /// How long a wish for a lane may stay unanswered before the call takes the lane it has.
 const LANE_TIMEOUT: Duration = Duration::from_millis(100);
+/// When to try again with a server that is stopping: another one may have taken its place by then.
+const DRAINING_RETRY_MS: u32 = 100;
 
 impl Session {
     /// Waits until an answer can be taken; `false` when the deadline came first.
@@ -342,6 +344,21 @@ impl Session {
             }
             Ok(_) | Err(_) => Heard::End(self.end_by_header()),
         })
+    }
+
+    /// The header says that the session runs no more, or not for long: why nothing may be sent.
+    #[cold]
+    pub(super) fn look_at_state(&mut self) -> Result<()> {
+        match self.segment.state().0 {
+            state::DRAINING => return Err(IpcError::Draining { retry_ms: DRAINING_RETRY_MS }),
+            state::CLOSED => {}
+            _ => return Ok(()),
+        }
+        // The goodbye may still be on its way; the header says the same.
+        if !self.is_over()? {
+            self.finish(self.end_by_header())?;
+        }
+        Err(self.ended())
     }
 
     /// What the header says of a session whose socket ended without a goodbye.

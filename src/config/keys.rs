@@ -32,6 +32,8 @@ pub(super) enum Field<'a> {
     Millis(&'a mut Duration),
     Micros(&'a mut Duration),
     /// 0 for none.
+    OptionalSecs(&'a mut Option<Duration>),
+    /// 0 for none.
     OptionalMillis(&'a mut Option<Duration>),
     Path(&'a mut Option<PathBuf>),
     Paths(&'a mut Vec<PathBuf>),
@@ -80,6 +82,9 @@ pub(super) const KEYS: &[Key] = keys! {
     max_file_size: U64 = server.max_file_size, "Longest file that is read for a client, bytes.";
     max_deferred: U32 = server.max_deferred, "Calls of a reactor that are answered by other threads at a time.";
     default_deadline_ms: OptionalMillis = server.default_deadline, "Deadline of such and of long calls that have none of their own; 0 for none.";
+    idle_timeout_secs: OptionalSecs = server.idle_timeout, "How long a session may do nothing before it is ended; 0 for ever.";
+    slow_consumer_timeout_ms: OptionalMillis = server.slow_consumer_timeout, "How long a session may be full of results and take none; 0 for ever.";
+    drain_timeout_ms: Millis = server.drain_timeout, "How long a server that stops waits for calls that are under way.";
     thin_executable: Bool = server.thin_executable, "Whether memory of code that only the start needed is given back.";
 };
 
@@ -97,6 +102,10 @@ impl Field<'_> {
             Self::Bool(to) => *to = value.as_bool().ok_or_else(|| wanted("true or false", value))?,
             Self::Millis(to) => *to = Duration::from_millis(whole(value, u32::MAX.into())?),
             Self::Micros(to) => *to = Duration::from_micros(whole(value, u32::MAX.into())?),
+            Self::OptionalSecs(to) => {
+                let secs = whole(value, u32::MAX.into())?;
+                *to = (secs > 0).then(|| Duration::from_secs(secs));
+            }
             Self::OptionalMillis(to) => {
                 let ms = whole(value, u32::MAX.into())?;
                 *to = (ms > 0).then(|| Duration::from_millis(ms));
@@ -124,6 +133,7 @@ impl Field<'_> {
             Self::Bool(value) => value.to_string(),
             Self::Millis(value) => value.as_millis().to_string(),
             Self::Micros(value) => value.as_micros().to_string(),
+            Self::OptionalSecs(value) => value.map_or(0, |after| after.as_secs()).to_string(),
             Self::OptionalMillis(value) => value.map_or(0, |after| after.as_millis()).to_string(),
             Self::Path(value) => quoted(value.as_ref()?),
             Self::Paths(value) => listed(value.iter().map(|path| quoted(path))),

@@ -4,9 +4,11 @@
 pub mod file;
 #[cfg(feature = "config-file")]
 mod keys;
+mod movable;
 
 #[cfg(feature = "config-file")]
 pub use keys::Ipc;
+pub use movable::Movable;
 
 use crate::error::{IpcError, Result};
 use crate::server::budget::BUDGET_MIN;
@@ -132,6 +134,13 @@ pub struct ServerConfig {
     /// Deadline, from when the server takes them, of calls that are not answered within their turn and have none of their
     /// own: those of several frames, and those answered from elsewhere. `None`: they may take for ever.
     pub default_deadline: Option<Duration>,
+    /// How long a session may do nothing, no call under way and none sent, before it is ended (R4.4). `None`: for ever.
+    pub idle_timeout: Option<Duration>,
+    /// How long a session may take none of its results while they keep it from being served, its completion ring or the
+    /// window of a long answer being full of them, before it is ended (F8, F22). `None`: for ever.
+    pub slow_consumer_timeout: Option<Duration>,
+    /// How long a server that stops waits for calls that are under way (F49).
+    pub drain_timeout: Duration,
     /// How the reactor waits.
     pub policy: WaitPolicy,
     /// Reactors, each a thread with a ring of its own; 0 means one for every core that may be used.
@@ -173,6 +182,9 @@ impl Default for ServerConfig {
             max_file_size: 10 << 20,
             max_deferred: 1024,
             default_deadline: None,
+            idle_timeout: Some(Duration::from_secs(300)),
+            slow_consumer_timeout: Some(Duration::from_secs(30)),
+            drain_timeout: Duration::from_secs(5),
             policy: WaitPolicy::default(),
             reactors: 0,
             cores: Vec::new(),
@@ -235,6 +247,11 @@ impl ServerConfig {
         range("max_deferred", self.max_deferred.into(), 1, ReadySet::MOST.into())?;
         let deadline_ms = self.default_deadline.map_or(1, |after| after.as_millis() as u64);
         range("default_deadline (ms)", deadline_ms, 1, 1 << 40)?;
+        let idle_ms = self.idle_timeout.map_or(1, |after| after.as_millis() as u64);
+        range("idle_timeout (ms)", idle_ms, 1, 1 << 40)?;
+        let slow_ms = self.slow_consumer_timeout.map_or(1, |after| after.as_millis() as u64);
+        range("slow_consumer_timeout (ms)", slow_ms, 1, 1 << 40)?;
+        range("drain_timeout (ms)", self.drain_timeout.as_millis() as u64, 0, 3_600_000)?;
         range("max_file_size", self.max_file_size, 1, 1 << 40)?;
         range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
     }

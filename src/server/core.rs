@@ -6,17 +6,19 @@ use super::connections::ConnectionPool;
 use super::crew::{Inbox, Message, Notice};
 use super::deferred::Executor;
 use super::exchange::{Exchanges, Work};
+use super::idle::Seen;
 use super::jobs::{Answer, Job, Ticket};
 use super::lane::{Batch, Bench, SessionLane, TurnLimits};
 use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
 use super::table::{Entry, FileQuestion, Rest};
 use super::tickets::Tickets;
-use crate::config::ServerConfig;
+use crate::config::{Movable, ServerConfig};
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::handshake::{DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Status, flag};
+use doorbell_shm::lane::Drain;
 use doorbell_shm::layout::{Geometry, lanes_max, state};
 use doorbell_shm::map::PAGE;
 use std::sync::Arc;
@@ -117,6 +119,8 @@ pub(crate) struct Core<S: 'static> {
     pub metrics: Metrics,
     totals: Totals,
     draining: bool,
+    /// Sessions that tables were made for.
+    most_sessions: u32,
     /// Busy rounds until two are timed.
     until_timing: u32,
     /// When the first of the two ended; 0 if it has not, or if an idle round followed.
@@ -209,6 +213,7 @@ impl<S> Core<S> {
             metrics: Metrics::default(),
             totals,
             draining: false,
+            most_sessions: config.max_sessions,
             until_timing: ROUNDS_PER_TIMING,
             round_ended_ns: 0,
             long_rounds: false,
@@ -360,6 +365,55 @@ impl<S> Core<S> {
                 lane.segment().set_state(state::DRAINING, DisconnectReason::Draining as u32);
             }
         }
+    }
+
+    /// One turn of every lane, on both rings, that goes on with what has been begun and begins no call; returns what
+    /// was done (F49).
+    pub fn drain_round(
+        &mut self,
+        now_ns: &mut dyn FnMut() -> u64,
+        announce: &mut dyn FnMut(u32, Notice),
+    ) -> u32 {
+        self.run_waiting();
+        let mut served = Served { total: 0, touched: &mut self.touched, faults: &mut self.faults };
+        let mut bench = bench!(self, now_ns, announce, None);
+        for index in 0..self.seats.len() as u32 {
+            served.turn(&mut self.seats, index, |lane| lane.turn_draining(index, &mut bench));
+        }
+        served.total
+    }
+
+    /// What there is to be seen of how a lane is used; `None` if it has gone, or breaks the protocol, which is noted.
+    pub fn seen(&mut self, id: SessionId) -> Option<Seen> {
+        let busy = !self.is_quiet(id);
+        let mut seen = match self.lane(id)?.seen() {
+            Ok(seen) => seen,
+            Err(fault) => {
+                self.note_fault(id, fault);
+                return None;
+            }
+        };
+        seen.busy = busy;
+        let (seats, exchanges) = (&self.seats, &mut self.exchanges);
+        let lane = seats[id.index as usize].lane.as_deref();
+        if let Some(all) = lane.and_then(|lane| lane.exchanges.as_deref()) {
+            // All of the answer's window has been sent, and none of it taken.
+            let full = |index| exchanges.get_mut(index).is_some_and(|e| e.window.credit() == 0);
+            seen.stuck |= Drain::ORDER.iter().any(|ring| all.wants_space(*ring)) || all.iter().any(full);
+        }
+        Some(seen)
+    }
+
+    /// Uses these limits from now on; no more sessions than there is room for.
+    pub fn adopt(&mut self, limits: &Movable) {
+        self.config
+            .adopt(&Movable { max_sessions: limits.max_sessions.min(self.most_sessions), ..limits.clone() });
+    }
+
+    /// Whether no call of a lane is under way: nothing of it is lost if the lane goes.
+    pub fn is_quiet(&self, id: SessionId) -> bool {
+        let lane = self.seated(id.index);
+        lane.and_then(|lane| lane.exchanges.as_ref()).is_none_or(|all| all.live == 0)
     }
 
     /// One turn for every hot lane, then one for the bulk rings of some; returns the entries taken. Afterwards

@@ -8,7 +8,8 @@
 
 use super::core::SessionId;
 use super::storm::Abuse;
-use crate::protocol::handshake::NO_CORE;
+use crate::config::Movable;
+use crate::protocol::handshake::{DisconnectReason, NO_CORE};
 use doorbell_shm::PeerFault;
 use doorbell_shm::segment::Segment;
 use std::collections::VecDeque;
@@ -48,7 +49,17 @@ pub(crate) enum Message {
     Abuse(SessionId, Abuse),
     /// From home: the client has made pages exist that it was not granted; punch those of your lane.
     Punch(SessionId),
-    /// From home: the server stops.
+    /// From home: these limits hold from now on.
+    Limits(Box<Movable>),
+    /// To home: the lane of this session here is idle, or is no longer.
+    Idle(SessionId, bool),
+    /// To home: this session is to be ended for that reason; its lane here has gone.
+    EndFor(SessionId, DisconnectReason),
+    /// From home: begin no more calls, finish those under way.
+    Drain,
+    /// To home: no call of this session is under way here, and its lane here has gone.
+    Quiet(SessionId),
+    /// From home: the server stops, whatever is under way.
     Stop,
 }
 

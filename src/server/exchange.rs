@@ -454,7 +454,12 @@ impl LaneExchanges {
 
     /// Indices of all of them.
     pub fn all(&self) -> Vec<u32> {
-        self.by_slot.iter().filter(|index| **index != 0).map(|index| index - 1).collect()
+        self.iter().collect()
+    }
+
+    /// The same, without memory of its own.
+    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        self.by_slot.iter().filter(|index| **index != 0).map(|index| index - 1)
     }
 
     /// Whether any can move.

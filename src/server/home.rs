@@ -2,6 +2,7 @@
 //! and their end.
 
 use super::budget::PRIVATE_PER_SESSION;
+use super::control::{Control, Orders};
 use super::core::{SessionId, Verdict};
 use super::crew::{Crew, Message, Notice};
 use super::half_open::{HalfOpen, HalfOpenTable};
@@ -62,6 +63,10 @@ struct Member {
     segment: Arc<Segment>,
     /// Audits in a row that found pages which it was not granted.
     excess: u32,
+    /// Further lanes that are idle.
+    idle_lanes: u16,
+    /// Further lanes that have gone because the server drains and no call is under way on them.
+    quiet_lanes: u16,
 }
 
 pub(crate) struct Home {
@@ -71,7 +76,7 @@ pub(crate) struct Home {
     pause_ends_ns: u64,
     /// How long the last pause was to be; 0 once somebody has been accepted since.
     pause_ns: u64,
-    shutdown: OwnedFd,
+    control: Control,
     members: Vec<Option<Member>>,
     half_open: HalfOpenTable,
     processes: Processes,
@@ -94,14 +99,14 @@ pub enum Heard {
 }
 
 impl Home {
-    pub fn new(listener: Listener, shutdown: OwnedFd, config: &ServerConfig) -> Result<Self> {
+    pub fn new(listener: Listener, control: Control, config: &ServerConfig) -> Result<Self> {
         let [epoch, _] = rendezvous::random_id()?;
         Ok(Self {
             listener,
             listener_armed: false,
             pause_ends_ns: 0,
             pause_ns: 0,
-            shutdown,
+            control,
             members: Vec::new(),
             half_open: HalfOpenTable::new(config),
             processes: Processes::detect()?,
@@ -113,7 +118,7 @@ impl Home {
 
     /// Begins to listen.
     pub fn begin<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
-        reactor.driver.poll(self.shutdown.as_fd(), PollFlags::IN, Source::Shutdown.token())?;
+        reactor.driver.poll(self.control.bell(), PollFlags::IN, Source::Shutdown.token())?;
         self.arm_listener(reactor)
     }
 
@@ -127,6 +132,71 @@ impl Home {
         }
         tracing::info!(path = %self.listener.path().display(), "stopped");
         Ok(())
+    }
+
+    /// Somebody has told the server something.
+    fn told<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        let Orders { stop, now, limits } = self.control.orders()?;
+        reactor.hurried |= now || (stop && reactor.stopping);
+        reactor.stopping |= stop;
+        if let Some(limits) = limits {
+            reactor.core.adopt(&limits);
+            for other in 1..self.lanes_of.len() {
+                if reactor.crew.addresses[other].put(Message::Limits(Box::new(limits.clone()))) {
+                    reactor.ring_reactor(other)?;
+                }
+            }
+            tracing::info!(?limits, "new limits");
+        }
+        reactor.driver.poll(self.control.bell(), PollFlags::IN, Source::Shutdown.token())?;
+        Ok(())
+    }
+
+    /// Begins no more sessions, and has no reactor begin more calls.
+    pub fn begin_drain<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        for other in 1..self.lanes_of.len() {
+            if reactor.crew.addresses[other].put(Message::Drain) {
+                reactor.ring_reactor(other)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A further lane of a session is idle, or is no longer.
+    pub fn lane_is_idle(&mut self, id: SessionId, idle: bool) -> Result<()> {
+        if let Some(member) = self.member(id) {
+            member.idle_lanes =
+                if idle { member.idle_lanes + 1 } else { member.idle_lanes.saturating_sub(1) };
+        }
+        Ok(())
+    }
+
+    /// The home lane of a session is idle: ends it if its other ones are.
+    pub fn end_if_idle<S>(&mut self, reactor: &mut Reactor<S>, id: SessionId) -> Result<()> {
+        match self.member(id) {
+            Some(member) if member.idle_lanes as usize >= member.further.len() => {
+                self.end(reactor, id, DisconnectReason::IdleTimeout)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// No call is under way on a further lane of a session, and none will be.
+    pub fn lane_is_quiet(&mut self, id: SessionId) -> Result<()> {
+        if let Some(member) = self.member(id) {
+            member.quiet_lanes += 1;
+        }
+        Ok(())
+    }
+
+    /// No call is under way on the home lane of a session, and none will be: ends it if that holds for its other lanes.
+    pub fn end_if_quiet<S>(&mut self, reactor: &mut Reactor<S>, id: SessionId) -> Result<()> {
+        match self.member(id) {
+            Some(member) if member.quiet_lanes as usize >= member.further.len() => {
+                self.end(reactor, id, DisconnectReason::Draining)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Tells the other reactors of a session what became of one of its connections. They need not wake for it.
@@ -183,12 +253,8 @@ impl Home {
                 }
                 _ => Ok(()),
             },
-            Source::Shutdown
-            | Source::Bell(_)
-            | Source::Mail
-            | Source::Timer
-            | Source::File(_)
-            | Source::Tickets => Ok(()),
+            Source::Shutdown => self.told(reactor),
+            Source::Bell(_) | Source::Mail | Source::Timer | Source::File(_) | Source::Tickets => Ok(()),
         }
     }
 
@@ -431,6 +497,8 @@ impl Home {
             lane_requests: 0,
             segment,
             excess: 0,
+            idle_lanes: 0,
+            quiet_lanes: 0,
         });
         tracing::debug!(session = id.index, "session opened");
         Ok(())
@@ -493,7 +561,7 @@ impl Home {
             Some(at) if known(at).is_some() => known(at).map_or(0, |i| i as u32 + 1),
             Some(at) => {
                 let number = member.further.len() as u32 + 1;
-                if used < most && Self::grant(reactor, id, number, &member.socket, at)? {
+                if used < most && !reactor.stopping && Self::grant(reactor, id, number, &member.socket, at)? {
                     member.further.push(at as u16);
                     self.lanes_of[at] += 1;
                     // Its reactor answers the client once it has taken the lane.

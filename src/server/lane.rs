@@ -9,6 +9,7 @@ use super::connections::ConnectionPool;
 use super::crew::{Inbox, Notice};
 use super::deferred::Executor;
 use super::exchange::{Exchange, Exchanges, LaneExchanges};
+use super::idle::Seen;
 use super::leases::{Giving, LaneLeases, LeaseQueue, Wish};
 use super::staging::BufferPool;
 use super::table::{Context, Entry, HandlerError, Reply, Rest};
@@ -129,12 +130,12 @@ impl Batch {
 }
 
 /// What is in a [`Batch`].
-struct Filled {
-    len: usize,
+pub(super) struct Filled {
+    pub len: usize,
     /// Position of the first entry.
     first: u64,
     /// What stopped the copying, to be reported once the entries before it have run.
-    fault: Option<PeerFault>,
+    pub fault: Option<PeerFault>,
 }
 
 /// How a call ended: status, bytes of the answer, a number that goes with the status.
@@ -169,7 +170,7 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    fn begin<S>(bench: &mut Bench<'_, S>) -> Self {
+    pub(super) fn begin<S>(bench: &mut Bench<'_, S>) -> Self {
         let ends_ns = bench.limits.time_ns.map(|time| (bench.now_ns)() + time);
         Self { taken: 0, bytes_before: bench.metrics.bytes(), ends_ns }
     }
@@ -294,7 +295,7 @@ impl SessionLane {
     /// Copies out what is there, as far as completions would find space, and asks for the payloads: their
     /// lines travel while earlier entries run.
     #[inline(always)]
-    fn fill(&mut self, ring: usize, most: usize, batch: &mut Batch) -> Filled {
+    pub(super) fn fill(&mut self, ring: usize, most: usize, batch: &mut Batch) -> Filled {
         let mut filled = Filled { len: 0, first: self.lane.submissions[ring].next(), fault: None };
         let space = match self.space(ring) {
             Ok(space) => space,
@@ -346,7 +347,7 @@ impl SessionLane {
     }
 
     #[inline(always)]
-    fn run_batch<S>(
+    pub(super) fn run_batch<S>(
         &mut self,
         id: u32,
         ring: usize,
@@ -413,6 +414,19 @@ impl SessionLane {
         if self.exchanges.is_some() { self.exchanges_have_work() } else { Ok(false) }
     }
 
+    /// What there is to be seen of how its client uses it; `busy` and `stuck` as far as calls within a turn tell.
+    pub fn seen(&mut self) -> Result<Seen, PeerFault> {
+        let mut seen = Seen { taken: self.taken(), busy: false, progress: 0, stuck: false };
+        for ring in Drain::ORDER {
+            self.lane.completions[ring].refresh()?;
+            let completions = &self.lane.completions[ring];
+            seen.progress += completions.next() + completions.passed();
+            let full = completions.outstanding() >= self.admitted[ring];
+            seen.stuck |= full && self.lane.submissions[ring].is_ready();
+        }
+        Ok(seen)
+    }
+
     /// Entries taken so far.
     pub fn taken(&self) -> u64 {
         self.lane.submissions.iter().map(|ring| ring.next()).sum()
@@ -430,7 +444,7 @@ impl SessionLane {
 
     /// Looks at the words that the client has hinted at: what it says of calls that are under way, kept for those
     /// that have not come.
-    fn take_hints<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<(), PeerFault> {
+    pub(super) fn take_hints<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<(), PeerFault> {
         let slots = &mut self.lane.slots;
         // Most calls run to their end within a turn; only of longer ones is there anything to be found here.
         let mut of_calls = std::mem::take(bench.hinted);

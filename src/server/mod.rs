@@ -5,15 +5,18 @@ mod bodies;
 pub(crate) mod budget;
 pub mod builtin;
 mod connections;
+mod control;
 pub(crate) mod core;
 mod crew;
 mod deferred;
+mod drain;
 mod exchange;
 pub mod files;
 #[cfg(fuzzing)]
 pub mod fuzz;
 mod half_open;
 mod home;
+mod idle;
 mod jobs;
 mod lane;
 mod leases;
@@ -32,6 +35,7 @@ pub(crate) mod throttle;
 mod tickets;
 
 pub use connections::ConnectionPool;
+pub use control::{ReloadHandle, ShutdownHandle};
 pub use deferred::{Answering, AsyncHandler, Deferred, DeferredError, DeferredHandler, Executor};
 pub use listener::check_socket_path;
 pub use staging::BufferPool;
@@ -45,11 +49,10 @@ use crate::config::ServerConfig;
 use crate::error::{IpcError, Result};
 use crate::metrics::Metrics;
 use analyze::FileSource;
+use control::Control;
 use files::Roots;
 use listener::Listener;
-use rustix::pipe::PipeFlags;
 use start::Helpers;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -118,10 +121,8 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
         self.config.raise_file_limit()?;
         let roots = Roots::open(&self.config.file_roots, self.config.max_file_size)?;
         let listener = Listener::bind(path.as_ref())?;
-        let (stop, bell) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
-            .map_err(|e| IpcError::io("pipe for the shutdown handle", e))?;
-        let shutdown = ShutdownHandle { bell: Arc::new(bell) };
-        Ok(BoundServer { server: self, roots, listener, stop, shutdown })
+        let (control, shutdown, reload) = Control::new()?;
+        Ok(BoundServer { server: self, roots, listener, control, shutdown, reload })
     }
 }
 
@@ -130,9 +131,9 @@ pub struct BoundServer<S: 'static> {
     server: IpcServer<S>,
     roots: Roots,
     listener: Listener,
-    /// Readable once the server has to stop.
-    stop: OwnedFd,
+    control: Control,
     shutdown: ShutdownHandle,
+    reload: ReloadHandle,
 }
 
 impl<S: Send + Sync + 'static> BoundServer<S> {
@@ -144,6 +145,11 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     /// A handle that stops this server from any thread or signal handler.
     pub fn shutdown_handle(&self) -> ShutdownHandle {
         self.shutdown.clone()
+    }
+
+    /// A handle that gives this server new limits, from any thread.
+    pub fn reload_handle(&self) -> ReloadHandle {
+        self.reload.clone()
     }
 
     /// Serves until stopped, on the calling thread and one more for each further reactor; returns what was
@@ -160,32 +166,6 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
         let IpcServer { handlers, state, config, executor } = self.server;
         let files = Arc::new(FileSource::new(self.roots));
         let helpers = Helpers { files, executor: executor.map(Arc::new) };
-        start::serve(handlers, Arc::new(state), config, helpers, self.listener, self.stop, self.shutdown)
-    }
-}
-
-/// Stops a server from outside. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct ShutdownHandle {
-    bell: Arc<OwnedFd>,
-}
-
-impl ShutdownHandle {
-    /// Asks the server to take leave of its clients and return from [`BoundServer::serve`].
-    ///
-    /// # Errors
-    ///
-    /// [`IpcError::Io`] if the server has returned already.
-    pub fn shutdown(&self) -> Result<()> {
-        match rustix::io::write(&*self.bell, &[1]) {
-            // A full pipe has been written to often enough.
-            Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
-            Err(e) => Err(IpcError::io("write to the shutdown pipe", e)),
-        }
-    }
-
-    /// The writing end of a pipe: a byte written to it stops the server, which a signal handler may do.
-    pub fn descriptor(&self) -> &OwnedFd {
-        &self.bell
+        start::serve(handlers, Arc::new(state), config, helpers, self.listener, self.control, self.shutdown)
     }
 }

@@ -8,6 +8,7 @@ use super::core::{Core, SessionId};
 use super::crew::{Crew, Message, Notice};
 use super::files::ReadId;
 use super::home::Home;
+use super::idle::{Habits, LOOKS};
 use super::lane::SessionLane;
 use super::spin::SpinBudget;
 use super::storm::{self, Storm};
@@ -143,6 +144,7 @@ struct Peer {
     storm: Storm,
     /// Left alone until then, neither polled nor armed; 0 for not.
     rests_until_ns: u64,
+    habits: Habits,
 }
 
 /// A lane whose memory the kernel may still be asked about.
@@ -208,7 +210,9 @@ pub(crate) struct Reactor<S: 'static> {
     arming: Vec<SessionId>,
     /// A FUTEX_WAIT on the bell of tickets has been pushed and has not completed.
     tickets_armed: bool,
-    stopping: bool,
+    pub(super) stopping: bool,
+    /// Nothing is waited for any more.
+    pub(super) hurried: bool,
 }
 
 impl<S> Reactor<S> {
@@ -245,6 +249,7 @@ impl<S> Reactor<S> {
             arming: Vec::new(),
             tickets_armed: false,
             stopping: false,
+            hurried: false,
             core,
         }
     }
@@ -358,6 +363,17 @@ impl<S> Reactor<S> {
         self.core.round(&mut monotonic_ns, &mut announce)
     }
 
+    /// The same for a server that stops.
+    pub(super) fn drain_round(&mut self) -> u32 {
+        let (crew, home) = (&self.crew, &self.home);
+        let mut announce = |index: u32, notice: Notice| {
+            if let Some(home) = home {
+                home.announce(crew, index, notice);
+            }
+        };
+        self.core.drain_round(&mut monotonic_ns, &mut announce)
+    }
+
     /// There is nothing to do any more: until when to poll, 0 for not at all.
     #[inline(always)]
     fn poll_budget(&mut self, handed_over: bool) -> u64 {
@@ -373,14 +389,14 @@ impl<S> Reactor<S> {
 
     /// Gives back and grants memory; ends the sessions that could not be answered.
     #[cold]
-    fn serve_memory(&mut self) -> Result<()> {
+    pub(super) fn serve_memory(&mut self) -> Result<()> {
         self.core.serve_memory(&mut monotonic_ns)?;
         self.end_faulty()
     }
 
     /// Ends the sessions that broke the protocol.
     #[inline(always)]
-    fn end_faulty(&mut self) -> Result<()> {
+    pub(super) fn end_faulty(&mut self) -> Result<()> {
         while let Some((id, fault)) = self.core.take_fault() {
             self.fault(id, fault)?;
         }
@@ -436,7 +452,7 @@ impl<S> Reactor<S> {
 
     /// Queues wakes for the clients for whom something was completed and who sleep: one fence for all of them,
     /// and one enter (R1.2), the caller's next.
-    fn ring_clients(&mut self) -> Result<()> {
+    pub(super) fn ring_clients(&mut self) -> Result<()> {
         // Pairs with the fence in `ClientBell::mark`.
         fence_before_bell();
         let mut rung = 0;
@@ -474,7 +490,7 @@ impl<S> Reactor<S> {
         Ok(())
     }
 
-    fn events(&mut self) -> Result<()> {
+    pub(super) fn events(&mut self) -> Result<()> {
         // What was queued about lanes that have gone has been submitted by the enter that brought us here.
         self.parting.retain(|parting| parting.bell_armed);
         while let Some(completion) = self.driver.next_completion() {
@@ -491,7 +507,6 @@ impl<S> Reactor<S> {
                     self.tickets_armed = false;
                     self.core.metrics.wakeups += 1;
                 }
-                Some(Source::Shutdown) => self.stopping = true,
                 Some(source) => self.with_home(|home, reactor| home.event(reactor, source, result))?,
                 None => {}
             }
@@ -587,7 +602,12 @@ impl<S> Reactor<S> {
                         lane.punch_excess()?;
                     }
                 }
-                Message::Stop => self.stopping = true,
+                Message::Limits(limits) => self.core.adopt(&limits),
+                Message::Idle(id, idle) => self.with_home(|home, _| home.lane_is_idle(id, idle))?,
+                Message::EndFor(id, reason) => self.end(id, reason)?,
+                Message::Drain => self.stopping = true,
+                Message::Quiet(id) => self.with_home(|home, _| home.lane_is_quiet(id))?,
+                Message::Stop => (self.stopping, self.hurried) = (true, true),
             }
         }
         Ok(())
@@ -673,6 +693,7 @@ impl<S> Reactor<S> {
             suspect_taken: 0,
             storm: Storm::default(),
             rests_until_ns: 0,
+            habits: Habits::default(),
         });
     }
 
@@ -695,7 +716,7 @@ impl<S> Reactor<S> {
     }
 
     /// What is due by the clock: half-open sockets, the sweep, accepting again, rests that are over.
-    fn tick(&mut self, now: u64) -> Result<()> {
+    pub(super) fn tick(&mut self, now: u64) -> Result<()> {
         let home_waits = self.home.as_ref().is_some_and(Home::waits);
         // A lane may have gone while it rested: the end of its rest is due all the same.
         let nothing_rests = self.rest_ends_ns == 0;
@@ -718,7 +739,7 @@ impl<S> Reactor<S> {
         if sweeps {
             self.next_sweep_ns = now + self.core.config().sweep_interval.as_nanos() as u64;
             self.mail()?;
-            self.sweep()?;
+            self.sweep(now)?;
             self.with_home(Home::audit)?;
         }
         self.show();
@@ -745,10 +766,11 @@ impl<S> Reactor<S> {
     /// Looks at every sleeping lane whether it rang or not (S6, F25). A lane with work and an untouched
     /// bell is a suspect, since its client may be about to ring; when the next sweep finds it so again, and
     /// nothing has been taken meanwhile, it is healed and counted.
-    fn sweep(&mut self) -> Result<()> {
+    fn sweep(&mut self, now: u64) -> Result<()> {
         self.core.metrics.sweeps += 1;
         self.handed_over_rarely = self.handed_over_calls < RARE_PER_SWEEP;
         self.handed_over_calls = 0;
+        let turn = self.core.metrics.sweeps as u32;
         for index in 0..self.peers.len() {
             let Some(peer) = &mut self.peers[index] else { continue };
             let id = peer.id;
@@ -773,8 +795,16 @@ impl<S> Reactor<S> {
                 }
                 Err(fault) => self.fault(id, fault)?,
             }
+            if (index as u32).wrapping_add(turn).is_multiple_of(LOOKS) && !self.stopping {
+                self.look_at_habits(id, now)?;
+            }
         }
-        Ok(())
+        self.end_faulty()
+    }
+
+    /// What has been seen of how a lane is used.
+    pub(super) fn habits(&mut self, id: SessionId) -> Option<&mut Habits> {
+        self.peer(id).map(|peer| &mut peer.habits)
     }
 
     /// Arms every lane that is polled, looks again, and sleeps if there is nothing.
@@ -894,10 +924,7 @@ impl<S> Reactor<S> {
 
     /// Takes leave of every client; returns what was counted.
     fn stop(mut self) -> Result<Metrics> {
-        if self.crew.is_home() {
-            // Home alone writes the state of a session: another reactor could take back that one is closed.
-            self.core.drain();
-        }
+        self.drain()?;
         let ids: Vec<SessionId> = self.core.ids().collect();
         for id in ids {
             match self.crew.is_home() {

@@ -3,6 +3,7 @@
 use super::ShutdownHandle;
 use super::analyze::{FileDesk, FileSource};
 use super::budget::Budget;
+use super::control::Control;
 use super::core::Core;
 use super::crew::{Address, Crew, Inbox, Message};
 use super::deferred::{self, Executor};
@@ -67,7 +68,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     config: ServerConfig,
     helpers: Helpers,
     listener: Listener,
-    stop: OwnedFd,
+    control: Control,
     shutdown: ShutdownHandle,
 ) -> Result<Metrics> {
     let Helpers { files, executor } = helpers;
@@ -85,7 +86,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let result = std::thread::scope(|scope| {
         become_reactor(pins[0])?;
         let driver = reactor::driver(&plan.config, true)?;
-        let home = Home::new(listener, stop, &plan.config)?;
+        let home = Home::new(listener, control, &plan.config)?;
         let further = Further::start(scope, &plan, &pins[1..])?;
         let (address, inbox) = Address::new(duplicate(&driver)?, pins[0]);
         let addresses: Arc<[Address]> = std::iter::once(address).chain(further.addresses).collect();
@@ -177,7 +178,7 @@ struct StopsHome(ShutdownHandle);
 impl Drop for StopsHome {
     fn drop(&mut self) {
         // Home has ended already where this fails.
-        self.0.shutdown().ok();
+        self.0.shutdown_now().ok();
     }
 }
 

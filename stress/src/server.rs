@@ -106,6 +106,8 @@ pub fn start(job: &ServerJob) -> Result<Process, StressError> {
 pub fn serve(job: &ServerJob) -> Result<(), StressError> {
     let usual = ServerConfig::default();
     let config = ServerConfig {
+        // Who is silent here is silent on purpose.
+        idle_timeout: None,
         policy: if job.files.is_some() { WaitPolicy::Handoff } else { WaitPolicy::Spin },
         reactors: 1,
         cores: vec![job.core],

@@ -254,7 +254,7 @@ impl Drop for TestServer {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
             self.state.gate.store(u64::MAX, Ordering::SeqCst);
-            self.handle.shutdown().unwrap();
+            self.handle.shutdown_now().unwrap();
             if !std::thread::panicking() {
                 thread.join().unwrap();
             }

@@ -313,6 +313,8 @@ fn stats(client: &IpcClient, id: ConnectionId) -> Result<serde_json::Value, Benc
 /// Whatever keeps it from serving.
 pub fn serve(job: &DoorbellJob) -> Result<(), BenchError> {
     let config = ServerConfig {
+        // Who is silent here is silent on purpose.
+        idle_timeout: None,
         policy: wait_policy(job.policy),
         reactors: job.reactors,
         cores: job.cores.clone(),

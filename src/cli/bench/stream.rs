@@ -154,6 +154,8 @@ fn begin(context: &Context<'_, State>, request: &[u8], ticket: Deferred) -> Resu
 pub fn serve(job: &StreamJob) -> Result<(), BenchError> {
     let peer = |doing| move |error: IpcError| BenchError::peer(doing, error);
     let config = ServerConfig {
+        // Who is silent here is silent on purpose.
+        idle_timeout: None,
         policy: wait_policy(job.policy),
         reactors: 1,
         cores: job.reactor_cpu.into_iter().collect(),
