@@ -4,6 +4,7 @@
 //!        completion is checked against what was submitted, and a late answer never meets another call.
 
 use super::call::{CallId, SlotWriter};
+use super::doorbell::Doorbell;
 use crate::error::{IpcError, Result};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{AWAKE, Published, fence_before_bell};
@@ -121,6 +122,7 @@ pub(super) struct Lane {
     index: u32,
     /// The core that its reactor is pinned to.
     pub core: u32,
+    doorbell: Doorbell,
     calls: Vec<Call>,
     pub in_flight: usize,
     /// Something was published since the server's bell was last looked at.
@@ -141,12 +143,13 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub fn new(lane: ClientLane, geometry: Geometry, index: u32, core: u32) -> Self {
+    pub fn new(lane: ClientLane, geometry: Geometry, index: u32, core: u32, doorbell: Doorbell) -> Self {
         let calls = vec![NO_CALL; lane.slots.numbers() as usize];
         Self {
             lane,
             index,
             core,
+            doorbell,
             calls,
             in_flight: 0,
             unrung: None,
@@ -571,15 +574,8 @@ impl Lane {
     /// Wakes the server if it sleeps; behind a fence.
     #[inline(always)]
     pub fn ring(&self, published: Published) -> Result<()> {
-        if self.lane.common.server_bell.take(published) { self.wake_server() } else { Ok(()) }
-    }
-
-    #[cold]
-    fn wake_server(&self) -> Result<()> {
-        // Every waiter: waits of a ring that is gone still absorb wakes for some milliseconds.
-        doorbell_uring::futex::wake(&self.lane.common.server_bell.0, i32::MAX as u32)
-            .map_err(|e| IpcError::io("futex(FUTEX_WAKE) towards the server", e))?;
-        Ok(())
+        let bell = &self.lane.common.server_bell;
+        if bell.take(published) { self.doorbell.ring(&bell.0) } else { Ok(()) }
     }
 
     /// Nothing has come and something has gone out: rings at once if the server seems to sleep, else makes

@@ -6,6 +6,7 @@ mod body;
 mod call;
 mod callback;
 mod connect;
+mod doorbell;
 mod lane;
 mod mux;
 mod route;

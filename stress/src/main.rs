@@ -26,6 +26,7 @@ mod report;
 mod scratch;
 mod server;
 mod takeback;
+mod without;
 
 fn main() -> std::process::ExitCode {
     cli::run()

@@ -256,7 +256,7 @@ impl EpollDriver {
     /// [`Counters::failed_messages`].
     pub fn send_mail(&mut self, other: BorrowedFd<'_>) {
         self.counters.messages += 1;
-        if ring(other).is_err() {
+        if ring_eventfd(other).is_err() {
             self.counters.failed_messages += 1;
         }
     }
@@ -426,8 +426,12 @@ impl AsFd for EpollDriver {
     }
 }
 
-/// Rings an eventfd. One whose count is full has been rung.
-pub(crate) fn ring(eventfd: impl AsFd) -> Result<(), Errno> {
+/// Rings an eventfd, such as a driver of epoll has. One whose count is full has been rung.
+///
+/// # Errors
+///
+/// What the kernel refuses: a descriptor that is none.
+pub fn ring_eventfd(eventfd: impl AsFd) -> Result<(), Errno> {
     match rustix::io::retry_on_intr(|| rustix::io::write(&eventfd, &1u64.to_ne_bytes())) {
         Ok(_) | Err(Errno::AGAIN) => Ok(()),
         Err(errno) => Err(errno),

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use rustix::io::{Errno, ReadWriteFlags};
 
-use crate::epoll::ring;
+use crate::epoll::ring_eventfd;
 
 /// The thread's stack: it makes system calls and nothing else.
 const STACK: usize = 64 << 10;
@@ -48,7 +48,7 @@ impl Helper {
                     bytes
                 });
                 // The driver may have gone meanwhile: then there are no more jobs either.
-                if done.send((number, result)).is_err() || ring(&eventfd).is_err() {
+                if done.send((number, result)).is_err() || ring_eventfd(&eventfd).is_err() {
                     break;
                 }
             }

@@ -63,7 +63,7 @@ pub use buffers::{Buffer, Class, Counts, Staging};
 pub use cause::{Cause, Host, KERNEL_MIN, futex_bug_unfixed, kernel_version};
 pub use cpu::{ask_for_short_turns, current_cpu};
 pub use driver::{Counters, Driver, Wait};
-pub use epoll::EpollDriver;
+pub use epoll::{EpollDriver, ring_eventfd};
 pub use error::{DriverError, SetupError, Step};
 pub use op::{Completion, Token};
 pub use peer::peer_process;
