@@ -1,12 +1,10 @@
 //! How the reactor of a lane is woken: on its bell's word, or by a byte on the socket that it sleeps on.
 
 use crate::error::{IpcError, Result};
-use doorbell_uring::futex;
 use rustix::io::Errno;
 use rustix::net::{SendFlags, send};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 /// Where a lane's reactor sleeps. Its bell's word says in either case whether it does.
 #[derive(Debug, Clone)]
@@ -17,27 +15,16 @@ pub(super) enum Doorbell {
     Socket(Arc<OwnedFd>),
 }
 
-impl Doorbell {
-    /// Wakes the reactor. To be called by whoever has taken the mark of `word`.
-    ///
-    /// # Errors
-    ///
-    /// [`IpcError::Io`] with what the kernel refuses. That the server has gone is none: whoever waits finds out.
-    #[cold]
-    pub fn ring(&self, word: &AtomicU32) -> Result<()> {
-        match self {
-            // Every waiter: waits of a ring that is gone still absorb wakes for some milliseconds.
-            Self::Futex => futex::wake(word, i32::MAX as u32)
-                .map(drop)
-                .map_err(|e| IpcError::io("futex(FUTEX_WAKE) towards the server", e)),
-            Self::Socket(socket) => {
-                let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-                match rustix::io::retry_on_intr(|| send(socket, &[1], flags)) {
-                    // A full socket has been rung.
-                    Ok(_) | Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET) => Ok(()),
-                    Err(e) => Err(IpcError::io("send of a byte that wakes the server", e)),
-                }
-            }
-        }
+/// Wakes a reactor by its socket. To be called by whoever has taken the mark of its bell.
+///
+/// # Errors
+///
+/// [`IpcError::Io`] with what the kernel refuses. That the server has gone is none: whoever waits finds out.
+pub(super) fn ring_socket(socket: &OwnedFd) -> Result<()> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    match rustix::io::retry_on_intr(|| send(socket, &[1], flags)) {
+        // A full socket has been rung.
+        Ok(_) | Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET) => Ok(()),
+        Err(e) => Err(IpcError::io("send of a byte that wakes the server", e)),
     }
 }

@@ -4,7 +4,7 @@
 //!        completion is checked against what was submitted, and a late answer never meets another call.
 
 use super::call::{CallId, SlotWriter};
-use super::doorbell::Doorbell;
+use super::doorbell::{Doorbell, ring_socket};
 use crate::error::{IpcError, Result};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{AWAKE, Published, fence_before_bell};
@@ -574,8 +574,18 @@ impl Lane {
     /// Wakes the server if it sleeps; behind a fence.
     #[inline(always)]
     pub fn ring(&self, published: Published) -> Result<()> {
-        let bell = &self.lane.common.server_bell;
-        if bell.take(published) { self.doorbell.ring(&bell.0) } else { Ok(()) }
+        if self.lane.common.server_bell.take(published) { self.wake_server() } else { Ok(()) }
+    }
+
+    #[cold]
+    fn wake_server(&self) -> Result<()> {
+        if let Doorbell::Socket(socket) = &self.doorbell {
+            return ring_socket(socket);
+        }
+        // Every waiter: waits of a ring that is gone still absorb wakes for some milliseconds.
+        doorbell_uring::futex::wake(&self.lane.common.server_bell.0, i32::MAX as u32)
+            .map_err(|e| IpcError::io("futex(FUTEX_WAKE) towards the server", e))?;
+        Ok(())
     }
 
     /// Nothing has come and something has gone out: rings at once if the server seems to sleep, else makes

@@ -139,7 +139,7 @@ fn choose_backend(config: &ServerConfig) -> Result<(Backend, Driver)> {
         }
         Err(error) => {
             let backend = Backend::Epoll.as_str();
-            tracing::warn!(backend, "io_uring cannot be used here, calls take a little longer: {error}");
+            tracing::info!(backend, "io_uring cannot be used here: {error}");
             with(Backend::Epoll)
         }
     }

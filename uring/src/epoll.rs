@@ -32,6 +32,8 @@ use crate::time::{for_syscall, monotonic_now};
 const CALLS_PER_LOOK: u32 = 16;
 /// Events taken by one epoll_wait. The others are not lost.
 const EVENTS_MAX: usize = 64;
+/// Timers that there is room for from the start: a reactor has one or two.
+const TIMERS: usize = 8;
 /// Bytes of files that one enter reads before it looks at anything else.
 const READ_PER_ENTER: usize = 64 << 10;
 /// What an event of our own eventfd carries; those of others carry a descriptor below 2^31.
@@ -119,12 +121,12 @@ impl EpollDriver {
             mail: eventfd,
             mail_token: mail,
             watches: Vec::new(),
-            timers: BinaryHeap::new(),
+            timers: BinaryHeap::with_capacity(TIMERS),
             reads: VecDeque::new(),
             helper: None,
             handed_over: Vec::new(),
             next_job: 0,
-            completions: VecDeque::new(),
+            completions: VecDeque::with_capacity(EVENTS_MAX + TIMERS),
             landed: None,
             events: Vec::with_capacity(EVENTS_MAX),
             asked: Cell::new(0),
