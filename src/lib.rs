@@ -35,7 +35,7 @@ pub use client::{
 };
 #[cfg(feature = "tokio")]
 pub use client::{AsyncAnswer, AsyncClient, AsyncRecords};
-pub use config::{Movable, ServerConfig, WaitPolicy};
+pub use config::{Backend, Movable, ServerConfig, WaitPolicy};
 pub use doorbell_shm::entry::Status;
 pub use error::{IpcError, Result};
 pub use metrics::Metrics;

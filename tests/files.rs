@@ -250,14 +250,15 @@ fn token(id: ReadId) -> Token {
 
 impl Bench {
     fn new(pool: BufferPool) -> Self {
-        let directory = TestDir::new();
-        Self {
-            roots: roots(&[&directory.0]),
-            directory,
-            driver: Driver::new(&Options { entries: 8, completion_entries: 64, restrict: true }).unwrap(),
+        Self::with(
+            Driver::new(&Options { entries: 8, completion_entries: 64, restrict: true }).unwrap(),
             pool,
-            reads: FileReads::new(token),
-        }
+        )
+    }
+
+    fn with(driver: Driver, pool: BufferPool) -> Self {
+        let directory = TestDir::new();
+        Self { roots: roots(&[&directory.0]), directory, driver, pool, reads: FileReads::new(token) }
     }
 
     fn write(&self, name: &str, bytes: &[u8]) {
@@ -298,12 +299,8 @@ fn bytes(len: usize, seed: usize) -> Vec<u8> {
     (0..len).map(|i| ((i + seed) * 31 + i / 251) as u8).collect()
 }
 
-/// Goal:   R2.11, R1.6: files of every size are read through registered buffers, many at a time, and the answer is
-///         that of the whole file; all buffers are free again.
-/// Method: sizes around those of the buffers, twice.
-#[test]
-fn r2_11_r1_6_files_are_read_through_registered_buffers() {
-    let mut bench = Bench::new(BufferPool::new());
+/// Reads files of sizes around those of the buffers, many at a time, twice.
+fn every_file_twice(bench: &mut Bench) {
     let sizes = [0, 1, 4095, 4096, 4097, 65535, 65536, 65537, 131_072, 300_001, 1 << 20];
     let files: Vec<Vec<u8>> = sizes.iter().enumerate().map(|(seed, len)| bytes(*len, seed)).collect();
     for (number, content) in files.iter().enumerate() {
@@ -322,6 +319,28 @@ fn r2_11_r1_6_files_are_read_through_registered_buffers() {
         }
         assert!(answers.is_empty());
     }
+}
+
+/// Goal:   F38, R2.11: the same without io_uring.
+#[test]
+fn f38_files_are_read_without_a_ring() {
+    let mut bench = Bench::with(Driver::epoll(Token(u32::MAX.into())).unwrap(), BufferPool::new());
+    every_file_twice(&mut bench);
+    let counters = bench.driver.counters();
+    assert!(counters.reads > 0 && counters.fixed_reads == 0);
+    for _ in 0..2 {
+        bench.pool.trim(&mut bench.driver).unwrap();
+    }
+    assert_eq!(bench.pool.staged_bytes(), 0, "no buffer is held");
+}
+
+/// Goal:   R2.11, R1.6: files of every size are read through registered buffers, many at a time, and the answer is
+///         that of the whole file; all buffers are free again.
+/// Method: sizes around those of the buffers, twice.
+#[test]
+fn r2_11_r1_6_files_are_read_through_registered_buffers() {
+    let mut bench = Bench::new(BufferPool::new());
+    every_file_twice(&mut bench);
     let counters = bench.driver.counters();
     match bench.driver.take_registration_refusal() {
         None => assert_eq!(counters.reads, counters.fixed_reads),

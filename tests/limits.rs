@@ -4,8 +4,8 @@
 mod common;
 
 use common::process::{
-    Actor, Process, ServerProcess, copy_at, copy_for_everybody, doorbell, is_root, ready, role, stderr,
-    until_dismissed,
+    Actor, Process, ServerProcess, copy_at, copy_for_everybody, doorbell, has_io_uring, is_root, ready, role,
+    stderr, until_dismissed,
 };
 use common::raw::{Heard, connect_silently, hear, hear_goodbye, hear_refusal, hello, send, send_with_fds};
 use common::{Bystander, TestDir, TestServer, eventually};
@@ -695,8 +695,23 @@ fn f40_a_limit_on_locked_memory_that_is_too_low_is_named() {
     if !is_root("a user without privileges, whose locked memory the kernel counts") {
         return;
     }
-    let said = serve_under("ulimit -l 0", Some(some_user()), &[]).refused();
+    if !has_io_uring("rings that take locked memory") {
+        return;
+    }
+    let said = serve_under("ulimit -l 0", Some(some_user()), &["--backend", "io-uring"]).refused();
     assert!(said.contains("creating a ring") && said.contains("RLIMIT_MEMLOCK"), "{said}");
+}
+
+/// Goal:   F38, F40: the same limit stops nobody who has not asked for io_uring.
+#[test]
+fn f38_f40_without_locked_memory_for_rings_epoll_serves() {
+    if !is_root("a user without privileges, whose locked memory the kernel counts") {
+        return;
+    }
+    let mut limits = serve_under("ulimit -l 0", Some(some_user()), &[]);
+    let mut server = limits.start();
+    server.signal(rustix::process::Signal::TERM);
+    assert!(server.wait().success());
 }
 
 /// Goal:   F33, F41: whether the log can be written is no business of the clients'.

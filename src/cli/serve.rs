@@ -3,7 +3,7 @@
 use clap::Args;
 use doorbell::config::file::{ConfigFile, socket_path};
 use doorbell::provider::{HasProviders, HostHandle, ProviderHost, ProviderPool};
-use doorbell::{HandlerTable, IpcServer, ServerConfig, WaitPolicy};
+use doorbell::{Backend, HandlerTable, IpcServer, ServerConfig, WaitPolicy};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use std::error::Error;
 use std::path::PathBuf;
@@ -42,6 +42,9 @@ pub struct ServeOptions {
     /// a core for the lowest latency [default: handoff]
     #[arg(long, value_name = "POLICY")]
     policy: Option<WaitPolicy>,
+    /// What the server waits with: `io-uring`, `epoll`, or `auto`, which is io_uring if it works here [default: auto]
+    #[arg(long, value_name = "BACKEND")]
+    backend: Option<Backend>,
     /// Connections over all sessions [default: 1000]
     #[arg(long, value_name = "N")]
     max_connections: Option<u32>,
@@ -79,6 +82,7 @@ impl ServeOptions {
         let max_sessions = self.max_sessions.unwrap_or(file.max_sessions);
         Ok(ServerConfig {
             policy: self.policy.unwrap_or(file.policy),
+            backend: self.backend.unwrap_or(file.backend),
             max_connections: self.max_connections.unwrap_or(file.max_connections),
             max_sessions,
             max_sessions_per_process: self.max_sessions_per_process.unwrap_or(file.max_sessions_per_process),

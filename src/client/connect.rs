@@ -4,7 +4,9 @@ use super::IpcClient;
 use super::session::{Joined, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
-use crate::protocol::handshake::{Answer, DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
+use crate::protocol::handshake::{
+    Answer, DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code, doorbell_kind,
+};
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::layout::{Geometry, LANES_MAX};
 use doorbell_shm::segment::Segment;
@@ -259,6 +261,7 @@ impl Connecting {
             reactors,
             max_message,
             policy,
+            rings_sockets: welcome.doorbell_kind == doorbell_kind::SOCKET,
         })
     }
 }

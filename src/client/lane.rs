@@ -5,6 +5,7 @@
 
 use super::call::{CallId, SlotWriter};
 use super::classify::{Fate, Remains, Witness, fate};
+use super::doorbell::{Doorbell, ring_socket};
 use crate::error::{IpcError, Result};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{AWAKE, Published, fence_before_bell};
@@ -124,6 +125,7 @@ pub(super) struct Lane {
     index: u32,
     /// The core that its reactor is pinned to.
     pub core: u32,
+    doorbell: Doorbell,
     calls: Vec<Call>,
     pub in_flight: usize,
     /// Something was published since the server's bell was last looked at.
@@ -144,12 +146,13 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub fn new(lane: ClientLane, geometry: Geometry, index: u32, core: u32) -> Self {
+    pub fn new(lane: ClientLane, geometry: Geometry, index: u32, core: u32, doorbell: Doorbell) -> Self {
         let calls = vec![NO_CALL; lane.slots.numbers() as usize];
         Self {
             lane,
             index,
             core,
+            doorbell,
             calls,
             in_flight: 0,
             unrung: None,
@@ -579,6 +582,9 @@ impl Lane {
 
     #[cold]
     fn wake_server(&self) -> Result<()> {
+        if let Doorbell::Socket(socket) = &self.doorbell {
+            return ring_socket(socket);
+        }
         // Every waiter: waits of a ring that is gone still absorb wakes for some milliseconds.
         doorbell_uring::futex::wake(&self.lane.common.server_bell.0, i32::MAX as u32)
             .map_err(|e| IpcError::io("futex(FUTEX_WAKE) towards the server", e))?;

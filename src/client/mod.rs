@@ -7,6 +7,7 @@ mod call;
 mod callback;
 mod classify;
 mod connect;
+mod doorbell;
 mod lane;
 mod mux;
 mod reconnect;

@@ -3,6 +3,7 @@
 use super::body::Bodies;
 use super::call::{CallId, CallOptions, SlotWriter};
 use super::classify::Witness;
+use super::doorbell::Doorbell;
 use super::lane::{Answered, Lane, NO_CONNECTION, Outcome};
 use super::route::Routes;
 use crate::config::WaitPolicy;
@@ -68,6 +69,8 @@ pub(super) struct Session {
     closing: Vec<(u32, bool)>,
     pub(super) end: Option<End>,
     pub(super) clock_offset_ns: u64,
+    /// The server's reactors sleep on sockets.
+    rings_sockets: bool,
 }
 
 /// What the handshake came to.
@@ -83,22 +86,26 @@ pub(super) struct Joined {
     /// Longest message, bytes.
     pub max_message: u64,
     pub policy: WaitPolicy,
+    /// The server's reactors sleep on sockets.
+    pub rings_sockets: bool,
 }
 
 impl Session {
     pub fn new(joined: Joined) -> Result<Self> {
-        let Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, max_message, policy } =
-            joined;
+        let Joined { segment, socket, memory, clock_offset_ns, home_core, reactors, .. } = joined;
+        let (max_message, policy, rings_sockets) = (joined.max_message, joined.policy, joined.rings_sockets);
+        let socket = Arc::new(socket);
+        let doorbell = if rings_sockets { Doorbell::Socket(Arc::clone(&socket)) } else { Doorbell::Futex };
         let geometry = *segment.geometry();
         let lane = ClientLane::open(segment.mapping(), &geometry, &LaneLayout::home(&geometry))?;
-        let home = Lane::new(lane, geometry, 0, home_core);
+        let home = Lane::new(lane, geometry, 0, home_core, doorbell);
         let kept = VecDeque::with_capacity(home.slots());
         let routes = (segment.lanes() > 1).then(|| Routes::new(policy, home_core, reactors)).flatten();
         Ok(Self {
             home,
             further: Vec::new(),
             segment,
-            socket: Arc::new(socket),
+            socket,
             memory,
             policy,
             routes,
@@ -111,6 +118,7 @@ impl Session {
             closing: Vec::new(),
             end: None,
             clock_offset_ns,
+            rings_sockets,
         })
     }
 
@@ -136,19 +144,25 @@ impl Session {
         std::iter::once(&self.home).chain(&self.further)
     }
 
-    /// Takes note of a lane that the server has granted.
-    pub fn add_lane(&mut self, grant: LaneGrant) -> Result<()> {
+    /// Takes note of a lane that the server has granted, and of the socket that it is rung by.
+    pub fn add_lane(&mut self, grant: LaneGrant, bell: Option<OwnedFd>) -> Result<()> {
         let next = self.further.len() as u32 + 1;
         // Named again, or none: nothing to be opened.
         if grant.lane != next {
             return Ok(());
         }
+        let doorbell = match (self.rings_sockets, bell) {
+            (false, _) => Doorbell::Futex,
+            (true, Some(bell)) => Doorbell::Socket(Arc::new(bell)),
+            // We had no descriptor left for it: a lane that cannot be rung is none.
+            (true, None) => return Ok(()),
+        };
         let layout = self.segment.lane(grant.lane).map_err(IpcError::ServerFault)?;
         let Some(layout) = layout else {
             return Err(IpcError::Handshake("the server granted a lane that its directory does not have"));
         };
         let lane = ClientLane::open(self.segment.mapping(), self.segment.geometry(), &layout)?;
-        let lane = Lane::new(lane, *self.segment.geometry(), grant.lane, grant.core);
+        let lane = Lane::new(lane, *self.segment.geometry(), grant.lane, grant.core, doorbell);
         self.kept.reserve(lane.slots());
         self.further.push(lane);
         Ok(())

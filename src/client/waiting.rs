@@ -20,7 +20,7 @@ use doorbell_uring::{current_cpu, futex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
@@ -262,8 +262,8 @@ impl Session {
         let give_up = Instant::now() + LANE_TIMEOUT;
         loop {
             match self.hear()? {
-                Heard::Lane(grant) => {
-                    self.add_lane(grant)?;
+                Heard::Lane(grant, bell) => {
+                    self.add_lane(grant, bell)?;
                     return Ok(if grant.lane as usize <= self.further.len() { grant.lane } else { 0 });
                 }
                 Heard::Bell => {}
@@ -319,7 +319,7 @@ impl Session {
                 Heard::Nothing => return Ok(false),
                 Heard::Bell => {}
                 // The answer to a wish that was given up.
-                Heard::Lane(grant) => self.add_lane(grant)?,
+                Heard::Lane(grant, bell) => self.add_lane(grant, bell)?,
                 Heard::End(end) => {
                     self.finish(end)?;
                     return Ok(true);
@@ -333,11 +333,11 @@ impl Session {
         let mut bytes = [0u8; size_of::<Goodbye>()];
         Ok(match rendezvous::receive(self.socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
             Err(Errno::AGAIN) => Heard::Nothing,
-            Ok(packet) if packet.len > 0 => {
-                let packet = &bytes[..packet.len];
-                match (Goodbye::read(packet), LaneGrant::read(packet)) {
+            Ok(mut packet) if packet.len > 0 => {
+                let bytes = &bytes[..packet.len];
+                match (Goodbye::read(bytes), LaneGrant::read(bytes)) {
                     (Some(reason), _) => Heard::End(End::Told(reason)),
-                    (None, Some(grant)) => Heard::Lane(grant),
+                    (None, Some(grant)) => Heard::Lane(grant, packet.fds.pop()),
                     // One byte, or nothing we know.
                     (None, None) => Heard::Bell,
                 }
@@ -382,7 +382,8 @@ fn futex_slice(slept: Duration, left: Option<Duration>) -> Duration {
 enum Heard {
     Nothing,
     Bell,
-    Lane(LaneGrant),
+    /// A lane, and the socket that it is rung by, if that is how.
+    Lane(LaneGrant, Option<OwnedFd>),
     End(End),
 }
 

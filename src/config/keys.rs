@@ -1,7 +1,7 @@
 //! The keys of a configuration file's section `ipc`: one for each limit, its unit in its name. One table for reading,
 //! for checking, for the environment and for `doorbell config default`.
 
-use super::{ServerConfig, WaitPolicy};
+use super::{Backend, ServerConfig, WaitPolicy};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::de::DeValue;
@@ -39,6 +39,7 @@ pub(super) enum Field<'a> {
     Paths(&'a mut Vec<PathBuf>),
     Cores(&'a mut Vec<usize>),
     Policy(&'a mut WaitPolicy),
+    Backend(&'a mut Backend),
 }
 
 macro_rules! keys {
@@ -55,6 +56,7 @@ macro_rules! keys {
 pub(super) const KEYS: &[Key] = keys! {
     socket_path: Path = socket_path, "Where clients connect. Default: doorbell.sock in $XDG_RUNTIME_DIR, /run/user/UID or /tmp/doorbell-UID.";
     policy: Policy = server.policy, "How a reactor waits: handoff, block or spin.";
+    backend: Backend = server.backend, "What reactors wait with: io-uring, epoll, or auto, which is io-uring if it works here.";
     reactors: U32 = server.reactors, "Reactors, each a thread; 0 means one for every core that may be used.";
     cores: Cores = server.cores, "Cores for the reactors; empty means all that may be used.";
     pinned: Bool = server.pinned, "Whether each reactor stays on its core: callers hand over their core to such ones only.";
@@ -120,6 +122,12 @@ impl Field<'_> {
                     value.as_str().ok_or_else(|| wanted("\"handoff\", \"block\" or \"spin\"", value))?;
                 *to = text.parse().map_err(|_| format!("`{text}` is none: choose handoff, block or spin"))?;
             }
+            Self::Backend(to) => {
+                let text =
+                    value.as_str().ok_or_else(|| wanted("\"auto\", \"io-uring\" or \"epoll\"", value))?;
+                *to =
+                    text.parse().map_err(|_| format!("`{text}` is none: choose auto, io-uring or epoll"))?;
+            }
         }
         Ok(())
     }
@@ -139,6 +147,7 @@ impl Field<'_> {
             Self::Paths(value) => listed(value.iter().map(|path| quoted(path))),
             Self::Cores(value) => listed(value.iter().map(usize::to_string)),
             Self::Policy(value) => format!("{:?}", value.as_str()),
+            Self::Backend(value) => format!("{:?}", value.as_str()),
         })
     }
 }

@@ -75,6 +75,42 @@ impl FromStr for WaitPolicy {
     }
 }
 
+/// What reactors wait with (F38).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backend {
+    /// io_uring if a self-test at the start shows that it works here, else epoll.
+    #[default]
+    Auto,
+    /// io_uring, or no server.
+    IoUring,
+    /// epoll, with a byte on the session's socket as the bell of a reactor.
+    Epoll,
+}
+
+impl Backend {
+    /// Its name on command lines and in configuration files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::IoUring => "io-uring",
+            Self::Epoll => "epoll",
+        }
+    }
+}
+
+impl FromStr for Backend {
+    type Err = IpcError;
+
+    fn from_str(text: &str) -> Result<Self> {
+        [Self::Auto, Self::IoUring, Self::Epoll]
+            .into_iter()
+            .find(|backend| backend.as_str() == text)
+            .ok_or_else(|| {
+                IpcError::Config(format!("backend `{text}` is unknown: choose auto, io-uring or epoll"))
+            })
+    }
+}
+
 /// The limits of a server. `Default` is what `doorbell serve` uses.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
@@ -143,6 +179,8 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// How the reactor waits.
     pub policy: WaitPolicy,
+    /// What the reactors wait with.
+    pub backend: Backend,
     /// Reactors, each a thread with a ring of its own; 0 means one for every core that may be used.
     pub reactors: u32,
     /// Cores for the reactors, in turn; empty means every core that the starting thread may use.
@@ -186,6 +224,7 @@ impl Default for ServerConfig {
             slow_consumer_timeout: Some(Duration::from_secs(30)),
             drain_timeout: Duration::from_secs(5),
             policy: WaitPolicy::default(),
+            backend: Backend::default(),
             reactors: 0,
             cores: Vec::new(),
             pinned: true,

@@ -41,6 +41,10 @@ pub mod code {
 pub mod doorbell_kind {
     /// Futex words in the segment.
     pub const FUTEX: u32 = 0;
+    /// The server sleeps on sockets: whoever has taken the mark of a lane's bell sends it one byte, on the session's
+    /// socket for the home lane, for a further one on the socket that came with the [`LaneGrant`](super::LaneGrant). A
+    /// full socket has been rung. Clients sleep as before.
+    pub const SOCKET: u32 = 1;
 }
 
 /// What there are too many of, with [`code::TOO_MANY`].
@@ -252,7 +256,8 @@ impl LaneRequest {
     }
 }
 
-/// The server's answer to a [`LaneRequest`], 16 bytes.
+/// The server's answer to a [`LaneRequest`], 16 bytes; with the lane's socket if that is how the server is rung
+/// ([`doorbell_kind::SOCKET`]).
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct LaneGrant {
@@ -347,7 +352,7 @@ impl Answer {
         if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
             return Ok(Self::Refused(Welcome { code: code::VERSION_MISMATCH, ..welcome }));
         }
-        if welcome.doorbell_kind != doorbell_kind::FUTEX || welcome.features != 0 {
+        if welcome.doorbell_kind > doorbell_kind::SOCKET || welcome.features != 0 {
             return Err("the welcome speaks of bells or features that this client does not know");
         }
         match descriptors {
@@ -529,7 +534,7 @@ mod tests {
         for bytes in [&good.as_bytes()[1..], &[good.as_bytes(), &[0]].concat(), &[], &[1]] {
             assert!(Answer::read(bytes, 1).unwrap_err().contains("not a doorbell"));
         }
-        for unknown in [Welcome { doorbell_kind: 1, ..good }, Welcome { features: 1, ..good }] {
+        for unknown in [Welcome { doorbell_kind: 2, ..good }, Welcome { features: 1, ..good }] {
             assert!(Answer::read(unknown.as_bytes(), 1).unwrap_err().contains("does not know"));
         }
         let other = Welcome { magic: 0, ..good };

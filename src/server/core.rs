@@ -21,6 +21,7 @@ use doorbell_shm::entry::{Status, flag};
 use doorbell_shm::lane::Drain;
 use doorbell_shm::layout::{Geometry, lanes_max, state};
 use doorbell_shm::map::PAGE;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// Busy rounds between two that are timed: a clock in every round would cost more than it tells.
@@ -225,6 +226,11 @@ impl<S> Core<S> {
     /// The same with somebody who runs the futures of handlers.
     pub fn executor(self, executor: Option<Arc<Executor>>) -> Self {
         Self { executor, ..self }
+    }
+
+    /// The reactor is rung by this eventfd, since it cannot sleep on words.
+    pub fn rung_through(&mut self, eventfd: Arc<OwnedFd>) {
+        self.exchanges.tickets.rung_through(eventfd);
     }
 
     pub fn config(&self) -> &ServerConfig {

@@ -32,13 +32,20 @@ pub(crate) enum Notice {
     Ended,
 }
 
+/// The bell of a further lane where reactors sleep on sockets.
+#[derive(Debug)]
+pub(crate) struct BellSocket {
+    pub ours: OwnedFd,
+    pub theirs: OwnedFd,
+}
+
 /// What one reactor tells another.
 #[derive(Debug)]
 pub(crate) enum Message {
     /// From home: a connection of a session that has a lane there. Not worth ringing for.
     Notice(SessionId, Notice),
     /// From home: take this lane, and tell the client.
-    Lane { id: SessionId, number: u32, segment: Arc<Segment>, socket: Arc<OwnedFd> },
+    Lane { id: SessionId, number: u32, segment: Arc<Segment>, socket: Arc<OwnedFd>, bell: Option<BellSocket> },
     /// From home: the session is over.
     End(SessionId),
     /// To home: this session broke the protocol on a further lane.
@@ -85,7 +92,7 @@ impl Address {
         self.sender.send(message).is_ok()
     }
 
-    /// The ring to send MSG_RING to.
+    /// The ring to send MSG_RING to, or the eventfd.
     pub fn ring(&self) -> BorrowedFd<'_> {
         use std::os::fd::AsFd;
         self.ring.as_fd()

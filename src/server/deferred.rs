@@ -17,6 +17,7 @@ use doorbell_uring::futex;
 use std::cell::Cell;
 use std::fmt;
 use std::future::{Future, poll_fn};
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 #[cfg(not(fuzzing))]
@@ -95,6 +96,8 @@ pub(crate) struct Desk {
     pub store: SharedBytes,
     pub ready: ReadySet,
     bell: Line<AtomicU32>,
+    /// Where the reactor is rung that cannot sleep on the bell.
+    eventfd: Option<Arc<OwnedFd>>,
 }
 
 /// A cache line of its own.
@@ -103,8 +106,8 @@ pub(crate) struct Desk {
 struct Line<T>(T);
 
 impl Desk {
-    pub fn new(store: SharedBytes, most: u32) -> Self {
-        Self { store, ready: ReadySet::new(most), bell: Line(AtomicU32::new(0)) }
+    pub fn new(store: SharedBytes, most: u32, eventfd: Option<Arc<OwnedFd>>) -> Self {
+        Self { store, ready: ReadySet::new(most), bell: Line(AtomicU32::new(0)), eventfd }
     }
 
     /// The word that the reactor sleeps on.
@@ -126,8 +129,11 @@ impl Desk {
 
     #[cold]
     fn wake(&self) {
-        // Cannot fail for a word of our own; were it to, the sweep of the reactor would find what is ready.
-        futex::wake(&self.bell.0, u32::MAX).ok();
+        // Neither can fail for what is our own; were it to, the sweep of the reactor would find what is ready.
+        match &self.eventfd {
+            None => futex::wake(&self.bell.0, u32::MAX).map(drop).ok(),
+            Some(eventfd) => doorbell_uring::ring_eventfd(eventfd).ok(),
+        };
     }
 }
 

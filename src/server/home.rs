@@ -4,7 +4,7 @@
 use super::budget::PRIVATE_PER_SESSION;
 use super::control::{Control, Orders};
 use super::core::{SessionId, Verdict};
-use super::crew::{Crew, Message, Notice};
+use super::crew::{BellSocket, Crew, Message, Notice};
 use super::half_open::{HalfOpen, HalfOpenTable};
 use super::lane::SessionLane;
 use super::listener::Listener;
@@ -14,6 +14,7 @@ use crate::config::ServerConfig;
 use crate::error::Result;
 use crate::protocol::handshake::{
     DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, NO_CORE, Scope, Welcome, code,
+    doorbell_kind,
 };
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::SegmentError;
@@ -21,7 +22,7 @@ use doorbell_shm::layout::{Geometry, LaneLayout, state};
 use doorbell_shm::segment::{Identity, Segment, granted_bytes, lane_bytes};
 use doorbell_uring::PollFlags;
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair};
 use rustix::process::{Resource, getrlimit};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -444,7 +445,10 @@ impl Home {
     ) -> Result<()> {
         let identity = Identity { epoch: self.epoch, session: rendezvous::random_id()? };
         let home_core = reactor.crew.core();
-        let welcome = Welcome { epoch: identity.epoch, session: identity.session, home_core, ..welcome };
+        let doorbell_kind =
+            if reactor.driver.waits_on_words() { doorbell_kind::FUTEX } else { doorbell_kind::SOCKET };
+        let (epoch, session) = (identity.epoch, identity.session);
+        let welcome = Welcome { epoch, session, home_core, doorbell_kind, ..welcome };
         let bytes = session_bytes(&geometry);
         if !reactor.core.budget.take_session(bytes) {
             let limit = (reactor.core.config().memory_budget >> 10) as u32;
@@ -479,10 +483,9 @@ impl Home {
         }
         let id = reactor.core.open(SessionLane::new(Arc::clone(&segment), 0)?);
         let socket = Arc::new(socket);
-        let events = PollFlags::IN | PollFlags::RDHUP;
-        reactor.driver.poll(socket.as_fd(), events, Source::Socket(id).token())?;
+        reactor.add_peer(id, Arc::clone(&socket), None);
+        reactor.listen(id)?;
         reactor.driver.poll(process.as_fd(), PollFlags::IN, Source::Process(id).token())?;
-        reactor.add_peer(id, Arc::clone(&socket));
         self.lanes_of[0] += 1;
         let index = id.index as usize;
         if self.members.len() <= index {
@@ -504,7 +507,7 @@ impl Home {
         Ok(())
     }
 
-    /// A session's socket has something to say: a wish for a lane, or its end.
+    /// A session's socket has something to say: a wish for a lane, a ring where reactors sleep on sockets, or its end.
     fn socket_spoke<S>(
         &mut self,
         reactor: &mut Reactor<S>,
@@ -512,10 +515,14 @@ impl Home {
         result: std::result::Result<u32, Errno>,
     ) -> Result<()> {
         let Some(member) = self.member(id) else { return Ok(()) };
-        if result == Err(Errno::CANCELED) {
-            return Ok(());
-        }
         let (id, socket) = (member.id, Arc::clone(&member.socket));
+        match result {
+            Err(Errno::CANCELED) => return Ok(()),
+            // No room to listen to it: to go on as if there were would be a loop.
+            Err(_) => return self.end(reactor, id, DisconnectReason::Quota),
+            Ok(_) => {}
+        }
+        let by_socket = !reactor.driver.waits_on_words();
         let mut bytes = [0u8; size_of::<LaneRequest>() + 1];
         match rendezvous::receive(socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
             Err(Errno::AGAIN) => {}
@@ -525,6 +532,7 @@ impl Home {
                         return Ok(());
                     }
                 }
+                None if by_socket && packet.len == 1 && packet.fds.is_empty() => {}
                 _ => {
                     reactor
                         .log
@@ -534,9 +542,11 @@ impl Home {
             },
             _ => return self.end(reactor, id, DisconnectReason::PeerDied),
         }
-        let events = PollFlags::IN | PollFlags::RDHUP;
-        reactor.driver.poll(socket.as_fd(), events, Source::Socket(id).token())?;
-        Ok(())
+        if by_socket {
+            // Whatever came: a client that finds its socket full counts as having rung.
+            reactor.socket_rang(id)?;
+        }
+        reactor.listen(id)
     }
 
     /// Grants a lane, or says that there is none to be had; `false` if the session has asked too often and ends.
@@ -603,6 +613,16 @@ impl Home {
         if number >= lane.segment().lanes() {
             return Ok(false);
         }
+        let bell = match reactor.driver.waits_on_words() {
+            true => None,
+            false => match bell_socket() {
+                Ok(bell) => Some(bell),
+                Err(error) => {
+                    reactor.log.warn(|| tracing::warn!(%error, "no socket for the bell of a further lane"));
+                    return Ok(false);
+                }
+            },
+        };
         let bytes = lane_bytes(lane.segment().geometry()) as u64;
         if reactor.core.budget.take(1, 1, bytes) == 0 {
             return Ok(false);
@@ -616,7 +636,8 @@ impl Home {
         let segment = Arc::clone(lane.segment());
         lane.add_further();
         let address = &reactor.crew.addresses[at];
-        let mut told = address.put(Message::Lane { id, number, segment, socket: Arc::clone(socket) });
+        let socket = Arc::clone(socket);
+        let mut told = address.put(Message::Lane { id, number, segment, socket, bell });
         for notice in reactor.core.connections_of(id) {
             told &= address.put(Message::Notice(id, notice));
         }
@@ -665,6 +686,7 @@ impl Home {
             }
         }
         if reason != DisconnectReason::PeerDied {
+            hear_out(&member.socket);
             // A client that is gone or full needs no goodbye: its segment says the same.
             if let Err(error) = rendezvous::send(member.socket.as_fd(), Goodbye::new(reason).as_bytes(), None)
             {
@@ -738,6 +760,13 @@ impl Home {
     }
 }
 
+/// The two ends by which a further lane is rung.
+fn bell_socket() -> std::result::Result<BellSocket, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    Ok(BellSocket { ours, theirs })
+}
+
 /// What a session with its home lane takes from the memory budget, bytes.
 fn session_bytes(geometry: &Geometry) -> u64 {
     granted_bytes(geometry) as u64 + PRIVATE_PER_SESSION
@@ -782,18 +811,22 @@ fn turn_away<S>(reactor: &mut Reactor<S>, socket: &OwnedFd, welcome: &Welcome) {
     refuse(reactor, socket, if is_ours(socket) { welcome } else { &stranger });
 }
 
+/// Takes what a peer has sent, and accepts nothing more: a socket closed with something unread resets its peer, who would
+/// then not see our last word.
+fn hear_out(socket: &OwnedFd) {
+    if let Err(error) = rustix::net::shutdown(socket, rustix::net::Shutdown::Read) {
+        tracing::debug!(%error, "shutdown of a socket");
+    }
+    let mut unread = [0u8; 1];
+    while rendezvous::receive(socket.as_fd(), &mut unread, RecvFlags::DONTWAIT).is_ok_and(|p| p.len > 0) {}
+}
+
 /// Answers a hello that leads to nothing.
 fn refuse<S>(reactor: &mut Reactor<S>, socket: &OwnedFd, welcome: &Welcome) {
     reactor.core.metrics.sessions_refused += 1;
     let (code, scope) = (welcome.code, welcome.scope());
     reactor.log.warn(|| tracing::warn!(code, ?scope, "handshake refused"));
-    // A socket closed with something unread resets its peer, who would then not see the answer: nothing
-    // more is accepted, and what is there is taken.
-    if let Err(error) = rustix::net::shutdown(socket, rustix::net::Shutdown::Read) {
-        tracing::debug!(%error, "shutdown of a refused socket");
-    }
-    let mut unread = [0u8; 1];
-    while rendezvous::receive(socket.as_fd(), &mut unread, RecvFlags::DONTWAIT).is_ok_and(|p| p.len > 0) {}
+    hear_out(socket);
     // A client that is gone by now needs no answer.
     if let Err(error) = rendezvous::send(socket.as_fd(), welcome.as_bytes(), None) {
         tracing::debug!(%error, "refusal not delivered");

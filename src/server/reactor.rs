@@ -5,7 +5,7 @@
 
 use super::analyze::FileDesk;
 use super::core::{Core, SessionId};
-use super::crew::{Crew, Message, Notice};
+use super::crew::{BellSocket, Crew, Message, Notice};
 use super::files::ReadId;
 use super::home::Home;
 use super::idle::{Habits, LOOKS};
@@ -13,7 +13,7 @@ use super::lane::SessionLane;
 use super::spin::SpinBudget;
 use super::storm::{self, Storm};
 use super::throttle::Throttle;
-use crate::config::{ServerConfig, WaitPolicy};
+use crate::config::{Backend, ServerConfig, WaitPolicy};
 use crate::error::{IpcError, Result};
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::handshake::{DisconnectReason, LaneGrant};
@@ -21,8 +21,9 @@ use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{self, WAITER_FUTEX, WAITER_SOCKET, fence_before_bell};
 use doorbell_shm::segment::Segment;
-use doorbell_uring::{Completion, Driver, Token, Wait};
+use doorbell_uring::{Completion, Driver, PollFlags, Token, Wait};
 use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -133,7 +134,10 @@ impl Source {
 struct Peer {
     id: SessionId,
     socket: Arc<OwnedFd>,
-    /// A FUTEX_WAIT on its bell has been pushed and has not completed. Never the word's value (P5).
+    /// Where the client rings a further lane's bell, if it rings sockets. That of a home lane is the session's.
+    bell: Option<OwnedFd>,
+    /// A FUTEX_WAIT on its bell has been pushed and has not completed. Never the word's value (P5). Where the client
+    /// rings sockets: the lane sleeps, and no ring has come since.
     bell_armed: bool,
     /// Woken, and no entry has been seen since.
     woken: bool,
@@ -496,7 +500,8 @@ impl<S> Reactor<S> {
         while let Some(completion) = self.driver.next_completion() {
             let Completion { token, result } = completion;
             match Source::of(token) {
-                Some(Source::Bell(id)) => self.bell_rang(id, result)?,
+                Some(Source::Bell(id)) if self.driver.waits_on_words() => self.bell_rang(id, result)?,
+                Some(Source::Bell(id)) => self.bell_socket_spoke(id, result)?,
                 Some(Source::Mail) => self.mail()?,
                 Some(Source::Timer) => {
                     self.timer_ns = u64::MAX;
@@ -548,6 +553,46 @@ impl<S> Reactor<S> {
         Ok(())
     }
 
+    /// The socket of a further lane's bell has something to say (F38): a byte for each ring.
+    fn bell_socket_spoke(&mut self, id: SessionId, result: std::result::Result<u32, Errno>) -> Result<()> {
+        let Some(peer) = self.peer(id).filter(|_| result != Err(Errno::CANCELED)) else { return Ok(()) };
+        let (id, Some(bell)) = (peer.id, &peer.bell) else { return Ok(()) };
+        match rendezvous::receive(bell.as_fd(), &mut [0], RecvFlags::DONTWAIT) {
+            Ok(packet) if packet.len > 0 => self.socket_rang(id)?,
+            Err(Errno::AGAIN) => {}
+            // Closed by a client that wants to be found by the sweep.
+            Ok(_) | Err(_) => return Ok(()),
+        }
+        self.listen(id)
+    }
+
+    /// A client has rung by a socket. A ring for a lane that is awake is for nothing, like one without work.
+    pub(super) fn socket_rang(&mut self, id: SessionId) -> Result<()> {
+        match self.peer(id) {
+            Some(peer) if peer.bell_armed => self.bell_rang(id, Ok(0)),
+            Some(peer) => {
+                peer.woken = true;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Listens to the socket that a lane is rung by. That of a home lane is listened to for its end in any case, but who
+    /// rests is not heard (F24).
+    pub(super) fn listen(&mut self, id: SessionId) -> Result<()> {
+        let (by_socket, is_home) = (!self.driver.waits_on_words(), self.crew.is_home());
+        let Some(Some(peer)) = self.peers.get(id.index as usize) else { return Ok(()) };
+        let heard = peer.rests_until_ns == 0 || !by_socket;
+        if is_home {
+            let events = if heard { PollFlags::IN | PollFlags::RDHUP } else { PollFlags::RDHUP };
+            self.driver.poll(peer.socket.as_fd(), events, Source::Socket(peer.id).token())?;
+        } else if let Some(bell) = peer.bell.as_ref().filter(|_| heard) {
+            self.driver.poll(bell.as_fd(), PollFlags::IN, Source::Bell(peer.id).token())?;
+        }
+        Ok(())
+    }
+
     /// Polls a lane again.
     pub(super) fn heat(&mut self, id: SessionId) {
         if let Some(lane) = self.core.lane(id) {
@@ -568,7 +613,7 @@ impl<S> Reactor<S> {
     }
 
     /// Heats the lanes whose rest is over.
-    fn end_rests(&mut self, now_ns: u64) {
+    fn end_rests(&mut self, now_ns: u64) -> Result<()> {
         self.rest_ends_ns = 0;
         for index in 0..self.peers.len() {
             let Some(peer) = self.peers[index].as_mut().filter(|peer| peer.rests_until_ns != 0) else {
@@ -578,10 +623,14 @@ impl<S> Reactor<S> {
             if now_ns >= until_ns {
                 peer.rests_until_ns = 0;
                 self.heat(id);
+                if !self.driver.waits_on_words() {
+                    self.listen(id)?;
+                }
             } else if self.rest_ends_ns == 0 || until_ns < self.rest_ends_ns {
                 self.rest_ends_ns = until_ns;
             }
         }
+        Ok(())
     }
 
     /// What other reactors have told.
@@ -590,8 +639,8 @@ impl<S> Reactor<S> {
             match message {
                 // Noted by the core already.
                 Message::Notice(..) => {}
-                Message::Lane { id, number, segment, socket } => {
-                    self.take_lane(id, number, segment, socket)?
+                Message::Lane { id, number, segment, socket, bell } => {
+                    self.take_lane(id, number, segment, socket, bell)?
                 }
                 Message::End(id) => self.let_go(id)?,
                 Message::Unarmed(id) => self.end(id, DisconnectReason::ProtocolViolation)?,
@@ -665,21 +714,26 @@ impl<S> Reactor<S> {
         number: u32,
         segment: Arc<Segment>,
         socket: Arc<OwnedFd>,
+        bell: Option<BellSocket>,
     ) -> Result<()> {
+        let (ours, theirs) = bell.map_or((None, None), |bell| (Some(bell.ours), Some(bell.theirs)));
         let grant = LaneGrant::new(number, self.crew.core());
         self.core.seat(id, SessionLane::new(segment, number)?);
         self.core.metrics.further_lanes += 1;
         // A client that is gone or does not listen finds out by itself.
-        if let Err(error) = rendezvous::send(socket.as_fd(), grant.as_bytes(), None) {
+        if let Err(error) =
+            rendezvous::send(socket.as_fd(), grant.as_bytes(), theirs.as_ref().map(AsFd::as_fd))
+        {
             tracing::debug!(%error, "a granted lane could not be announced");
         }
-        self.add_peer(id, socket);
+        self.add_peer(id, socket, ours);
+        self.listen(id)?;
         tracing::debug!(session = id.index, lane = number, "lane opened");
         Ok(())
     }
 
     /// The kernel's side of a lane that has just been seated.
-    pub(super) fn add_peer(&mut self, id: SessionId, socket: Arc<OwnedFd>) {
+    pub(super) fn add_peer(&mut self, id: SessionId, socket: Arc<OwnedFd>, bell: Option<OwnedFd>) {
         let index = id.index as usize;
         if self.peers.len() <= index {
             self.peers.resize_with(index + 1, || None);
@@ -687,6 +741,7 @@ impl<S> Reactor<S> {
         self.peers[index] = Some(Peer {
             id,
             socket,
+            bell,
             bell_armed: false,
             woken: false,
             suspect: 0,
@@ -702,13 +757,10 @@ impl<S> Reactor<S> {
     pub(super) fn let_go(&mut self, id: SessionId) -> Result<()> {
         let Some(lane) = self.core.unseat(id) else { return Ok(()) };
         self.gone = self.gone.saturating_add(1);
-        let bell_armed = self
-            .peers
-            .get_mut(id.index as usize)
-            .and_then(|peer| peer.take_if(|peer| peer.id == id))
-            .is_some_and(|peer| peer.bell_armed);
+        let peer = self.peers.get_mut(id.index as usize).and_then(|peer| peer.take_if(|peer| peer.id == id));
+        let bell_armed = self.driver.waits_on_words() && peer.as_ref().is_some_and(|peer| peer.bell_armed);
         self.driver.futex_wake(&lane.lane().common.client_bell.0, CLIENT_WAKES)?;
-        if bell_armed {
+        if bell_armed || peer.as_ref().is_some_and(|peer| peer.bell.is_some()) {
             self.driver.cancel(Source::Bell(id).token())?;
         }
         self.parting.push(Parting { id, _segment: Arc::clone(lane.segment()), bell_armed });
@@ -725,7 +777,7 @@ impl<S> Reactor<S> {
         }
         self.trim_files(now)?;
         if self.rest_ends_ns != 0 && now >= self.rest_ends_ns {
-            self.end_rests(now);
+            self.end_rests(now)?;
         }
         if home_waits {
             self.with_home(|home, reactor| home.tick(reactor, now))?;
@@ -949,9 +1001,12 @@ fn ring_socket(socket: &OwnedFd) {
 /// Fewest and most completion entries of a ring: 8 and 64 KiB.
 const COMPLETION_ENTRIES: std::ops::RangeInclusive<u32> = 512..=4096;
 
-/// The ring of a reactor, as large as its sessions need: two of the three things that the home reactor waits for in
+/// What a reactor waits with: epoll, or a ring, as large as its sessions need: two of the three things that the home reactor waits for in
 /// each of them may happen at once, when its process dies. A further reactor has nothing but bells to wait for.
 pub(crate) fn driver(config: &ServerConfig, home: bool) -> Result<Driver> {
+    if config.backend == Backend::Epoll {
+        return Ok(Driver::epoll(Source::Mail.token())?);
+    }
     let (fewest, most) = COMPLETION_ENTRIES.into_inner();
     let (entries, completion_entries) =
         if home { (256, config.max_sessions.saturating_mul(2).clamp(fewest, most)) } else { (64, fewest) };

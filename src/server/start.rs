@@ -11,7 +11,7 @@ use super::home::Home;
 use super::listener::Listener;
 use super::reactor::{self, Reactor, Source};
 use super::table::Entry;
-use crate::config::{ServerConfig, WaitPolicy};
+use crate::config::{Backend, ServerConfig, WaitPolicy};
 use crate::error::{IpcError, Result};
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::rendezvous::monotonic_ns;
@@ -46,10 +46,14 @@ impl<S> Plan<S> {
             .executor(self.executor.clone())
     }
 
-    fn reactor(&self, driver: Driver, crew: Crew, inbox: Inbox, home: Option<Home>) -> Reactor<S> {
+    fn reactor(&self, driver: Driver, crew: Crew, inbox: Inbox, home: Option<Home>) -> Result<Reactor<S>> {
         let totals = Totals { own: crew.own, ..self.totals.clone() };
         let files = FileDesk::new(Arc::clone(&self.files));
-        Reactor::new(driver, self.core(crew.own, inbox), crew, totals, home, files, self.wake_ns)
+        let mut core = self.core(crew.own, inbox);
+        if !driver.waits_on_words() {
+            core.rung_through(Arc::new(duplicate(&driver)?));
+        }
+        Ok(Reactor::new(driver, core, crew, totals, home, files, self.wake_ns))
     }
 }
 
@@ -77,7 +81,8 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let reactors = pins.len();
     let polls = config.policy == WaitPolicy::Handoff && config.spin_percent > 0;
     let wake_ns = if polls && cores.len() > 1 { wake_cost(cores[0], cores[1])? } else { 0 };
-    let config = ServerConfig { reactors: reactors as u32, ..config };
+    let (backend, driver) = choose_backend(&config)?;
+    let config = ServerConfig { reactors: reactors as u32, backend, ..config };
     let totals = Totals::new(0, reactors);
     let budget = Budget::new(config.memory_budget);
     let plan = Plan { handlers, state, config, files, executor, totals, budget, wake_ns, shutdown };
@@ -85,7 +90,6 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let before = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
     let result = std::thread::scope(|scope| {
         become_reactor(pins[0])?;
-        let driver = reactor::driver(&plan.config, true)?;
         let home = Home::new(listener, control, &plan.config)?;
         let further = Further::start(scope, &plan, &pins[1..])?;
         let (address, inbox) = Address::new(duplicate(&driver)?, pins[0]);
@@ -95,7 +99,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
             // A thread that has ended by now says so when it is joined.
             start.send(Crew { own: i + 1, ..crew.clone() }).ok();
         }
-        let reactor = plan.reactor(driver, crew.clone(), inbox, Some(home));
+        let reactor = plan.reactor(driver, crew.clone(), inbox, Some(home))?;
         if plan.config.thin_executable {
             let_go_of_the_start();
         }
@@ -114,6 +118,32 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     rustix::thread::sched_setaffinity(None, &before)
         .map_err(|e| IpcError::io("sched_setaffinity after serving", e))?;
     result
+}
+
+/// What the reactors wait with (F38), and the home reactor's driver; says which and why, once.
+///
+/// The calling thread has to be the home reactor's: it alone may use the driver.
+fn choose_backend(config: &ServerConfig) -> Result<(Backend, Driver)> {
+    let with = |backend| -> Result<(Backend, Driver)> {
+        Ok((backend, reactor::driver(&ServerConfig { backend, ..config.clone() }, true)?))
+    };
+    if config.backend != Backend::Auto {
+        tracing::info!(backend = config.backend.as_str(), "as configured");
+        return with(config.backend);
+    }
+    // What works for a small ring may be refused to one of full size, for want of memory.
+    let uring = doorbell_uring::self_test().map_err(IpcError::from).and_then(|_| with(Backend::IoUring));
+    match uring {
+        Ok(chosen) => {
+            tracing::info!(backend = Backend::IoUring.as_str(), "its self-test passes");
+            Ok(chosen)
+        }
+        Err(error) => {
+            let backend = Backend::Epoll.as_str();
+            tracing::info!(backend, "io_uring cannot be used here: {error}");
+            with(Backend::Epoll)
+        }
+    }
 }
 
 /// The reactors beside home.
@@ -169,7 +199,7 @@ fn run_further<S: Send + Sync + 'static>(
     }
     let Ok(crew) = started.recv() else { return Ok(Metrics::default()) };
     let _stops_home = StopsHome(plan.shutdown.clone());
-    plan.reactor(driver, crew, inbox, None).run()
+    plan.reactor(driver, crew, inbox, None)?.run()
 }
 
 /// Stops the server when a further reactor ends, by a failure or a panic of our own: nobody shall find half of it.

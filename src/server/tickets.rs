@@ -16,6 +16,7 @@ use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::map::{Mapping, PAGE};
 use doorbell_shm::pipe::{PipeReader, Range};
 use memmap2::{MmapMut, MmapRaw};
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::Waker;
@@ -59,6 +60,8 @@ pub(crate) struct Tickets {
     budget: Budget,
     /// Made with the first ticket.
     desk: Option<Arc<Desk>>,
+    /// Where the reactor is rung that cannot sleep on a bell.
+    eventfd: Option<Arc<OwnedFd>>,
     live: Vec<Option<Live>>,
     free: Vec<u32>,
     spare: Vec<Arc<Record>>,
@@ -79,6 +82,7 @@ impl Tickets {
             most,
             budget,
             desk: None,
+            eventfd: None,
             live: Vec::new(),
             free: Vec::new(),
             spare: Vec::new(),
@@ -88,6 +92,11 @@ impl Tickets {
             attached: 0,
             detached: 0,
         }
+    }
+
+    /// The reactor is rung by this eventfd, since it cannot sleep on a bell. To be said before the first ticket.
+    pub fn rung_through(&mut self, eventfd: Arc<OwnedFd>) {
+        self.eventfd = Some(eventfd);
     }
 
     /// A ticket for the call that this exchange is; `None` if there are as many as may be, or the memory budget is used
@@ -102,7 +111,7 @@ impl Tickets {
         }
         let desk = match &self.desk {
             Some(desk) => Arc::clone(desk),
-            None => match make_desk(self.most, &mut self.longer) {
+            None => match make_desk(self.most, &mut self.longer, self.eventfd.clone()) {
                 Ok(desk) => Arc::clone(self.desk.insert(Arc::new(desk))),
                 Err(error) => {
                     self.budget.give(PRIVATE_PER_TICKET);
@@ -294,7 +303,11 @@ fn block(number: u32) -> Range {
     Range { offset: number * BLOCK, len: BLOCK }
 }
 
-fn make_desk(most: u32, longer: &mut [Vec<Range>; LONGER.len()]) -> Result<Desk> {
+fn make_desk(
+    most: u32,
+    longer: &mut [Vec<Range>; LONGER.len()],
+    eventfd: Option<Arc<OwnedFd>>,
+) -> Result<Desk> {
     let mut end = (most * BLOCK).next_multiple_of(PAGE as u32);
     for ((len, count), free) in LONGER.into_iter().zip(longer) {
         // The lowest one is taken first: memory that has been used is used again.
@@ -304,7 +317,7 @@ fn make_desk(most: u32, longer: &mut [Vec<Range>; LONGER.len()]) -> Result<Desk>
     let map =
         MmapMut::map_anon(end as usize).map_err(|e| IpcError::io("mmap of the buffers of answers", e))?;
     let store = SharedBytes::new(&Mapping::of_file(MmapRaw::from(map)), 0, end as usize)?;
-    Ok(Desk::new(store, most))
+    Ok(Desk::new(store, most, eventfd))
 }
 
 /// The shortest free range above `len` bytes, if the memory budget has room for it.

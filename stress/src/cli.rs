@@ -6,6 +6,7 @@ use crate::machine::{Cores, Machine};
 use crate::processes::{self, ChildOptions};
 use crate::report::Report;
 use crate::scratch;
+use crate::without::{self, WithoutOptions};
 use crate::{level1, level2, level3, level4, level5};
 use clap::{Args, Parser, Subcommand};
 use std::io::IsTerminal;
@@ -42,6 +43,8 @@ enum Command {
     /// A process of a level.
     #[command(name = processes::SUBCOMMAND, hide = true)]
     Child(ChildOptions),
+    #[command(name = "without-io-uring")]
+    Without(WithoutOptions),
 }
 
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -128,8 +131,12 @@ fn parse_connections(text: &str) -> Result<usize, String> {
 /// Does what the arguments ask for.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    if let Some(Command::Child(options)) = cli.child {
-        return processes::run(&options).map_or_else(|error| failed(&error), |()| ExitCode::SUCCESS);
+    match &cli.child {
+        Some(Command::Child(options)) => {
+            return processes::run(options).map_or_else(|error| failed(&error), |()| ExitCode::SUCCESS);
+        }
+        Some(Command::Without(options)) => return failed(&without::run(options)),
+        None => {}
     }
     match run_suite(&cli.suite) {
         Ok(report) => {

@@ -34,6 +34,7 @@ mod scratch;
 mod server;
 mod takeback;
 mod torture;
+mod without;
 
 fn main() -> std::process::ExitCode {
     cli::run()

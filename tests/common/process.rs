@@ -258,6 +258,17 @@ pub fn copy_for_everybody(program: &Path, directory: &TestDir, name: &str) -> Pa
     copy
 }
 
+/// Whether io_uring works where the tests run; says so when not.
+pub fn has_io_uring(what: &str) -> bool {
+    match doorbell_uring::self_test() {
+        Ok(_) => true,
+        Err(error) => {
+            eprintln!("skipped, for there is no io_uring here ({error}): {what}");
+            false
+        }
+    }
+}
+
 /// Whether the test runs as root, which some need; says so when not.
 pub fn is_root(what: &str) -> bool {
     let root = rustix::process::geteuid().is_root();

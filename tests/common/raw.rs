@@ -3,7 +3,7 @@
 
 use super::eventually;
 use doorbell::protocol::handshake::{
-    DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, Welcome, code,
+    DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, Welcome, code, doorbell_kind,
 };
 use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
 use doorbell_shm::lane::{ClientLane, INTERACTIVE};
@@ -12,6 +12,7 @@ use doorbell_shm::map::Shared;
 use doorbell_shm::segment::Segment;
 use doorbell_shm::slots::ClientWord;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
@@ -77,19 +78,9 @@ pub fn hear(socket: impl AsFd) -> Heard {
     let half_a_minute = Timespec { tv_sec: 30, tv_nsec: 0 };
     assert!(poll(&mut fds, Some(&half_a_minute)).unwrap() > 0, "nothing came on the socket for 30 s");
     let mut bytes = [0u8; 256];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC;
-    let got = rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags);
-    let mut received = Vec::new();
-    for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(fds) = message {
-            received.extend(fds);
-        }
-    }
-    let len = match got {
-        Ok(message) => message.bytes,
-        Err(rustix::io::Errno::CONNRESET) => 0,
+    let (len, mut received) = match receive(&socket, &mut bytes) {
+        Ok(received) => received,
+        Err(Errno::CONNRESET) => (0, Vec::new()),
         Err(other) => panic!("recvmsg: {other}"),
     };
     assert!(received.len() <= 1, "the server sends one descriptor at most");
@@ -102,6 +93,21 @@ pub fn hear(socket: impl AsFd) -> Heard {
             Heard::Welcome(Box::new(welcome), received.pop())
         }
     }
+}
+
+/// Receives one packet with its descriptors.
+fn receive(socket: impl AsFd, bytes: &mut [u8]) -> rustix::io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let got = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags)?;
+    let mut received = Vec::new();
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            received.extend(fds);
+        }
+    }
+    Ok((got.bytes, received))
 }
 
 /// Hears a goodbye, then the end.
@@ -138,6 +144,9 @@ pub struct Raw {
     pub connection: u32,
     /// The lane that is not in use at the moment.
     other: Option<(ClientLane, LaneLayout, Vec<u32>)>,
+    /// The socket that the lane in use is rung by, if that is another than the session's; that of the other lane.
+    bell: Option<OwnedFd>,
+    other_bell: Option<OwnedFd>,
 }
 
 impl Raw {
@@ -176,18 +185,37 @@ impl Raw {
         let lane = ClientLane::open(segment.mapping(), &geometry, &layout).unwrap();
         let generations = vec![0; lane.slots.numbers() as usize];
         let (connection, other) = (0, None);
-        Self { socket, memory, welcome: *welcome, segment, lane, layout, generations, connection, other }
+        let (bell, other_bell) = (None, None);
+        let welcome = *welcome;
+        Self {
+            socket,
+            memory,
+            welcome,
+            segment,
+            lane,
+            layout,
+            generations,
+            connection,
+            other,
+            bell,
+            other_bell,
+        }
     }
 
     /// Asks for a lane; returns the answer.
     pub fn ask_for_lane(&mut self, choice: LaneChoice) -> LaneGrant {
+        self.ask_for_lane_and_bell(choice).0
+    }
+
+    /// The same, and the socket that the lane is rung by.
+    fn ask_for_lane_and_bell(&mut self, choice: LaneChoice) -> (LaneGrant, Option<OwnedFd>) {
         send(&self.socket, LaneRequest::new(choice).as_bytes()).unwrap();
-        let mut bytes = [0; 32];
         loop {
-            let (len, _) = rustix::net::recv(&self.socket, &mut bytes[..], RecvFlags::empty()).unwrap();
+            let mut bytes = [0; 32];
+            let (len, mut fds) = receive(&self.socket, &mut bytes).unwrap();
             // Bells may come between.
             if let Some(grant) = LaneGrant::read(&bytes[..len]) {
-                return grant;
+                return (grant, fds.pop());
             }
             assert_eq!(len, 1, "{:?}", &bytes[..len]);
         }
@@ -195,8 +223,10 @@ impl Raw {
 
     /// Asks for a further lane, and uses it from here on.
     pub fn use_lane(&mut self, choice: LaneChoice) {
-        let grant = self.ask_for_lane(choice);
+        let (grant, bell) = self.ask_for_lane_and_bell(choice);
         assert_ne!(grant.lane, 0, "no lane to be had");
+        assert_eq!(bell.is_some(), self.welcome.doorbell_kind == doorbell_kind::SOCKET);
+        self.other_bell = bell;
         let layout = self.segment.lane(grant.lane).unwrap().expect("the directory has the lane");
         let lane = ClientLane::open(self.segment.mapping(), &GEOMETRY, &layout).unwrap();
         let generations = vec![0; lane.slots.numbers() as usize];
@@ -210,6 +240,7 @@ impl Raw {
         std::mem::swap(&mut self.lane, lane);
         std::mem::swap(&mut self.layout, layout);
         std::mem::swap(&mut self.generations, generations);
+        std::mem::swap(&mut self.bell, &mut self.other_bell);
     }
 
     /// A correct ATTACH of this session's connection.
@@ -335,7 +366,20 @@ impl Raw {
     pub fn ring(&self) {
         let bell = &self.lane.common.server_bell.0;
         bell.store(0, Ordering::SeqCst);
-        doorbell_uring::futex::wake(bell, i32::MAX as u32).unwrap();
+        self.wake();
+    }
+
+    /// The same, and leaves the bell as it is.
+    pub fn wake(&self) {
+        if self.welcome.doorbell_kind == doorbell_kind::FUTEX {
+            doorbell_uring::futex::wake(&self.lane.common.server_bell.0, i32::MAX as u32).unwrap();
+            return;
+        }
+        let socket = self.bell.as_ref().unwrap_or(&self.socket);
+        match rustix::net::send(socket, &[1], SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            Ok(_) | Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET) => {}
+            Err(other) => panic!("send: {other}"),
+        }
     }
 
     /// Waits for the next completion of a ring and takes it.

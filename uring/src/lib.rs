@@ -1,7 +1,8 @@
 //! What a doorbell reactor waits with: one io_uring per thread, its futex operations, descriptors,
 //! timers and messages from other rings. It knows nothing of sessions or of what a word means.
 //!
-//! - [`Driver`]: the ring. Push operations, [`Driver::enter`] once, take [`Driver::next_completion`].
+//! - [`Driver`]: the ring, or epoll where there is none to be had. Push operations, [`Driver::enter`] once, take
+//!   [`Driver::next_completion`].
 //! - [`Staging`]: private buffers that [`Driver::read`] reads files into.
 //! - [`futex`]: plain futex(2), for those who never need a ring (the client library).
 //! - [`self_test`]: does this machine's io_uring *do* what [`Driver`] relies on? And if not, why?
@@ -43,14 +44,17 @@ mod buffers;
 mod cause;
 mod cpu;
 mod driver;
+mod epoll;
 mod error;
 pub mod futex;
+mod helper;
 mod memory;
 mod op;
 mod peer;
 mod reads;
 mod resident;
 mod ring;
+mod ring_driver;
 mod self_test;
 mod setup;
 mod time;
@@ -59,10 +63,12 @@ pub use buffers::{Buffer, Class, Counts, Staging};
 pub use cause::{Cause, Host, KERNEL_MIN, futex_bug_unfixed, kernel_version};
 pub use cpu::{ask_for_short_turns, current_cpu};
 pub use driver::{Counters, Driver, Wait};
+pub use epoll::{EpollDriver, ring_eventfd};
 pub use error::{DriverError, SetupError, Step};
 pub use op::{Completion, Token};
 pub use peer::peer_process;
 pub use resident::{thin_executable, trim_heap};
+pub use ring_driver::RingDriver;
 pub use rustix::event::PollFlags;
 pub use self_test::{Report, self_test};
 pub use setup::Options;

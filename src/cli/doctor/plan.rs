@@ -8,8 +8,8 @@ use serde::Serialize;
 /// What a server would use.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
-    /// What reactors wait with; `None` if there is nothing, and no server starts.
-    pub backend: Option<&'static str>,
+    /// What reactors wait with.
+    pub backend: &'static str,
     /// The wait policy.
     pub policy: &'static str,
     /// How many reactors there are; `None` if that cannot be said.
@@ -33,7 +33,7 @@ impl Plan {
         let cores = asked.reactors.clone().ok();
         let (poll_ns, polling) = polling(findings);
         Self {
-            backend: works.then_some("io_uring"),
+            backend: if works { "io_uring" } else { "epoll" },
             policy: policy(asked.policy).0,
             reactors: cores.as_ref().map(Vec::len),
             poll_ns,
@@ -52,7 +52,7 @@ impl Plan {
 fn backend(works: bool) -> String {
     match works {
         true => "io_uring, since its self-test passes".to_owned(),
-        false => "none: io_uring fails its self-test and there is no other backend yet, so no server starts; see above \
+        false => "epoll, since io_uring fails its self-test: calls of sleeping servers take a little longer; see above \
                   for what to change"
             .to_owned(),
     }
@@ -122,7 +122,7 @@ mod tests {
     #[test]
     fn a_good_machine_is_used_as_it_is() {
         let plan = Plan::of(&fixture::good());
-        assert_eq!((plan.backend, plan.policy, plan.reactors), (Some("io_uring"), "handoff", Some(2)));
+        assert_eq!((plan.backend, plan.policy, plan.reactors), ("io_uring", "handoff", Some(2)));
         assert_eq!(
             (plan.cores, plan.poll_ns, plan.poll_percent),
             (Some(vec![Some(0), Some(1)]), Some(2500), 5)
@@ -132,12 +132,12 @@ mod tests {
         assert!(line("polling").contains("2.5 us at once and 5 %"), "{}", line("polling"));
     }
 
-    /// Goal:   without io_uring the plan says that nothing starts; one core never polls; other policies do as they say.
+    /// Goal:   without io_uring the plan is epoll; one core never polls; other policies do as they say.
     #[test]
     fn a_plan_says_when_there_is_none() {
         let plan = Plan::of(&fixture::hopeless());
-        assert_eq!((plan.backend, plan.reactors, plan.cores, plan.poll_ns), (None, None, None, Some(0)));
-        assert!(plan.lines[0].1.contains("no server starts"));
+        assert_eq!((plan.backend, plan.reactors, plan.cores, plan.poll_ns), ("epoll", None, None, Some(0)));
+        assert!(plan.lines[0].1.contains("fails its self-test"));
         let mut findings = fixture::good();
         findings.wake.across = None;
         findings.asked.reactors = Ok(vec![Some(3)]);
