@@ -1,7 +1,7 @@
-//! The keys of a configuration file's section `ipc`: one for each limit, its unit in its name. One table for reading,
-//! for checking, for the environment and for `doorbell config default`.
+//! The keys of a configuration file's sections `ipc` (one for each limit, its unit in its name) and `metrics`. One table
+//! of each for reading, for checking, for the environment and for `doorbell config default`.
 
-use super::{ServerConfig, WaitPolicy};
+use super::{MetricsAddress, MetricsConfig, ServerConfig, WaitPolicy};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::de::DeValue;
@@ -16,11 +16,11 @@ pub struct Ipc {
 }
 
 /// One key.
-pub(super) struct Key {
+pub(super) struct Key<T = Ipc> {
     pub name: &'static str,
     /// One line for people.
     pub about: &'static str,
-    pub field: fn(&mut Ipc) -> Field<'_>,
+    pub field: fn(&mut T) -> Field<'_>,
 }
 
 /// The place that a key's value goes to.
@@ -37,6 +37,9 @@ pub(super) enum Field<'a> {
     Paths(&'a mut Vec<PathBuf>),
     Cores(&'a mut Vec<usize>),
     Policy(&'a mut WaitPolicy),
+    /// 0 for none.
+    OptionalSecs(&'a mut Option<Duration>),
+    Address(&'a mut Option<MetricsAddress>),
 }
 
 macro_rules! keys {
@@ -44,7 +47,7 @@ macro_rules! keys {
         &[$(Key {
             name: stringify!($name),
             about: $about,
-            field: |ipc| Field::$kind(&mut ipc.$($field).+),
+            field: |section| Field::$kind(&mut section.$($field).+),
         }),*]
     };
 }
@@ -83,6 +86,14 @@ pub(super) const KEYS: &[Key] = keys! {
     thin_executable: Bool = server.thin_executable, "Whether memory of code that only the start needed is given back.";
 };
 
+/// The keys of the section `metrics`.
+pub(super) const METRICS_KEYS: &[Key<MetricsConfig>] = keys! {
+    enable: Bool = enable, "Whether calls are timed, and anything is told of them.";
+    export_interval_secs: OptionalSecs = export_interval, "Between two lines in the log, and two versions of textfile; 0 for neither.";
+    textfile: Path = textfile, "File for the text of Prometheus, such as the textfile collector reads.";
+    listen: Address = listen, "Where that text is served by HTTP, at /metrics: a loopback address (127.0.0.1:9464), or unix:/path.";
+};
+
 impl Field<'_> {
     /// Puts a value there.
     ///
@@ -100,6 +111,14 @@ impl Field<'_> {
             Self::OptionalMillis(to) => {
                 let ms = whole(value, u32::MAX.into())?;
                 *to = (ms > 0).then(|| Duration::from_millis(ms));
+            }
+            Self::OptionalSecs(to) => {
+                let secs = whole(value, 86_400 * 365)?;
+                *to = (secs > 0).then(|| Duration::from_secs(secs));
+            }
+            Self::Address(to) => {
+                let text = value.as_str().ok_or_else(|| wanted("an address in quotes", value))?;
+                *to = Some(text.parse()?);
             }
             Self::Path(to) => *to = Some(path(value)?),
             Self::Paths(to) => *to = list(value, "a list of paths", path)?,
@@ -125,6 +144,8 @@ impl Field<'_> {
             Self::Millis(value) => value.as_millis().to_string(),
             Self::Micros(value) => value.as_micros().to_string(),
             Self::OptionalMillis(value) => value.map_or(0, |after| after.as_millis()).to_string(),
+            Self::OptionalSecs(value) => value.map_or(0, |every| every.as_secs()).to_string(),
+            Self::Address(value) => format!("{:?}", value.as_ref()?.to_string()),
             Self::Path(value) => quoted(value.as_ref()?),
             Self::Paths(value) => listed(value.iter().map(|path| quoted(path))),
             Self::Cores(value) => listed(value.iter().map(usize::to_string)),

@@ -43,7 +43,7 @@ pub use table::{
 
 use crate::config::ServerConfig;
 use crate::error::{IpcError, Result};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, MetricsReader};
 use analyze::FileSource;
 use files::Roots;
 use listener::Listener;
@@ -121,7 +121,7 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
         let (stop, bell) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)
             .map_err(|e| IpcError::io("pipe for the shutdown handle", e))?;
         let shutdown = ShutdownHandle { bell: Arc::new(bell) };
-        Ok(BoundServer { server: self, roots, listener, stop, shutdown })
+        Ok(BoundServer { server: self, roots, listener, stop, shutdown, metrics: MetricsReader::default() })
     }
 }
 
@@ -133,6 +133,7 @@ pub struct BoundServer<S: 'static> {
     /// Readable once the server has to stop.
     stop: OwnedFd,
     shutdown: ShutdownHandle,
+    metrics: MetricsReader,
 }
 
 impl<S: Send + Sync + 'static> BoundServer<S> {
@@ -144,6 +145,11 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     /// A handle that stops this server from any thread or signal handler.
     pub fn shutdown_handle(&self) -> ShutdownHandle {
         self.shutdown.clone()
+    }
+
+    /// Reads what this server counts, from any thread.
+    pub fn metrics(&self) -> MetricsReader {
+        self.metrics.clone()
     }
 
     /// Serves until stopped, on the calling thread and one more for each further reactor; returns what was
@@ -159,7 +165,7 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config, executor } = self.server;
         let files = Arc::new(FileSource::new(self.roots));
-        let helpers = Helpers { files, executor: executor.map(Arc::new) };
+        let helpers = Helpers { files, executor: executor.map(Arc::new), metrics: self.metrics };
         start::serve(handlers, Arc::new(state), config, helpers, self.listener, self.stop, self.shutdown)
     }
 }
