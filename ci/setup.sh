@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs what building and testing need and is not there: a C linker, strace, python3, Rust with its formatter and linter.
+# Installs what building and testing need and is not there: a C linker, strace, python3, promtool, Rust with its formatter
+# and linter.
 # Run by ci/first-run.sh and ci/test.sh; says nothing when there is nothing to do.
 set -eu
 cd "$(dirname "$0")/.."
@@ -15,6 +16,16 @@ fi
 if ! command -v python3 >/dev/null 2>&1; then
     echo "installing python3, for the client in another language and the scripts of benches/" >&2
     apt-get update -qq && apt-get install -y -qq python3 >/dev/null
+fi
+if ! command -v promtool >/dev/null 2>&1; then
+    echo "installing promtool, which judges metrics and alert rules" >&2
+    # Of Debian's package of Prometheus this one program: the server would be started.
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    chmod 755 "$scratch"
+    apt-get update -qq
+    (cd "$scratch" && apt-get download -qq prometheus >/dev/null && dpkg-deb -x prometheus_*.deb .)
+    install "$scratch/usr/bin/promtool" /usr/local/bin/promtool
 fi
 if ! command -v cargo >/dev/null 2>&1; then
     echo "Rust is missing: install rustup (apt-get install rustup, or rustup.rs), then run this again" >&2

@@ -20,6 +20,8 @@ mod client;
 pub mod codec;
 pub mod config;
 mod error;
+#[cfg(feature = "exporter")]
+pub mod exporter;
 pub mod messages;
 mod metrics;
 pub mod protocol;
@@ -38,7 +40,11 @@ pub use client::{AsyncAnswer, AsyncClient, AsyncRecords};
 pub use config::{Backend, Movable, ServerConfig, WaitPolicy};
 pub use doorbell_shm::entry::Status;
 pub use error::{IpcError, Result};
-pub use metrics::Metrics;
+#[doc(hidden)]
+pub use metrics::StopWatch;
+pub use metrics::{
+    BOUNDS_NS, BUCKETS, Counters, Metrics, MetricsReader, OTHER_TYPES, ReactorMetrics, TypeMetrics,
+};
 pub use protocol::{MessageType, default_socket_path};
 #[cfg(feature = "providers")]
 pub use provider::ProviderPool;

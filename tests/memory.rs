@@ -107,6 +107,40 @@ fn r5_3_a_server_is_resident_with_what_it_works_with() {
     drop(sessions);
 }
 
+/// Goal:   R5.3, R4.6: to tell what is counted costs a server little memory: a thread, and the code of HTTP once somebody
+///         has asked.
+/// Method: a server that serves metrics, a hundred sessions with calls of several types, ten readers; its account beside
+///         that of a server that tells nothing.
+#[test]
+fn r5_3_r4_6_metrics_cost_little_memory() {
+    let directory = common::TestDir::new();
+    let (on, off) = (directory.join("on.toml"), directory.join("off.toml"));
+    std::fs::write(&on, "[metrics]\nlisten = \"127.0.0.1:0\"\n").unwrap();
+    std::fs::write(&off, "[metrics]\nenable = false\n").unwrap();
+    let rest_and_code = [on, off].map(|config| {
+        let server = ServerProcess::start(&["--config", config.to_str().unwrap()]);
+        let sessions = connect(&server, 100);
+        if let Some(line) = server.log().lines().find(|line| line.contains("serving metrics")) {
+            let address = line.split("address=").nth(1).unwrap().trim();
+            let read = || {
+                let mut stream = std::net::TcpStream::connect(address).unwrap();
+                std::io::Write::write_all(&mut stream, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+                std::io::read_to_string(stream).unwrap()
+            };
+            (0..10).for_each(|_| assert!(read().contains("ipc_sessions")));
+            eventually("all sessions are shown", || read().contains("ipc_sessions 100"));
+        }
+        let resident = Resident::of(&server);
+        drop(sessions);
+        (resident.rest, resident.executable)
+    });
+    let [(rest, code), (rest_off, code_off)] = rest_and_code;
+    eprintln!("with metrics {rest} and {code} bytes, without {rest_off} and {code_off}");
+    let less_optimised = if cfg!(debug_assertions) { 3 } else { 1 };
+    assert!(rest <= rest_off + 192 * KIB, "{rest} bytes with metrics, {rest_off} without");
+    assert!(code <= code_off + less_optimised * 256 * KIB, "{code} bytes with metrics, {code_off} without");
+}
+
 /// Goal:   R5.3: a further session with one lane costs the server at most 2 KiB beside its two shared pages. R5.4:
 ///         what it cost is given back once it has gone.
 /// Method: one reactor, which sleeps, then one which polls for ever; the 500 sessions after the first hundred are

@@ -236,6 +236,24 @@ where
         })
     }
 
+    /// The words of the entry `ahead` of the next one, if it is there: for people to look at, not to be acted upon.
+    /// `None` from the end of the ring on.
+    pub fn peek_at(&self, ahead: u64) -> Option<[u64; W]> {
+        if ahead >= 1 << self.order {
+            return None;
+        }
+        let position = self.next + ahead;
+        let entry = &self.entries[position as usize & ((1 << self.order) - 1)];
+        let sequence = entry.words[0].sequence();
+        (sequence as u32 == lap(position, self.order)).then(|| {
+            let mut words = [sequence; W];
+            for (word, value) in entry.words[1..].iter().zip(&mut words[1..]) {
+                *value = word.get();
+            }
+            words
+        })
+    }
+
     /// Takes the oldest entry, or `None` when there is none. Does not publish that it did.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use doorbell::config::file::{ConfigFile, socket_path};
+use doorbell::exporter::Exporter;
 use doorbell::provider::{HasProviders, HostHandle, ProviderHost, ProviderPool};
 use doorbell::{Backend, HandlerTable, IpcServer, ServerConfig, WaitPolicy};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
@@ -111,6 +112,7 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
     let host = ProviderHost::start(Arc::new(pool))?;
     let state = State { providers: host.handle(), file_model: file.ai.file_model };
     let bound = IpcServer::new(&TABLE, state).config(config).bind(path)?;
+    let _exporter = Exporter::start(bound.metrics(), &file.metrics)?;
     let stop = bound.shutdown_handle();
     for signal in [SIGTERM, SIGINT] {
         // The signal handler writes a byte that the reactor waits for on its ring (F41).

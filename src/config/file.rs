@@ -15,10 +15,11 @@
 //! models = ["*"]
 //! ```
 //!
-//! A key `k` of `[ipc]` is overridden by the environment variable `DOORBELL_IPC_K`, whose text is a value of TOML; the
-//! quotes of a text may be left out.
+//! A key `k` of `[ipc]` is overridden by the environment variable `DOORBELL_IPC_K`, and one of `[metrics]` by
+//! `DOORBELL_METRICS_K`; its text is a value of TOML, and the quotes of a text may be left out.
 
-use super::keys::{Ipc, KEYS, Key};
+use super::MetricsConfig;
+use super::keys::{Ipc, KEYS, Key, METRICS_KEYS};
 use crate::error::IpcError;
 use crate::provider::ProvidersConfig;
 use serde::Deserialize;
@@ -28,14 +29,18 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
-/// What environment variables of keys begin with.
+/// What environment variables of the keys of `ipc` begin with.
 pub const ENVIRONMENT: &str = "DOORBELL_IPC_";
+/// What those of the keys of `metrics` begin with.
+pub const METRICS_ENVIRONMENT: &str = "DOORBELL_METRICS_";
 
 /// All that a configuration file can say.
 #[derive(Debug, Clone, Default)]
 pub struct ConfigFile {
     /// Section `ipc`.
     pub ipc: Ipc,
+    /// Section `metrics`.
+    pub metrics: MetricsConfig,
     /// Section `ai`.
     pub ai: ProvidersConfig,
 }
@@ -102,9 +107,16 @@ impl ConfigFile {
         for key in KEYS {
             let name = format!("{ENVIRONMENT}{}", key.name.to_ascii_uppercase());
             if let Some(value) = variable(&name) {
-                reader.override_key(key, name, &value)?;
+                reader.override_key(IPC, key, name, &value)?;
             }
         }
+        for key in METRICS_KEYS {
+            let name = format!("{METRICS_ENVIRONMENT}{}", key.name.to_ascii_uppercase());
+            if let Some(value) = variable(&name) {
+                reader.override_key(METRICS, key, name, &value)?;
+            }
+        }
+        reader.config.ipc.server.time_calls = reader.config.metrics.enable;
         reader.check()?;
         Ok(reader.config)
     }
@@ -112,19 +124,36 @@ impl ConfigFile {
     /// A file that says what holds without one, each key with a line about it.
     pub fn default_text() -> String {
         let mut text = String::from(
-            "# Every key with its default. A key k is overridden by the environment variable DOORBELL_IPC_K.\n\n[ipc]\n",
+            "# Every key with its default. A key k is overridden by the environment variable DOORBELL_IPC_K, or\n\
+             # DOORBELL_METRICS_K.\n\n[ipc]\n",
         );
-        let mut ipc = Ipc::default();
-        for key in KEYS {
-            let value = (key.field)(&mut ipc).to_toml();
-            let line =
-                value.map_or_else(|| format!("# {} = ...", key.name), |v| format!("{} = {v}", key.name));
-            text += &format!("# {}\n{line}\n", key.about);
-        }
+        describe(&mut text, KEYS, &mut Ipc::default());
+        text += "\n# What is counted, and who is told.\n[metrics]\n";
+        describe(&mut text, METRICS_KEYS, &mut MetricsConfig::default());
         text += AI;
         text
     }
 }
+
+/// Every key of a section with its value and a line about it.
+fn describe<T>(text: &mut String, keys: &[Key<T>], section: &mut T) {
+    for key in keys {
+        let value = (key.field)(section).to_toml();
+        let line = value.map_or_else(|| format!("# {} = ...", key.name), |v| format!("{} = {v}", key.name));
+        *text += &format!("# {}\n{line}\n", key.about);
+    }
+}
+
+/// A section that has a table of its keys.
+struct Section<T: 'static> {
+    name: &'static str,
+    keys: &'static [Key<T>],
+    of: fn(&mut ConfigFile) -> &mut T,
+}
+
+const IPC: Section<Ipc> = Section { name: "ipc", keys: KEYS, of: |config| &mut config.ipc };
+const METRICS: Section<MetricsConfig> =
+    Section { name: "metrics", keys: METRICS_KEYS, of: |config| &mut config.metrics };
 
 /// The section `ai` of the file with all defaults.
 const AI: &str = r#"
@@ -167,10 +196,11 @@ impl Reader<'_> {
             .map_err(|e| self.error(e.span().unwrap_or_default(), "", one_line(e.message())))?;
         for (section, value) in document.into_inner() {
             match section.get_ref().as_ref() {
-                "ipc" => self.read_ipc(value)?,
+                "ipc" => self.read_section(IPC, value)?,
+                "metrics" => self.read_section(METRICS, value)?,
                 "ai" => self.read_ai(value)?,
                 other => {
-                    let problem = unknown("section", other, &["ipc", "ai"]);
+                    let problem = unknown("section", other, &["ipc", "metrics", "ai"]);
                     return Err(self.error(section.span(), other, problem));
                 }
             }
@@ -178,17 +208,22 @@ impl Reader<'_> {
         Ok(())
     }
 
-    fn read_ipc(&mut self, section: Spanned<DeValue<'_>>) -> Result<(), ConfigFileError> {
-        let DeValue::Table(table) = section.get_ref() else {
-            return Err(self.error(section.span(), "ipc", "a section is wanted: [ipc]".to_owned()));
+    fn read_section<T>(
+        &mut self,
+        section: Section<T>,
+        found: Spanned<DeValue<'_>>,
+    ) -> Result<(), ConfigFileError> {
+        let DeValue::Table(table) = found.get_ref() else {
+            let wanted = format!("a section is wanted: [{}]", section.name);
+            return Err(self.error(found.span(), section.name, wanted));
         };
         for (name, value) in table {
-            let path = format!("ipc.{}", name.get_ref());
-            let Some(key) = KEYS.iter().find(|key| key.name == name.get_ref().as_ref()) else {
-                let names: Vec<&str> = KEYS.iter().map(|key| key.name).collect();
+            let path = format!("{}.{}", section.name, name.get_ref());
+            let Some(key) = section.keys.iter().find(|key| key.name == name.get_ref().as_ref()) else {
+                let names: Vec<&str> = section.keys.iter().map(|key| key.name).collect();
                 return Err(self.error(name.span(), &path, unknown("key", name.get_ref(), &names)));
             };
-            (key.field)(&mut self.config.ipc)
+            (key.field)((section.of)(&mut self.config))
                 .set(value.get_ref())
                 .map_err(|problem| self.error(value.span(), &path, problem))?;
             self.places.push((key.name, Place::File(value.span())));
@@ -214,23 +249,24 @@ impl Reader<'_> {
         if is_key { format!("ai.{before}") } else { "ai".to_owned() }
     }
 
-    fn override_key(
+    fn override_key<T>(
         &mut self,
-        key: &'static Key,
+        section: Section<T>,
+        key: &'static Key<T>,
         variable: String,
         value: &std::ffi::OsStr,
     ) -> Result<(), ConfigFileError> {
         let error = |problem: String| ConfigFileError {
             source: format!("environment variable {variable}"),
             at: None,
-            key: format!("ipc.{}", key.name),
+            key: format!("{}.{}", section.name, key.name),
             problem,
         };
         let text = value.to_str().ok_or_else(|| error("is no UTF-8 text".to_owned()))?;
         let string = DeValue::String(text.into());
         let parsed = DeValue::parse(text).map(Spanned::into_inner);
         let value = parsed.as_ref().unwrap_or(&string);
-        (key.field)(&mut self.config.ipc).set(value).map_err(error)?;
+        (key.field)((section.of)(&mut self.config)).set(value).map_err(error)?;
         self.places.push((key.name, Place::Variable(variable)));
         Ok(())
     }

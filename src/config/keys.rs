@@ -1,7 +1,7 @@
-//! The keys of a configuration file's section `ipc`: one for each limit, its unit in its name. One table for reading,
-//! for checking, for the environment and for `doorbell config default`.
+//! The keys of a configuration file's sections `ipc` (one for each limit, its unit in its name) and `metrics`. One table
+//! of each for reading, for checking, for the environment and for `doorbell config default`.
 
-use super::{Backend, ServerConfig, WaitPolicy};
+use super::{Backend, MetricsAddress, MetricsConfig, ServerConfig, WaitPolicy};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::de::DeValue;
@@ -16,11 +16,11 @@ pub struct Ipc {
 }
 
 /// One key.
-pub(super) struct Key {
+pub(super) struct Key<T = Ipc> {
     pub name: &'static str,
     /// One line for people.
     pub about: &'static str,
-    pub field: fn(&mut Ipc) -> Field<'_>,
+    pub field: fn(&mut T) -> Field<'_>,
 }
 
 /// The place that a key's value goes to.
@@ -40,6 +40,7 @@ pub(super) enum Field<'a> {
     Cores(&'a mut Vec<usize>),
     Policy(&'a mut WaitPolicy),
     Backend(&'a mut Backend),
+    Address(&'a mut Option<MetricsAddress>),
 }
 
 macro_rules! keys {
@@ -47,7 +48,7 @@ macro_rules! keys {
         &[$(Key {
             name: stringify!($name),
             about: $about,
-            field: |ipc| Field::$kind(&mut ipc.$($field).+),
+            field: |section| Field::$kind(&mut section.$($field).+),
         }),*]
     };
 }
@@ -90,6 +91,14 @@ pub(super) const KEYS: &[Key] = keys! {
     thin_executable: Bool = server.thin_executable, "Whether memory of code that only the start needed is given back.";
 };
 
+/// The keys of the section `metrics`.
+pub(super) const METRICS_KEYS: &[Key<MetricsConfig>] = keys! {
+    enable: Bool = enable, "Whether calls are timed, and anything is told of them.";
+    export_interval_secs: OptionalSecs = export_interval, "Between two lines in the log, and two versions of textfile; 0 for neither.";
+    textfile: Path = textfile, "File for the text of Prometheus, such as the textfile collector reads.";
+    listen: Address = listen, "Where that text is served by HTTP, at /metrics: a loopback address (127.0.0.1:9464), or unix:/path.";
+};
+
 impl Field<'_> {
     /// Puts a value there.
     ///
@@ -111,6 +120,10 @@ impl Field<'_> {
             Self::OptionalMillis(to) => {
                 let ms = whole(value, u32::MAX.into())?;
                 *to = (ms > 0).then(|| Duration::from_millis(ms));
+            }
+            Self::Address(to) => {
+                let text = value.as_str().ok_or_else(|| wanted("an address in quotes", value))?;
+                *to = Some(text.parse()?);
             }
             Self::Path(to) => *to = Some(path(value)?),
             Self::Paths(to) => *to = list(value, "a list of paths", path)?,
@@ -143,6 +156,7 @@ impl Field<'_> {
             Self::Micros(value) => value.as_micros().to_string(),
             Self::OptionalSecs(value) => value.map_or(0, |after| after.as_secs()).to_string(),
             Self::OptionalMillis(value) => value.map_or(0, |after| after.as_millis()).to_string(),
+            Self::Address(value) => format!("{:?}", value.as_ref()?.to_string()),
             Self::Path(value) => quoted(value.as_ref()?),
             Self::Paths(value) => listed(value.iter().map(|path| quoted(path))),
             Self::Cores(value) => listed(value.iter().map(usize::to_string)),

@@ -1,258 +1,156 @@
-//! Counters of a server. Each reactor writes its own, unshared; from time to time it copies them to a board
-//! that the others can read.
+//! What a server counts. Each reactor writes its own counters, unshared; from time to time it copies them to a board
+//! that the others can read (`counters.rs`). Calls and their times by type lie in words that the reactor alone writes
+//! and anybody reads (`types.rs`, filled by `timing.rs`).
 
-use crate::protocol::handshake::DisconnectReason;
-use doorbell_shm::entry::Status;
-use std::fmt::Write;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
+mod counters;
+mod prometheus;
+mod timing;
+mod types;
 
-/// What a server, or one reactor of it, has counted since its start.
-#[repr(C)]
-#[derive(Debug, Clone, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable)]
+pub use counters::Counters;
+pub(crate) use counters::Totals;
+pub(crate) use timing::{Ended, Timing};
+pub use types::{BOUNDS_NS, BUCKETS, OTHER_TYPES, TypeMetrics};
+
+use std::ops::Deref;
+use std::sync::{Arc, OnceLock};
+
+/// What a server has counted since its start: its [`Counters`], all reactors together, and what goes with them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Metrics {
-    /// Calls answered, by status code.
-    pub calls: [u64; 11],
-    /// Bytes of requests copied in.
-    pub bytes_in: u64,
-    /// Bytes of answers copied out.
-    pub bytes_out: u64,
-    /// Sessions that finished their handshake.
-    pub sessions_opened: u64,
-    /// Sessions refused at the handshake, for whatever reason.
-    pub sessions_refused: u64,
-    /// Sessions ended, by reason code minus 1.
-    pub sessions_ended: [u64; DisconnectReason::ALL.len()],
-    /// Connections opened.
-    pub connections_opened: u64,
-    /// Connections open now.
-    pub connections_open: u64,
-    /// Connections refused for the limit.
-    pub connections_refused: u64,
-    /// Times the reactor woke from sleep.
-    pub wakeups: u64,
-    /// Wakes sent to clients.
-    pub wakes_rung: u64,
-    /// Most clients woken by one enter.
-    pub wakes_in_one_enter_max: u64,
-    /// Sweeps over all lanes.
-    pub sweeps: u64,
-    /// Lanes in which a sweep found work that no bell had told of (S6); 0 unless a client withholds bells.
-    pub sweeps_healed: u64,
-    /// System calls of the reactor that enter the ring.
-    pub enters: u64,
-    /// Lanes that sessions have beside their home lanes.
-    pub further_lanes: u64,
-    /// Times that a lane whose client rings without cause was left alone for a while (F24).
-    pub storms_damped: u64,
-    /// Nanoseconds spent on waiting for calls that were about to come.
+    /// The counters of all reactors together.
+    pub counters: Counters,
+    /// Calls and their times by message type; only types that were used.
+    pub types: Vec<TypeMetrics>,
+    /// Each reactor by itself.
+    pub reactors: Vec<ReactorMetrics>,
+    /// Bytes that the memory budget grants a server of up to a hundred sessions.
+    pub memory_budget: u64,
+}
+
+/// What one reactor has counted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ReactorMetrics {
+    /// Calls answered.
+    pub calls: u64,
+    /// Time in which calls were run, ns.
+    pub busy_ns: u64,
+    /// Time of polling for calls that were about to come, ns.
     pub spun_ns: u64,
-    /// Leases granted.
-    pub leases_granted: u64,
-    /// Leases that had to wait for memory, and for how long all together, nanoseconds.
-    pub leases_waited: u64,
-    /// See [`Metrics::leases_waited`].
-    pub lease_wait_ns: u64,
-    /// Leases taken back although they were in use, because nothing was done with them while others waited (F59).
-    pub leases_forced: u64,
-    /// Bytes that are leased now.
-    pub leased_bytes: u64,
-    /// Bytes of the memory budget in use, the server's own included.
-    pub budget_used: u64,
-    /// Bytes reserved for requests that are put together, beside the budget.
-    pub body_bytes: u64,
-    /// Requests that had to wait for memory to be put together in.
-    pub bodies_waited: u64,
-    /// Times that a client was found to have made pages of its segment exist that it was not granted.
-    pub excess_found: u64,
-    /// Files read and analysed for clients.
-    pub files_read: u64,
-    /// Files that clients asked for and that were not analysed, for whatever reason.
-    pub files_refused: u64,
-    /// Bytes that buffers for files take at most; none once they have not been used for a while.
-    pub staged_bytes: u64,
-    /// Calls that are answered from elsewhere, now: their tickets are held by threads or futures.
-    pub deferred_live: u64,
-    /// Tickets that are still held although their calls have ended.
-    pub deferred_detached: u64,
-    /// Calls refused because there were too many tickets.
-    pub deferred_refused: u64,
-    /// Clients that could not be accepted, or were sent away at once, because the kernel gave no descriptor (F32).
-    pub accepts_failed: u64,
+    /// Processor time of its thread, ns.
+    pub cpu_ns: u64,
+    /// Times that it woke from sleep.
+    pub wakeups: u64,
+    /// Lanes that it polls.
+    pub lanes_hot: u64,
 }
 
-/// Counters of a [`Metrics`].
-const WORDS: usize = size_of::<Metrics>() / size_of::<u64>();
-
-/// The counters of one reactor as others may see them: as old as its last pause, or as 64 of its rounds.
-#[derive(Debug)]
-pub(crate) struct Board([AtomicU64; WORDS]);
-
-impl Board {
-    pub fn new() -> Self {
-        Self(std::array::from_fn(|_| AtomicU64::new(0)))
-    }
-
-    /// Shows the counters of the reactor that owns this board. Every word is right by itself; two of them may be
-    /// of different moments.
-    pub fn show(&self, metrics: &Metrics) {
-        let words: &[u64; WORDS] = zerocopy::transmute_ref!(metrics);
-        for (shown, word) in self.0.iter().zip(words) {
-            shown.store(*word, Relaxed);
-        }
-    }
-}
-
-/// The boards of all reactors, seen from one of them.
-#[derive(Debug, Clone)]
-pub(crate) struct Totals {
-    pub own: usize,
-    pub boards: Arc<[Board]>,
-}
-
-impl Totals {
-    /// A server of so many reactors, seen from reactor `own`.
-    pub fn new(own: usize, reactors: usize) -> Self {
-        Self { own, boards: (0..reactors).map(|_| Board::new()).collect() }
-    }
-
-    /// `own` plus what the others show.
-    pub fn sum(&self, own: &Metrics) -> Metrics {
-        let mut sum = own.clone();
-        for (index, board) in self.boards.iter().enumerate() {
-            if index != self.own {
-                let mut other = Metrics::new_zeroed();
-                let words: &mut [u64; WORDS] = zerocopy::transmute_mut!(&mut other);
-                words.iter_mut().zip(&board.0).for_each(|(word, shown)| *word = shown.load(Relaxed));
-                sum.add(&other);
-            }
-        }
-        sum
+impl ReactorMetrics {
+    fn of(counters: &Counters) -> Self {
+        let Counters { busy_ns, spun_ns, cpu_ns, wakeups, lanes_hot, .. } = *counters;
+        Self { calls: counters.calls_total(), busy_ns, spun_ns, cpu_ns, wakeups, lanes_hot }
     }
 }
 
 impl Metrics {
-    /// Adds the counters of another reactor; of a maximum, the larger one counts.
-    pub(crate) fn add(&mut self, other: &Self) {
-        let most = self.wakes_in_one_enter_max.max(other.wakes_in_one_enter_max);
-        let theirs: &[u64; WORDS] = zerocopy::transmute_ref!(other);
-        let ours: &mut [u64; WORDS] = zerocopy::transmute_mut!(self);
-        ours.iter_mut().zip(theirs).for_each(|(ours, theirs)| *ours = ours.wrapping_add(*theirs));
-        self.wakes_in_one_enter_max = most;
-    }
-
-    /// Bytes of requests and answers.
-    #[inline(always)]
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes_in + self.bytes_out
-    }
-
-    /// Counts a call answered with `status`.
-    #[inline(always)]
-    pub(crate) fn count_call(&mut self, status: Status) {
-        self.calls[status as usize] += 1;
-    }
-
-    pub(crate) fn count_end(&mut self, reason: DisconnectReason) {
-        self.sessions_ended[reason as usize - 1] += 1;
-    }
-
-    /// Calls answered, whatever the status.
-    pub fn calls_total(&self) -> u64 {
-        self.calls.iter().sum()
-    }
-
-    /// Sessions ended for `reason`.
-    pub fn ended(&self, reason: DisconnectReason) -> u64 {
-        self.sessions_ended[reason as usize - 1]
-    }
-
-    /// The counters as one JSON object with numbers only, in a fixed order.
-    pub fn to_json(&self) -> String {
-        let mut json = String::with_capacity(1024);
-        let ended: u64 = self.sessions_ended.iter().sum();
-        let fields = [
-            ("calls", self.calls_total()),
-            ("calls_ok", self.calls[Status::Ok as usize]),
-            ("calls_unknown_type", self.calls[Status::UnknownType as usize]),
-            ("calls_too_large", self.calls[Status::TooLarge as usize]),
-            ("calls_decode_error", self.calls[Status::DecodeError as usize]),
-            ("calls_handler_panic", self.calls[Status::HandlerPanic as usize]),
-            ("calls_deadline_exceeded", self.calls[Status::DeadlineExceeded as usize]),
-            ("calls_cancelled", self.calls[Status::Cancelled as usize]),
-            ("calls_internal", self.calls[Status::Internal as usize]),
-            ("calls_taken_back", self.calls[Status::TakenBack as usize]),
-            ("calls_upstream", self.calls[Status::Upstream as usize]),
-            ("bytes_in", self.bytes_in),
-            ("bytes_out", self.bytes_out),
-            ("sessions_opened", self.sessions_opened),
-            ("sessions_refused", self.sessions_refused),
-            ("sessions_ended", ended),
-            ("protocol_violations", self.ended(DisconnectReason::ProtocolViolation)),
-            ("connections_opened", self.connections_opened),
-            ("connections_open", self.connections_open),
-            ("connections_refused", self.connections_refused),
-            ("wakeups", self.wakeups),
-            ("wakes_rung", self.wakes_rung),
-            ("wakes_in_one_enter_max", self.wakes_in_one_enter_max),
-            ("sweeps", self.sweeps),
-            ("sweeps_healed", self.sweeps_healed),
-            ("enters", self.enters),
-            ("further_lanes", self.further_lanes),
-            ("storms_damped", self.storms_damped),
-            ("spun_ns", self.spun_ns),
-            ("leases_granted", self.leases_granted),
-            ("leases_waited", self.leases_waited),
-            ("lease_wait_ns", self.lease_wait_ns),
-            ("leases_forced", self.leases_forced),
-            ("leased_bytes", self.leased_bytes),
-            ("budget_used", self.budget_used),
-            ("body_bytes", self.body_bytes),
-            ("bodies_waited", self.bodies_waited),
-            ("excess_found", self.excess_found),
-            ("files_read", self.files_read),
-            ("files_refused", self.files_refused),
-            ("staged_bytes", self.staged_bytes),
-            ("deferred_live", self.deferred_live),
-            ("deferred_detached", self.deferred_detached),
-            ("deferred_refused", self.deferred_refused),
-            ("accepts_failed", self.accepts_failed),
-        ];
-        for (i, (name, value)) in fields.iter().enumerate() {
-            let open = if i == 0 { '{' } else { ',' };
-            write!(json, "{open}\"{name}\":{value}").expect("writing to a String cannot fail");
+    /// The counters of the whole server; `own` are those of reactor `totals.own`, the others are as they show them.
+    pub(crate) fn of(totals: &Totals, own: Option<&Counters>) -> Self {
+        let each: Vec<Counters> = (0..totals.boards.len())
+            .map(|i| match own {
+                Some(own) if i == totals.own => own.clone(),
+                _ => totals.shown(i),
+            })
+            .collect();
+        let mut counters = Counters::default();
+        each.iter().for_each(|reactor| counters.add(reactor));
+        Self {
+            counters,
+            types: Self::types_of(totals),
+            reactors: each.iter().map(ReactorMetrics::of).collect(),
+            memory_budget: totals.memory_budget,
         }
-        json.push('}');
-        json
+    }
+
+    fn types_of(totals: &Totals) -> Vec<TypeMetrics> {
+        let mut types = Vec::new();
+        totals.types.iter().for_each(|table| table.add_to(&mut types));
+        types.sort_by_key(|of| of.message_type);
+        types
+    }
+
+    /// Everything in the text format of Prometheus, version 0.0.4.
+    ///
+    /// Shape:  families whose names begin with `ipc_`, each with its help and type, ended by line feeds; times in
+    ///         seconds, sizes in bytes. `docs/metrics.md` lists them.
+    pub fn export_prometheus(&self) -> String {
+        prometheus::export(self)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+impl Deref for Metrics {
+    type Target = Counters;
 
-    /// Goal:   the counters of all reactors add up, whichever is asked.
-    /// Method: three boards, two shown, one's own not counted twice.
-    #[test]
-    fn the_counters_of_all_reactors_add_up() {
-        let totals = Totals::new(1, 3);
-        let counted = |enters, most| Metrics { enters, wakes_in_one_enter_max: most, ..Metrics::default() };
-        totals.boards[0].show(&counted(5, 7));
-        totals.boards[1].show(&counted(90, 9));
-        totals.boards[2].show(&counted(30, 2));
-        assert_eq!(totals.sum(&counted(100, 3)), counted(135, 7));
+    fn deref(&self) -> &Counters {
+        &self.counters
+    }
+}
+
+/// Reads what a server has counted, from any thread, without disturbing it. Cheap to clone; it may outlive the server.
+#[derive(Debug, Clone, Default)]
+pub struct MetricsReader(Arc<OnceLock<Totals>>);
+
+impl MetricsReader {
+    /// The server starts, and counts here.
+    pub(crate) fn begin(&self, totals: Totals) {
+        self.0.get_or_init(|| totals);
     }
 
-    #[test]
-    fn the_json_holds_what_was_counted() {
-        let mut metrics = Metrics { bytes_in: 7, ..Metrics::default() };
-        metrics.count_call(Status::Ok);
-        metrics.count_call(Status::UnknownType);
-        metrics.count_end(DisconnectReason::ProtocolViolation);
-        let json = metrics.to_json();
-        for part in ["{\"calls\":2,", "\"calls_ok\":1,", "\"bytes_in\":7,", "\"protocol_violations\":1,"] {
-            assert!(json.contains(part), "{part} in {json}");
+    /// What has been counted so far, nothing before the server serves: times by type as of now, the other counters as
+    /// of each reactor's last pause or sweep, at most 50 ms ago unless a handler holds it up.
+    pub fn read(&self) -> Metrics {
+        self.0.get().map_or_else(Metrics::default, |totals| Metrics::of(totals, None))
+    }
+
+    /// [`Metrics::export_prometheus`] of what has been counted so far.
+    pub fn export_prometheus(&self) -> String {
+        self.read().export_prometheus()
+    }
+}
+
+/// What a reactor does to time its calls, by itself: for `benches/metrics.rs`.
+#[doc(hidden)]
+#[derive(Debug)]
+pub struct StopWatch(Timing);
+
+impl StopWatch {
+    /// With `is_on` calls are timed, else what is left of it without that.
+    pub fn new(is_on: bool) -> Self {
+        let table = is_on.then(|| Arc::new(types::TypeTable::new()));
+        Self(Timing::new(table, crate::TABLE_LEN, u64::MAX))
+    }
+
+    /// A batch of so many calls of one type; `each` is given every call and its time.
+    #[inline(always)]
+    pub fn batch(&mut self, message_type: u32, calls: u32, mut each: impl FnMut(u32, u64)) {
+        let mut now_ns = crate::protocol::rendezvous::monotonic_ns;
+        self.0.round(&mut now_ns);
+        for connection in 0..calls {
+            let (record, count_first) = self.0.take_up(message_type);
+            if count_first {
+                self.0.count(now_ns(), |ended, ns| each(ended.connection, ns));
+            }
+            let ended = Ended { record, connection, ..Ended::default() };
+            if self.0.ended(ended) {
+                self.0.count(now_ns(), |ended, ns| each(ended.connection, ns));
+            }
         }
+        if self.0.batch_ended() {
+            self.0.count(now_ns(), |ended, ns| each(ended.connection, ns));
+        }
+    }
+
+    /// Time of all calls so far, ns.
+    pub fn busy_ns(&self) -> u64 {
+        self.0.busy_ns
     }
 }

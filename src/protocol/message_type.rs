@@ -36,10 +36,17 @@ impl MessageType {
     ];
 }
 
+impl MessageType {
+    /// The name of a fixed type.
+    pub fn name(self) -> Option<&'static str> {
+        Self::NAMED.iter().find(|(_, t)| *t == self).map(|(name, _)| *name)
+    }
+}
+
 impl fmt::Display for MessageType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match Self::NAMED.iter().find(|(_, t)| t == self) {
-            Some((name, _)) => write!(f, "{} ({name})", self.0),
+        match self.name() {
+            Some(name) => write!(f, "{} ({name})", self.0),
             None => write!(f, "{}", self.0),
         }
     }

@@ -9,7 +9,7 @@ use super::table::{
     Window,
 };
 use super::tickets::Look;
-use crate::metrics::{Metrics, Totals};
+use crate::metrics::{Counters, Ended, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
@@ -45,8 +45,14 @@ impl SessionLane {
             Ok(plan) => plan,
             Err(outcome) => {
                 self.give_back_places(call, places);
+                let (record, _) = bench.timing.take_up(call.message_type);
                 bench.metrics.count_call(outcome.status);
-                return self.complete(ring, call, outcome);
+                self.complete(ring, call, outcome)?;
+                let ended = Ended { record, connection: call.connection, session: id, sent: 0 };
+                if bench.timing.ended(ended) {
+                    bench.count_times();
+                }
+                return Ok(());
             }
         };
         match plan {
@@ -946,6 +952,13 @@ impl SessionLane {
             all.unread -= e.unread;
         }
         let (ring, frame, len) = (e.ring, e.window.frame, e.filled);
+        if e.began_ns != 0 {
+            let took = (bench.now_ns)().saturating_sub(e.began_ns);
+            bench.timing.count_long(call.message_type, took);
+            // Its first frame was counted when it came.
+            let received = e.received.saturating_sub(u64::from(call.len));
+            bench.connections.add(e.seat, call.connection, took, received + (e.sent + len as usize) as u64);
+        }
         bench.exchanges.end(index, e);
         bench.metrics.count_call(terminal.status);
         self.use_terminal(ring);
@@ -1002,7 +1015,7 @@ fn window(call: &Submission, places: Places) -> Window {
 
 fn context<'a, S>(
     state: &'a S,
-    metrics: &'a Metrics,
+    metrics: &'a Counters,
     totals: &'a Totals,
     call: &Submission,
 ) -> Context<'a, S> {

@@ -18,12 +18,14 @@ pub struct Connection {
     /// Session in the upper half, number in the lower while it is open; [`FREE`] and the next free index
     /// while it is not. One comparison tells whether a session has a number open.
     key: u64,
-    /// Bytes of requests.
+    /// Bytes of requests and answers.
     pub bytes: u64,
+    /// Time that its calls took, ns.
+    pub time_ns: u64,
     /// Calls started on it.
     pub requests: u32,
-    /// How often this record has been used, for the generation in its number.
-    uses: u32,
+    /// How often this record has been used, for the generation in its number, which has fewer bits.
+    uses: u16,
     /// One of [`doorbell_shm::entry::codec`].
     pub codec: u8,
     /// Whether its calls come on the bulk rings.
@@ -58,6 +60,7 @@ impl ConnectionPool {
         let blank = |index| Connection {
             key: FREE | u64::from(if index + 1 == limit { NONE } else { index + 1 }),
             bytes: 0,
+            time_ns: 0,
             requests: 0,
             uses: 0,
             codec: 0,
@@ -87,8 +90,9 @@ impl ConnectionPool {
         let record = self.records.get_mut(index as usize)?;
         self.first_free = record.key as u32;
         let uses = record.uses.wrapping_add(1);
-        let number = index | uses << INDEX_BITS;
-        *record = Connection { key: key(session, number), bytes: 0, requests: 0, uses, codec, bulk };
+        let number = index | u32::from(uses) << INDEX_BITS;
+        *record =
+            Connection { key: key(session, number), bytes: 0, time_ns: 0, requests: 0, uses, codec, bulk };
         self.open += 1;
         Some(number)
     }
@@ -98,6 +102,22 @@ impl ConnectionPool {
     pub fn get(&mut self, session: u32, number: u32) -> Option<&mut Connection> {
         let record = self.records.get_mut((number & INDEX_MASK) as usize)?;
         (record.key == key(session, number)).then_some(record)
+    }
+
+    /// Its calls have taken so much more time, and so many bytes of answers.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, session: u32, number: u32, time_ns: u64, bytes: u64) {
+        if let Some(record) = self.get(session, number) {
+            record.time_ns += time_ns;
+            record.bytes += bytes;
+        }
+    }
+
+    /// The connections that can be used here, with their sessions and numbers.
+    #[allow(dead_code)]
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, u32, &Connection)> + '_ {
+        let is_open = |record: &&Connection| record.key & DETACHED == 0;
+        self.records.iter().filter(is_open).map(|r| ((r.key >> 32) as u32, r.key as u32, r))
     }
 
     /// Closes a connection; `false` if `session` does not have it open.
@@ -128,7 +148,7 @@ impl ConnectionPool {
     fn mirror(&mut self, session: u32, number: u32, codec: u8, bulk: bool) {
         if let Some(record) = self.records.get_mut((number & INDEX_MASK) as usize) {
             let key = DETACHED | key(session, number);
-            *record = Connection { key, bytes: 0, requests: 0, uses: 0, codec, bulk };
+            *record = Connection { key, bytes: 0, time_ns: 0, requests: 0, uses: 0, codec, bulk };
         }
     }
 

@@ -14,7 +14,7 @@ use super::staging::BufferPool;
 use super::table::{Entry, FileQuestion, Rest};
 use super::tickets::Tickets;
 use crate::config::{Movable, ServerConfig};
-use crate::metrics::{Metrics, Totals};
+use crate::metrics::{Counters, Timing, Totals};
 use crate::protocol::handshake::{DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Status, flag};
@@ -57,6 +57,7 @@ macro_rules! bench {
             connections: &mut $core.connections,
             staging: &mut $core.staging,
             metrics: &mut $core.metrics,
+            timing: &mut $core.timing,
             totals: &$core.totals,
             batch: &mut $core.batch,
             exchanges: &mut $core.exchanges,
@@ -117,7 +118,8 @@ pub(crate) struct Core<S: 'static> {
     pub leases: LeaseQueue,
     pub budget: Budget,
     pub inbox: Inbox,
-    pub metrics: Metrics,
+    pub metrics: Counters,
+    pub timing: Timing,
     totals: Totals,
     draining: bool,
     /// Sessions that tables were made for.
@@ -181,6 +183,8 @@ impl<S> Core<S> {
         budget: Budget,
     ) -> Self {
         let home = totals.own == 0;
+        let table = config.time_calls.then(|| Arc::clone(&totals.types[totals.own]));
+        let timing = Timing::new(table, handlers.len(), config.turn_time.as_nanos() as u64);
         let lanes =
             if home { config.max_sessions } else { config.max_further_lanes.min(config.max_sessions) };
         let connections = match home {
@@ -211,7 +215,8 @@ impl<S> Core<S> {
             leases: LeaseQueue::default(),
             budget,
             inbox,
-            metrics: Metrics::default(),
+            metrics: Counters::default(),
+            timing,
             totals,
             draining: false,
             most_sessions: config.max_sessions,
@@ -363,6 +368,28 @@ impl<S> Core<S> {
             .map(|(index, seat)| SessionId { index: index as u32, generation: seat.generation })
     }
 
+    /// Brings the counters up to date that are kept elsewhere, or follow from what there is.
+    pub fn note_gauges(&mut self) {
+        let metrics = &mut self.metrics;
+        (metrics.busy_ns, metrics.overruns) = (self.timing.busy_ns, self.timing.overruns);
+        metrics.sessions_open = if self.totals.own == 0 { self.live.into() } else { 0 };
+        metrics.lanes_hot = self.hot.len() as u64;
+        metrics.exchanges_live = self.exchanges.live() as u64;
+        metrics.jobs_live = self.exchanges.jobs.live() as u64;
+        metrics.bodies_waiting = self.exchanges.waiting() as u64;
+        metrics.leases_waiting = self.leases.len() as u64;
+    }
+
+    /// Looks how many entries and answers lie in the rings of all lanes.
+    pub fn note_queues(&mut self) {
+        let (mut entries, mut answers) = (0, 0);
+        for lane in self.seats.iter_mut().filter_map(|seat| seat.lane.as_deref_mut()) {
+            entries += lane.entries_waiting().count() as u64;
+            answers += lane.answers_waiting();
+        }
+        (self.metrics.entries_waiting, self.metrics.answers_waiting) = (entries, answers);
+    }
+
     /// Tells every client that no new calls are taken; hellos are refused from now on.
     pub fn drain(&mut self) {
         self.draining = true;
@@ -431,6 +458,7 @@ impl<S> Core<S> {
         if !self.exchanges.runnable.is_empty() {
             self.run_waiting();
         }
+        self.timing.round(now_ns);
         let mut served = Served { total: 0, touched: &mut self.touched, faults: &mut self.faults };
         let time_ns = self.long_rounds.then_some(self.config.turn_time.as_nanos() as u64);
         let mut bench = bench!(self, now_ns, announce, time_ns);
@@ -448,6 +476,13 @@ impl<S> Core<S> {
             served.turn(&mut self.seats, index, |lane| lane.turn_bulk(index, &mut bench));
         }
         let taken = served.total;
+        if taken == 0 {
+            // The clock is read behind the last completion, not before it: nobody waits for this.
+            match bench.timing.is_pending() {
+                true => bench.count_times(),
+                false => bench.timing.is_idle(),
+            }
+        }
         self.handed_over |= bench.flags_seen >> 40 & u64::from(flag::HANDOFF) != 0;
         self.time_round(taken > 0, now_ns);
         taken
@@ -470,6 +505,7 @@ impl<S> Core<S> {
     /// Ends calls of several frames whose deadline has passed, and, if `sweep`, those that keep the memory of their
     /// body from others and have not moved since the sweep before the last.
     pub fn end_overdue(&mut self, now: u64, sweep: bool) {
+        self.settle_times(&mut || now);
         let memory_is_wanted = self.exchanges.anybody_waits();
         if now < self.exchanges.next_deadline && !(sweep && memory_is_wanted) {
             return;
@@ -494,8 +530,17 @@ impl<S> Core<S> {
         }
         self.exchanges.next_deadline = next_deadline;
         for (seat, index, status) in over {
-            self.end_exchange(seat, index, status);
+            self.end_exchange(seat, index, status, now);
         }
+    }
+
+    /// Counts the calls that have ended; whatever comes next, until the next round, is no call.
+    #[inline(always)]
+    pub fn settle_times(&mut self, now_ns: &mut dyn FnMut() -> u64) {
+        if self.timing.is_pending() {
+            bench!(self, now_ns, &mut |_, _| {}, None).count_times();
+        }
+        self.timing.pause();
     }
 
     /// No deadline of a call that is under way passes before this.
@@ -543,8 +588,8 @@ impl<S> Core<S> {
         self.exchanges.tickets.wake();
     }
 
-    fn end_exchange(&mut self, index: u32, exchange: u32, status: Status) {
-        let mut now_ns = || 0;
+    fn end_exchange(&mut self, index: u32, exchange: u32, status: Status, now: u64) {
+        let mut now_ns = || now;
         let mut announce = |_, _| {};
         let mut bench = bench!(self, &mut now_ns, &mut announce, None);
         let mut served = Served { total: 0, touched: &mut self.touched, faults: &mut self.faults };
@@ -571,7 +616,7 @@ impl<S> Core<S> {
                     .is_some_and(|e| e.uses_leases(|slot| lane.lane().leases.is_leased(slot)))
             };
             for exchange in all.filter(leased).collect::<Vec<_>>() {
-                self.end_exchange(index, exchange, Status::TakenBack);
+                self.end_exchange(index, exchange, Status::TakenBack, now);
             }
         }
         verdict
@@ -1028,7 +1073,7 @@ mod tests {
     /// Method: time is an input.
     #[test]
     fn r2_9_s11_a_passed_deadline_is_answered_and_nothing_runs() {
-        let mut core = core(ServerConfig::default());
+        let mut core = core(ServerConfig { time_calls: false, ..ServerConfig::default() });
         let mut client = Client::join(&mut core);
         for deadline in [0, 99, 100, 101] {
             assert!(client.call(INTERACTIVE, deadline));

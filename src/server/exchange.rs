@@ -121,6 +121,8 @@ pub(crate) struct Exchange<S> {
     pub queued: bool,
     /// It waits for space in the completion ring.
     pub wants_space: bool,
+    /// When its first entry was taken up, ns; 0 if it is not timed.
+    pub began_ns: u64,
     /// Something of it has moved since somebody last asked.
     pub moved: bool,
     /// Sweeps in a row that found that nothing had moved.
@@ -160,6 +162,7 @@ impl<S> Exchange<S> {
             terminal: None,
             queued: false,
             wants_space: false,
+            began_ns: 0,
             moved: true,
             stale: 0,
         }
@@ -382,8 +385,12 @@ impl<S> Exchanges<S> {
         }
     }
 
+    /// Exchanges that wait for memory to put their bodies together in.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
     /// Exchanges that are under way.
-    #[cfg(any(test, fuzzing))]
     pub fn live(&self) -> usize {
         self.records.len() - self.free.len()
     }

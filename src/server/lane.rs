@@ -13,7 +13,7 @@ use super::idle::Seen;
 use super::leases::{Giving, LaneLeases, LeaseQueue, Wish};
 use super::staging::BufferPool;
 use super::table::{Context, Entry, HandlerError, Reply, Rest};
-use crate::metrics::{Metrics, Totals};
+use crate::metrics::{Counters, Ended, Timing, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Completion, Status, Submission, codec, flag, kind};
@@ -32,7 +32,9 @@ pub(crate) struct Bench<'a, S: 'static> {
     pub state: &'a S,
     pub connections: &'a mut ConnectionPool,
     pub staging: &'a mut BufferPool,
-    pub metrics: &'a mut Metrics,
+    pub metrics: &'a mut Counters,
+    /// How long calls take.
+    pub timing: &'a mut Timing,
     /// The counters of all reactors, for handlers that ask.
     pub totals: &'a Totals,
     pub batch: &'a mut Batch,
@@ -64,13 +66,36 @@ pub(crate) struct Bench<'a, S: 'static> {
 }
 
 impl<S> Bench<'_, S> {
+    /// Counts the calls that have ended, with the time that they took.
+    #[inline(never)]
+    pub fn count_times(&mut self) {
+        let now = (self.now_ns)();
+        let connections = &mut *self.connections;
+        self.timing.count(now, |ended, ns| {
+            connections.add(ended.session, ended.connection, ns, ended.sent.into());
+        });
+    }
+
+    /// Something is about to be done that is no short call, and takes its own time.
+    pub fn settle_times(&mut self) {
+        if self.timing.is_pending() {
+            self.count_times();
+        }
+        self.timing.pause();
+    }
+
     /// A fresh record of a call that is not answered within its turn, with its deadline.
     pub fn begin(&mut self, call: &Submission, ring: usize, id: u32) -> (u32, Box<Exchange<S>>) {
         let mut call = *call;
+        let timed = self.timing.is_on();
+        let now = if timed || self.deadline_ns != 0 { (self.now_ns)() } else { 0 };
         if call.deadline == 0 && self.deadline_ns != 0 {
-            call.deadline = (self.now_ns)().saturating_add(self.deadline_ns);
+            call.deadline = now.saturating_add(self.deadline_ns);
         }
-        self.exchanges.begin(&call, ring, id)
+        let (index, mut exchange) = self.exchanges.begin(&call, ring, id);
+        exchange.began_ns = self.timing.began(now);
+        self.settle_times();
+        (index, exchange)
     }
 }
 
@@ -112,6 +137,8 @@ pub(crate) struct SessionLane {
 /// Bytes of answers that wait for a client to make room, of one lane, beyond which none of its entries is taken: whoever
 /// does not read what he asks for stands still alone (S12). As much as four of the longest messages by default.
 const UNREAD_MOST: usize = 40 << 20;
+/// Entries of a ring that are looked at to tell how many wait.
+const PEEKS: u64 = 64;
 
 /// Entries copied out before the first of them is run.
 const BATCH: usize = 8;
@@ -254,6 +281,7 @@ impl SessionLane {
             self.run_batch(id, INTERACTIVE, filled, bench)?;
         }
         if self.exchanges.is_some() {
+            bench.settle_times();
             self.move_exchanges(INTERACTIVE, u32::MAX, &mut turn, bench)?;
         }
         Ok(turn.taken)
@@ -284,7 +312,10 @@ impl SessionLane {
                 self.run_batch(id, ring, filled, bench)?;
             }
             // A step of a bulk exchange is a bulk entry that has waited.
-            let moved = self.exchanges.is_some() && self.move_exchanges(BULK, 1, &mut turn, bench)? > 0;
+            let moved = self.exchanges.is_some() && {
+                bench.settle_times();
+                self.move_exchanges(BULK, 1, &mut turn, bench)? > 0
+            };
             if nothing && !moved {
                 break;
             }
@@ -369,6 +400,9 @@ impl SessionLane {
             }
         }
         bench.flags_seen |= flags_seen;
+        if bench.timing.batch_ended() {
+            bench.count_times();
+        }
         // What came before a broken entry has run; nothing after it will.
         filled.fault.map_or(Ok(()), Err)
     }
@@ -427,6 +461,23 @@ impl SessionLane {
         Ok(seen)
     }
 
+    /// Entries that lie in the rings, with the ring of each; [`PEEKS`] of a ring at most. For people to look at: the
+    /// client may change them until they are taken.
+    pub fn entries_waiting(&self) -> impl Iterator<Item = (usize, [u64; 8])> + '_ {
+        let of =
+            move |ring: usize| (0..PEEKS).map_while(move |ahead| self.lane.submissions[ring].peek_at(ahead));
+        Drain::ORDER.into_iter().flat_map(move |ring| of(ring).map(move |words| (ring, words)))
+    }
+
+    /// Completions that the client has not taken. One that lies about that is found out when the lane is served.
+    pub fn answers_waiting(&mut self) -> u64 {
+        let mut waiting = 0;
+        for completions in &mut self.lane.completions {
+            waiting += completions.refresh().map_or(0, |()| completions.outstanding());
+        }
+        waiting
+    }
+
     /// Entries taken so far.
     pub fn taken(&self) -> u64 {
         self.lane.submissions.iter().map(|ring| ring.next()).sum()
@@ -482,6 +533,10 @@ impl SessionLane {
         if self.lane.common.hints.any() {
             self.take_hints(id, bench)?;
         }
+        let (record, count_first) = bench.timing.take_up(call.message_type);
+        if count_first {
+            bench.count_times();
+        }
         let Some(connection) = bench.connections.get(id, call.connection) else {
             return Err(PeerFault::Connection { connection: call.connection });
         };
@@ -503,10 +558,9 @@ impl SessionLane {
             if bench.rest.used {
                 return self.go_on(id, ring, call, places, outcome, bench);
             }
-            count(bench, call, &outcome);
-            return self.complete(ring, call, outcome);
+            return self.complete_now(id, ring, call, record, outcome, bench);
         }
-        self.call_with_places(id, ring, call, bench)
+        self.call_with_places(id, ring, call, record, bench)
     }
 
     /// A call whose payload or answer may lie elsewhere than in the slot that names it, or that has more frames.
@@ -516,6 +570,7 @@ impl SessionLane {
         id: u32,
         ring: usize,
         call: &Submission,
+        record: u8,
         bench: &mut Bench<'_, S>,
     ) -> Result<(), PeerFault> {
         let leased = call.flags & flag::LEASED != 0;
@@ -523,9 +578,7 @@ impl SessionLane {
         let (_, hinted) = self.lane.slots.lend(call.slot, call.generation, in_slot)?;
         if leased && self.lane.leases.is_gone(call.lease_epoch) {
             // Its memory was taken while its entry was under way: not executed.
-            let outcome = Outcome::of(Status::TakenBack, 0);
-            count(bench, call, &outcome);
-            return self.complete(ring, call, outcome);
+            return self.complete_now(id, ring, call, record, Outcome::of(Status::TakenBack, 0), bench);
         }
         self.leases.used |= leased;
         let places = self.lend_places(call, leased)?;
@@ -542,8 +595,27 @@ impl SessionLane {
             return self.go_on(id, ring, call, places, outcome, bench);
         }
         self.give_back_places(call, places);
+        self.complete_now(id, ring, call, record, outcome, bench)
+    }
+
+    /// Ends a call within its turn, and counts it.
+    #[inline(always)]
+    fn complete_now<S>(
+        &mut self,
+        id: u32,
+        ring: usize,
+        call: &Submission,
+        record: u8,
+        outcome: Outcome,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<(), PeerFault> {
         count(bench, call, &outcome);
-        self.complete(ring, call, outcome)
+        let ended = Ended { record, connection: call.connection, session: id, sent: outcome.len as u32 };
+        self.complete(ring, call, outcome)?;
+        if bench.timing.ended(ended) {
+            bench.count_times();
+        }
+        Ok(())
     }
 
     /// Lends the window of a call and the slot of its payload.

@@ -47,7 +47,7 @@ pub use table::{
 
 use crate::config::ServerConfig;
 use crate::error::{IpcError, Result};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, MetricsReader};
 use analyze::FileSource;
 use control::Control;
 use files::Roots;
@@ -122,7 +122,8 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
         let roots = Roots::open(&self.config.file_roots, self.config.max_file_size)?;
         let listener = Listener::bind(path.as_ref())?;
         let (control, shutdown, reload) = Control::new()?;
-        Ok(BoundServer { server: self, roots, listener, control, shutdown, reload })
+        let metrics = MetricsReader::default();
+        Ok(BoundServer { server: self, roots, listener, control, shutdown, reload, metrics })
     }
 }
 
@@ -134,6 +135,7 @@ pub struct BoundServer<S: 'static> {
     control: Control,
     shutdown: ShutdownHandle,
     reload: ReloadHandle,
+    metrics: MetricsReader,
 }
 
 impl<S: Send + Sync + 'static> BoundServer<S> {
@@ -152,6 +154,11 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
         self.reload.clone()
     }
 
+    /// Reads what this server counts, from any thread.
+    pub fn metrics(&self) -> MetricsReader {
+        self.metrics.clone()
+    }
+
     /// Serves until stopped, on the calling thread and one more for each further reactor; returns what was
     /// counted. Clients are told why.
     ///
@@ -165,7 +172,7 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config, executor } = self.server;
         let files = Arc::new(FileSource::new(self.roots));
-        let helpers = Helpers { files, executor: executor.map(Arc::new) };
+        let helpers = Helpers { files, executor: executor.map(Arc::new), metrics: self.metrics };
         start::serve(handlers, Arc::new(state), config, helpers, self.listener, self.control, self.shutdown)
     }
 }

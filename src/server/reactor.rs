@@ -15,7 +15,7 @@ use super::storm::{self, Storm};
 use super::throttle::Throttle;
 use crate::config::{Backend, ServerConfig, WaitPolicy};
 use crate::error::{IpcError, Result};
-use crate::metrics::{Metrics, Totals};
+use crate::metrics::{Counters, Totals};
 use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::PeerFault;
@@ -50,6 +50,8 @@ const ROUNDS_PER_YIELD: u32 = 32;
 /// Sweeps that a client has between taking the bell's mark and waking before it is healed: it may have been
 /// preempted between the two.
 const MARK_TAKEN_SWEEPS: u32 = 3;
+/// Sweeps, the first of which looks how much lies in the rings: once a second.
+const SWEEPS_PER_LOOK: u64 = 20;
 /// Handed-over calls between two sweeps (50 ms) up to which they are rare: 5000 a second.
 const RARE_PER_SWEEP: u32 = 250;
 /// Lanes that have gone since free memory was last given back to the kernel, before that is done again: what they
@@ -259,7 +261,7 @@ impl<S> Reactor<S> {
     }
 
     /// Serves until told to stop; returns what this reactor counted.
-    pub fn run(mut self) -> Result<Metrics> {
+    pub fn run(mut self) -> Result<Counters> {
         self.with_home(Home::begin)?;
         let spins = self.core.config().policy == WaitPolicy::Spin;
         let mut idle_rounds = 0u32;
@@ -276,12 +278,14 @@ impl<S> Reactor<S> {
                 rounds_since_tick = 0;
                 let now = monotonic_ns();
                 if now >= busy_tick_ns {
+                    self.core.settle_times(&mut || now);
                     busy_tick_ns = now + BUSY_TICK_NS;
                     self.tick(now)?;
                 }
             }
             // DEFER_TASKRUN: without this enter a bell rung by a sleeping lane's client is never seen.
             if self.driver.pending() && !std::mem::take(&mut wakes_postponed) {
+                self.core.settle_times(&mut monotonic_ns);
                 self.driver.enter(Wait::No)?;
                 self.events()?;
                 if self.stopping {
@@ -291,6 +295,9 @@ impl<S> Reactor<S> {
             let mut taken = self.round();
             rounds_since_tick += taken / ENTRIES_PER_ROUND;
             self.end_faulty()?;
+            if self.core.leases.has_work() || self.core.has_jobs() || self.core.tickets().has_work() {
+                self.core.settle_times(&mut monotonic_ns);
+            }
             if self.core.leases.has_work() {
                 self.serve_memory()?;
             }
@@ -337,11 +344,13 @@ impl<S> Reactor<S> {
                 // the call. We go on when it sleeps, or calls again.
                 self.submit()?;
                 std::thread::yield_now();
+                self.core.settle_times(&mut monotonic_ns);
             } else if polls {
                 self.submit()?;
                 if idle_rounds.is_multiple_of(ROUNDS_PER_YIELD) {
                     self.trim();
                     std::thread::yield_now();
+                    self.core.settle_times(&mut monotonic_ns);
                     if !spins && monotonic_ns() >= polls_until_ns {
                         self.core.metrics.spun_ns += self.spin.polled(monotonic_ns());
                         polls_until_ns = 0;
@@ -457,15 +466,17 @@ impl<S> Reactor<S> {
     /// Queues wakes for the clients for whom something was completed and who sleep: one fence for all of them,
     /// and one enter (R1.2), the caller's next.
     pub(super) fn ring_clients(&mut self) -> Result<()> {
+        self.core.settle_times(&mut monotonic_ns);
         // Pairs with the fence in `ClientBell::mark`.
         fence_before_bell();
-        let mut rung = 0;
+        let (mut rung, mut awake) = (0, 0);
         for i in 0..self.core.touched().len() {
             let index = self.core.touched()[i];
             let Some(lane) = self.core.seated(index) else { continue };
             let bell = &lane.lane().common.client_bell;
             let waiters = bell.take();
             if waiters == 0 {
+                awake += 1;
                 continue;
             }
             if waiters & WAITER_FUTEX != 0 {
@@ -480,6 +491,7 @@ impl<S> Reactor<S> {
         }
         let metrics = &mut self.core.metrics;
         metrics.wakes_rung += rung;
+        metrics.wakes_suppressed += awake;
         metrics.wakes_in_one_enter_max = metrics.wakes_in_one_enter_max.max(rung);
         self.core.untouch();
         Ok(())
@@ -805,6 +817,7 @@ impl<S> Reactor<S> {
 
     /// Shows the counters to the other reactors.
     fn show(&mut self) {
+        self.core.note_gauges();
         self.core.metrics.body_bytes = self.core.body_bytes() as u64;
         self.core.metrics.deferred_live = self.core.tickets().attached().into();
         self.core.metrics.deferred_detached = self.core.tickets().detached().into();
@@ -820,6 +833,10 @@ impl<S> Reactor<S> {
     /// nothing has been taken meanwhile, it is healed and counted.
     fn sweep(&mut self, now: u64) -> Result<()> {
         self.core.metrics.sweeps += 1;
+        self.core.metrics.cpu_ns = thread_cpu_ns();
+        if self.core.metrics.sweeps % SWEEPS_PER_LOOK == 1 {
+            self.core.note_queues();
+        }
         self.handed_over_rarely = self.handed_over_calls < RARE_PER_SWEEP;
         self.handed_over_calls = 0;
         let turn = self.core.metrics.sweeps as u32;
@@ -862,6 +879,11 @@ impl<S> Reactor<S> {
     /// Arms every lane that is polled, looks again, and sleeps if there is nothing.
     fn sleep(&mut self) -> Result<()> {
         // Kept between calls: a call that is answered from sleep allocates nothing either (R1.7).
+        self.core.settle_times(&mut monotonic_ns);
+        if self.core.live() == 0 {
+            // Nobody will come by the clock to show them.
+            self.show();
+        }
         let mut hot = std::mem::take(&mut self.arming);
         hot.clear();
         hot.extend(self.core.hot_lanes());
@@ -975,7 +997,7 @@ impl<S> Reactor<S> {
     }
 
     /// Takes leave of every client; returns what was counted.
-    fn stop(mut self) -> Result<Metrics> {
+    fn stop(mut self) -> Result<Counters> {
         self.drain()?;
         let ids: Vec<SessionId> = self.core.ids().collect();
         for id in ids {
@@ -986,8 +1008,16 @@ impl<S> Reactor<S> {
         }
         self.with_home(Home::stop)?;
         self.submit()?;
+        self.core.metrics.cpu_ns = thread_cpu_ns();
+        self.show();
         Ok(std::mem::take(&mut self.core.metrics))
     }
+}
+
+/// Processor time of the calling thread, ns.
+fn thread_cpu_ns() -> u64 {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    used.tv_sec.unsigned_abs() * 1_000_000_000 + used.tv_nsec.unsigned_abs()
 }
 
 /// Rings a client that waits on its socket: one byte; a full socket has been rung already.

@@ -13,7 +13,7 @@ use super::reactor::{self, Reactor, Source};
 use super::table::Entry;
 use crate::config::{Backend, ServerConfig, WaitPolicy};
 use crate::error::{IpcError, Result};
-use crate::metrics::{Metrics, Totals};
+use crate::metrics::{Counters, Metrics, MetricsReader, Totals};
 use crate::protocol::rendezvous::monotonic_ns;
 use doorbell_uring::{Driver, Wait, futex};
 use rustix::thread::CpuSet;
@@ -63,6 +63,8 @@ pub(super) struct Helpers {
     pub files: Arc<FileSource>,
     /// Runs the futures of handlers.
     pub executor: Option<Arc<Executor>>,
+    /// Learns where the counters are.
+    pub metrics: MetricsReader,
 }
 
 /// Runs a server on the calling thread and those of its further reactors.
@@ -75,7 +77,6 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     control: Control,
     shutdown: ShutdownHandle,
 ) -> Result<Metrics> {
-    let Helpers { files, executor } = helpers;
     let cores = cores(&config)?;
     let pins = reactor_cores(&config)?;
     let reactors = pins.len();
@@ -83,8 +84,10 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let wake_ns = if polls && cores.len() > 1 { wake_cost(cores[0], cores[1])? } else { 0 };
     let (backend, driver) = choose_backend(&config)?;
     let config = ServerConfig { reactors: reactors as u32, backend, ..config };
-    let totals = Totals::new(0, reactors);
+    let totals = Totals { memory_budget: config.memory_budget, ..Totals::new(0, reactors) };
+    helpers.metrics.begin(totals.clone());
     let budget = Budget::new(config.memory_budget);
+    let Helpers { files, executor, .. } = helpers;
     let plan = Plan { handlers, state, config, files, executor, totals, budget, wake_ns, shutdown };
     tracing::info!(reactors, wake_ns, "starting");
     let before = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
@@ -117,7 +120,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     }
     rustix::thread::sched_setaffinity(None, &before)
         .map_err(|e| IpcError::io("sched_setaffinity after serving", e))?;
-    result
+    Ok(Metrics { counters: result?, ..Metrics::of(&plan.totals, None) })
 }
 
 /// What the reactors wait with (F38), and the home reactor's driver; says which and why, once.
@@ -151,7 +154,7 @@ struct Further<'scope> {
     addresses: Vec<Address>,
     /// Each waits for this before it begins. If it is dropped instead, the start has failed.
     starts: Vec<Sender<Crew>>,
-    threads: Vec<ScopedJoinHandle<'scope, Result<Metrics>>>,
+    threads: Vec<ScopedJoinHandle<'scope, Result<Counters>>>,
 }
 
 impl<'scope> Further<'scope> {
@@ -174,7 +177,7 @@ impl<'scope> Further<'scope> {
                 // It has ended without a ring: its result says why.
                 Err(_) => {
                     let ended = || IpcError::Config("a reactor ended while it started".to_owned());
-                    return Err(join(vec![thread], Ok(Metrics::default())).err().unwrap_or_else(ended));
+                    return Err(join(vec![thread], Ok(Counters::default())).err().unwrap_or_else(ended));
                 }
             }
             further.starts.push(start);
@@ -190,14 +193,14 @@ fn run_further<S: Send + Sync + 'static>(
     core: Option<usize>,
     made: &Sender<Address>,
     started: &Receiver<Crew>,
-) -> Result<Metrics> {
+) -> Result<Counters> {
     become_reactor(core)?;
     let driver = reactor::driver(&plan.config, false)?;
     let (address, inbox) = Address::new(duplicate(&driver)?, core);
     if made.send(address).is_err() {
-        return Ok(Metrics::default());
+        return Ok(Counters::default());
     }
-    let Ok(crew) = started.recv() else { return Ok(Metrics::default()) };
+    let Ok(crew) = started.recv() else { return Ok(Counters::default()) };
     let _stops_home = StopsHome(plan.shutdown.clone());
     plan.reactor(driver, crew, inbox, None)?.run()
 }
@@ -213,7 +216,7 @@ impl Drop for StopsHome {
 }
 
 /// Waits for the reactors; the first failure counts.
-fn join(threads: Vec<ScopedJoinHandle<'_, Result<Metrics>>>, home: Result<Metrics>) -> Result<Metrics> {
+fn join(threads: Vec<ScopedJoinHandle<'_, Result<Counters>>>, home: Result<Counters>) -> Result<Counters> {
     let mut result = home;
     for thread in threads {
         let theirs = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -2,7 +2,7 @@
 
 use super::deferred::{AsyncHandler, Deferred, DeferredHandler};
 use super::files::FileFacts;
-use crate::metrics::{Metrics, Totals};
+use crate::metrics::{Counters, Metrics, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::entry::Status;
@@ -300,7 +300,7 @@ impl<S, const N: usize> fmt::Debug for HandlerTable<S, N> {
 #[derive(Debug)]
 pub struct Context<'a, S> {
     pub(crate) state: &'a S,
-    pub(crate) metrics: &'a Metrics,
+    pub(crate) metrics: &'a Counters,
     pub(crate) totals: &'a Totals,
     pub(crate) message_type: MessageType,
     pub(crate) connection: u32,
@@ -316,7 +316,7 @@ impl<'a, S> Context<'a, S> {
     /// The counters of the whole server: exact for the reactor that runs this call, of the others as they were
     /// at their last pause or some rounds ago.
     pub fn metrics(&self) -> Metrics {
-        self.totals.sum(self.metrics)
+        Metrics::of(self.totals, Some(self.metrics))
     }
 
     /// The type of this message.
