@@ -452,9 +452,9 @@ impl SessionLane {
                 }
             }
         }
-        let ready = self.exchanges.as_ref().map_or(0, |all| all.ready[ring].len() as u32);
         let mut moved = 0;
-        while moved < ready.min(most) && turn.left(bench) > 0 {
+        // One that can go on stands at the end of the queue again: they take turns until that of the lane is over.
+        while moved < most && turn.left(bench) > 0 {
             let next = self.exchanges.as_mut().and_then(|all| all.ready[ring].pop_front());
             let Some(index) = next else { break };
             if let Some(exchange) = bench.exchanges.get_mut(index) {
@@ -519,6 +519,11 @@ impl SessionLane {
                 return Ok(Next::Ends(terminal));
             }
             if took {
+                if e.filled == e.window.capacity && free > 0 {
+                    // Its reader need not wait for the next step.
+                    self.send_frame(e)?;
+                    free -= 1;
+                }
                 let more = !e.parked.is_empty() || e.ended;
                 return if more { Ok(Next::Again) } else { self.send_partial(e, free) };
             }
