@@ -56,6 +56,8 @@ pub(super) struct Session {
     pub(super) routes: Option<Box<Routes>>,
     /// The core that no work of the server's is to be brought to, where that can be avoided.
     pub(super) avoided: Option<u32>,
+    /// Waits for which the core counts as crowded: callers sleep there and do not yield.
+    pub(super) crowded: u32,
     /// Calls of several frames.
     pub(super) bodies: Bodies,
     /// Longest request, bytes.
@@ -110,6 +112,7 @@ impl Session {
             policy,
             routes,
             avoided: None,
+            crowded: 0,
             bodies: Bodies::default(),
             max_message: usize::try_from(max_message).unwrap_or(usize::MAX),
             kept,
