@@ -665,3 +665,20 @@ fn trap22_trap23_bench_measures_between_processes_and_measures_its_floor() {
     };
     assert_ne!(floor(&output.stdout), floor(&other.stdout));
 }
+
+/// Goal:   the demonstration runs, everything in it holds, and its ledger balances (F50, R3.4, R3.5).
+/// Method: a small one; the sum of the ledger's line is computed again. A wrong length is refused.
+#[test]
+fn r3_4_f50_the_demonstration_ends_in_a_ledger_that_balances() {
+    let output = run(&["demo", "--processes", "3", "--seconds", "0.6"]);
+    let said = String::from_utf8(output.stdout.clone()).unwrap();
+    assert!(output.status.success(), "{said}{}", stderr(&output));
+    assert!(said.ends_with("Everything held.\n"), "{said}");
+    let line = said.lines().find(|line| line.starts_with("in flight")).unwrap_or_else(|| panic!("{said}"));
+    let numbers: Vec<u64> =
+        line.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse().ok()).collect();
+    let [in_flight, answered, resent, unknown, wrong, doubled] = numbers[..] else { panic!("{line}") };
+    assert!(in_flight == answered + resent + unknown && in_flight > 0, "{line}");
+    assert_eq!((wrong, doubled), (0, 0), "{line}");
+    fails(&run(&["demo", "--seconds", "0"]), 2, &["0.5 to 60"]);
+}

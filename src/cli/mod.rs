@@ -5,6 +5,7 @@ mod ask;
 mod bench;
 mod call;
 mod config;
+mod demo;
 mod doctor;
 mod serve;
 
@@ -38,6 +39,8 @@ enum Command {
     Bench(bench::options::BenchOptions),
     /// Measure streamed answers against a server process of its own, every chunk checked.
     BenchStream(bench::stream::StreamOptions),
+    /// Show in half a minute what it does: keystrokes beside a thousand busy sessions, a hostile client, a killed server.
+    Demo(demo::DemoOptions),
     /// Check whether doorbell works well on this machine, what it will use and why, and what to change.
     Doctor(doctor::DoctorOptions),
     /// A process of `bench`.
@@ -56,6 +59,7 @@ pub fn run() -> ExitCode {
         Command::Config(options) => config::run(&options),
         Command::Bench(options) => return run_bench(&options),
         Command::BenchStream(options) => return run_bench_stream(&options),
+        Command::Demo(options) => return demo::run(&options).unwrap_or_else(|error| fail(&error)),
         Command::Doctor(options) => return doctor::run(&options).unwrap_or_else(|error| fail(&*error)),
         Command::BenchChild(options) => bench::child::run(&options).map_err(Into::into),
     };

@@ -234,7 +234,9 @@ mod tests {
     #[test]
     fn r4_2_types_of_all_reactors_add_up() {
         let (one, other) = (TypeTable::new(), TypeTable::new());
-        (one.begin(0, 2), one.begin(TYPES_MAX - 2, 7), other.begin(0, 7));
+        one.begin(0, 2);
+        one.begin(TYPES_MAX - 2, 7);
+        other.begin(0, 7);
         one.record(0).count(bucket(300), 300, 2);
         one.record(TYPES_MAX - 2).count(bucket(10), 10, 1);
         other.record(0).count(bucket(9_000), 9_000, 1);

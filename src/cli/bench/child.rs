@@ -1,8 +1,9 @@
-//! The processes that a benchmark starts: servers and clients, all from this very executable.
+//! The processes that benchmarks and the demonstration start: servers and clients, all from this very executable.
 //!
 //! Each dies with its parent's main thread, whatever happens to it (trap 13), and is killed and reaped when
 //! its [`Process`] is dropped. A descriptor that a child needs is its standard input; a job is an argument.
 
+use super::super::demo;
 use super::error::BenchError;
 use super::{doorbell, floor, floor_long, floor_stream, hog, silent, stream, uds, worker};
 use clap::{Args, ValueEnum};
@@ -39,6 +40,14 @@ pub enum Role {
     StreamServer,
     /// The floor of streamed chunks; standard input is the shared memory.
     StreamFloorServer,
+    /// Serves the demonstration.
+    DemoServer,
+    /// Calls it, or its peer.
+    DemoLoad,
+    /// Breaks every rule there.
+    DemoHostile,
+    /// Has calls in flight there when the server is killed.
+    DemoCaller,
 }
 
 impl Role {
@@ -53,6 +62,10 @@ impl Role {
             Role::Silent => "silent",
             Role::StreamServer => "stream-server",
             Role::StreamFloorServer => "stream-floor-server",
+            Role::DemoServer => "demo-server",
+            Role::DemoLoad => "demo-load",
+            Role::DemoHostile => "demo-hostile",
+            Role::DemoCaller => "demo-caller",
         }
     }
 }
@@ -87,6 +100,10 @@ pub fn run(options: &ChildOptions) -> Result<(), BenchError> {
         Role::Silent => silent::run(&options.job()?),
         Role::StreamServer => stream::serve(&options.job()?),
         Role::StreamFloorServer => floor_stream::serve(stdin_fd()?, &options.job()?),
+        Role::DemoServer => demo::server::run(&options.job()?),
+        Role::DemoLoad => demo::load::run(&options.job()?),
+        Role::DemoHostile => demo::hostile::run(&options.job()?),
+        Role::DemoCaller => demo::ledger::run(&options.job()?),
     }
 }
 

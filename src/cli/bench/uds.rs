@@ -298,7 +298,7 @@ pub struct UdsJob {
 }
 
 /// The listener's address, made by the kernel: abstract, free, gone with the listener.
-fn listen() -> Result<(OwnedFd, String), UdsError> {
+pub fn listen() -> Result<(OwnedFd, String), UdsError> {
     let fd = socket()?;
     let unnamed = SocketAddrUnix::new_unnamed();
     rustix::net::bind(&fd, &unnamed).map_err(os("bind"))?;
