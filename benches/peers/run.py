@@ -8,7 +8,7 @@ constant, the client makes each request of a nonce of its own and checks every w
 turn (A B C A B C ...), in several rounds, each time by fresh processes. A run that fails is kept with its reason.
 
 `--quick` takes about 10 minutes, without it the run takes about 50. Build first takes some minutes more. Then: report.py.
-What cannot be built or run here is said so, in the raw file and in the report.
+What cannot be built or run here is said so, in the raw file and in the report. setup.sh installs what peers need.
 """
 import argparse
 import datetime
@@ -96,12 +96,13 @@ def cores():
 def build():
     """Builds both groups; returns what cannot be built, with the compiler's reason."""
     missing = {}
-    cmake = shutil.which("cmake")
+    subprocess.run([HERE / "setup.sh"], check=False)
+    cmake = ROOT / "target/peers-cmake/bin/cmake"
     for names, flags in ((STATIC, {}), (DYNAMIC, {"RUSTFLAGS": ""})):
         for name in names:
             env = {**os.environ, **flags, "CARGO_TARGET_DIR": str(TARGET[name])}
-            if cmake:
-                env.setdefault("CMAKE", cmake)
+            if cmake.exists():
+                env.setdefault("CMAKE", str(cmake))
             command = ["cargo", "build", "--release", "--locked", "--quiet", "--target", TRIPLE, "-p", f"peer-{name}"]
             print(f"building {name}", file=sys.stderr)
             done = subprocess.run(command, cwd=HERE, env=env, stderr=subprocess.PIPE, text=True)
@@ -337,7 +338,7 @@ def plan_of(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 rounds of half a second, no curves")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of half a second, memory once, no curves")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--only", default="", help="peers, separated by commas: " + ", ".join(PEERS))
@@ -362,8 +363,9 @@ def main():
                 about = PEERS[peer]
                 line = dict(round=turn + 1, experiment=experiment, peer=peer, idle=idle, placement=placement, **asked)
                 why = missing.get(about.get("crate")) or (None if "crate" in about or shutil.which("node") else "no node")
-                # What has failed once fails again: its time is others'.
-                if why or (experiment, peer, idle) in failed:
+                # What has failed once fails again: its time is others'. What is held is the same each time.
+                once = options.quick and asked.get("hold") and turn > 0
+                if why or once or (experiment, peer, idle) in failed:
                     if why and turn == 0:
                         keep(**line, error=why)
                     continue
