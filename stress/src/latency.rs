@@ -1,11 +1,14 @@
-//! How long calls took: every sample in a bucket of ten nanoseconds, so that tails are exact, not guessed.
+//! How long calls took: every sample in a bucket of ten nanoseconds, beyond a millisecond of a hundred microseconds, so that
+//! tails are exact, not guessed.
 
 use serde::{Deserialize, Serialize};
 
 /// Nanoseconds of a bucket.
 const STEP_NS: u64 = 10;
-/// Buckets: up to a millisecond. Longer samples are in the last one, and the longest is known by itself.
+/// Buckets: up to a millisecond.
 const BUCKETS: usize = 100_000;
+/// Nanoseconds of a bucket of those that took longer: up to ten seconds. The longest is known by itself.
+const LONG_STEP_NS: u64 = 100_000;
 /// A call that took longer is a violation (R5.1).
 pub const VIOLATION_NS: u64 = 10_000;
 /// No call may take so long, unless the host itself stood still (R5.1).
@@ -15,6 +18,7 @@ pub const MAX_NS: u64 = 50_000;
 #[derive(Debug, Clone)]
 pub struct Histogram {
     buckets: Vec<u64>,
+    long: Vec<u64>,
     samples: u64,
     violations: u64,
     beyond_max: u64,
@@ -24,13 +28,17 @@ pub struct Histogram {
 impl Histogram {
     /// No samples yet.
     pub fn new() -> Self {
-        Self { buckets: vec![0; BUCKETS], samples: 0, violations: 0, beyond_max: 0, max_ns: 0 }
+        let (buckets, long) = (vec![0; BUCKETS], vec![0; BUCKETS]);
+        Self { buckets, long, samples: 0, violations: 0, beyond_max: 0, max_ns: 0 }
     }
 
     /// One more.
     #[inline(always)]
     pub fn add(&mut self, ns: u64) {
-        self.buckets[((ns / STEP_NS) as usize).min(BUCKETS - 1)] += 1;
+        match self.buckets.get_mut((ns / STEP_NS) as usize) {
+            Some(bucket) => *bucket += 1,
+            None => self.long[((ns / LONG_STEP_NS) as usize).min(BUCKETS - 1)] += 1,
+        }
         self.samples += 1;
         self.violations += u64::from(ns > VIOLATION_NS);
         self.beyond_max += u64::from(ns >= MAX_NS);
@@ -41,10 +49,12 @@ impl Histogram {
     fn quantile(&self, per_mille: u64) -> u64 {
         let rank = (self.samples * per_mille).div_ceil(1000).max(1);
         let mut seen = 0;
-        for (index, count) in self.buckets.iter().enumerate() {
-            seen += count;
-            if seen >= rank && index < BUCKETS - 1 {
-                return ((index as u64 + 1) * STEP_NS).min(self.max_ns);
+        for (step, buckets) in [(STEP_NS, &self.buckets), (LONG_STEP_NS, &self.long)] {
+            for (index, count) in buckets.iter().enumerate() {
+                seen += count;
+                if seen >= rank {
+                    return ((index as u64 + 1) * step).min(self.max_ns);
+                }
             }
         }
         self.max_ns
@@ -114,8 +124,10 @@ mod tests {
         assert_eq!((summary.samples, summary.max_ns), (1000, 99_900));
         assert_eq!((summary.p50_ns, summary.p99_ns, summary.p999_ns), (49_910, 98_910, 99_810));
         assert_eq!((summary.above_10_us, summary.from_50_us), (899, 500));
-        (0..20).for_each(|_| histogram.add(7_000_000));
-        assert_eq!((histogram.summary().p99_ns, histogram.summary().max_ns), (7_000_000, 7_000_000));
+        (0..20).for_each(|_| histogram.add(7_000_050));
+        histogram.add(90_000_000_000);
+        let longer = histogram.summary();
+        assert_eq!((longer.p99_ns, longer.p999_ns, longer.max_ns), (7_100_000, 7_100_000, 90_000_000_000));
         assert_eq!(Histogram::new().summary(), Latency::default());
     }
 

@@ -2,6 +2,9 @@
 //! the middle of calls, corrupted entries, handshakes that never come, messages that are too long, memory that everybody
 //! wants, floods, and the server itself killed and started again. A normal client goes on meanwhile and must notice nothing
 //! of all that but the death of its server.
+//!
+//! Whoever does harm gives way to the normal client where both run on one core: judged is what the server makes of them, not how
+//! the kernel shares out a core among clients.
 
 use crate::clock::{SECOND, now_ns, sleep_until};
 use crate::content::Nonces;
@@ -136,10 +139,11 @@ fn shuffle(order: &mut [Injection], chance: &mut Nonces) {
 }
 
 /// A server that was killed: when, and when the next one listened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Restart {
-    killed_ns: u64,
-    listening_ns: u64,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[allow(missing_docs)] // As for `Row`.
+pub struct Restart {
+    pub killed_ns: u64,
+    pub listening_ns: u64,
 }
 
 /// What a row is made of.
@@ -187,6 +191,7 @@ impl<'a> Chaos<'a> {
         };
         let (core, seed) = (cores.client(0), plan.seed);
         let hostile = hostile::start(&HostileJob { path: path.clone(), core, seed, number: 1 })?;
+        hostile.give_way()?;
         let server = server::start(&job)?;
         let normal = normal::start(&NormalJob { path, core, seed, number: 0 })?;
         Ok(Self {
@@ -276,7 +281,7 @@ impl<'a> Chaos<'a> {
 
     fn client(&mut self, share: Share, short: Calls, long: Calls) -> Result<Process, StressError> {
         self.started += 1;
-        mixed::start(&MixedJob {
+        let client = mixed::start(&MixedJob {
             path: self.job.path.clone(),
             core: self.cores.client(self.started as usize),
             idle: Idle::Sleep,
@@ -285,7 +290,9 @@ impl<'a> Chaos<'a> {
             long,
             seed: self.plan.seed,
             number: self.started,
-        })
+        })?;
+        client.give_way()?;
+        Ok(client)
     }
 
     fn kill_server(&mut self) -> Result<(), StressError> {
@@ -359,6 +366,9 @@ pub struct Figures {
     pub floor: Latency,
     /// From a new server's first breath to the next right answer, milliseconds; `null`: never.
     pub recoveries_ms: Vec<Option<f64>>,
+    /// What the normal client's calls said when it lost a server.
+    pub losses: Vec<normal::Loss>,
+    pub restarts: Vec<Restart>,
 }
 
 fn to_row(plan: &Plan, found: Found) -> Row {
@@ -432,7 +442,14 @@ fn to_row(plan: &Plan, found: Found) -> Row {
         errors: faults.errors,
         lost: faults.lost,
         memory,
-        figures: report::Figures::Chaos(Figures { injected, calls, floor, recoveries_ms: ms }),
+        figures: report::Figures::Chaos(Figures {
+            injected,
+            calls,
+            floor,
+            recoveries_ms: ms,
+            losses: endured.losses,
+            restarts,
+        }),
         notes: faults.notes,
         checks,
     }

@@ -23,6 +23,9 @@ pub const SUBCOMMAND: &str = "child";
 /// How long a process may take to end when it has nothing left to do.
 const END: Duration = Duration::from_secs(10);
 
+/// The lowest priority of ordinary processes.
+const LAST: i32 = 19;
+
 /// What a child process is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Role {
@@ -200,6 +203,16 @@ impl Process {
                 .map_err(|e| StressError::Child { role: self.role.name(), how: format!("{e} in {line:?}") }),
             _ => Err(self.ended()),
         }
+    }
+
+    /// Lets others have the core first: for processes whose own speed nobody judges.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if the kernel refuses.
+    pub fn give_way(&self) -> Result<(), StressError> {
+        rustix::process::setpriority_process(Some(Pid::from_child(&self.child)), LAST)
+            .map_err(|e| StressError::os("setpriority", e))
     }
 
     /// Sends it a signal.

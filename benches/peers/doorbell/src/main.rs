@@ -1,0 +1,163 @@
+//! doorbell itself, as a peer among peers.
+
+use doorbell::{
+    CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient, IpcError,
+    IpcServer, MessageType, Pieces, Progress, Reply, ServerConfig, Status, WaitPolicy,
+};
+use peers_common::{Link, Meter, Plan, Result, answer, drive, fill, finish, say};
+
+const WORK: MessageType = MessageType::USER;
+const BLOCK: usize = 1024;
+/// The longest body that goes in one piece.
+const SLOT: usize = 16 << 10;
+
+static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on(WORK, work).on_pieces(WORK, long_work);
+
+fn work(_: &Context<'_, ()>, request: &[u8], reply: &mut Reply<'_>) -> std::result::Result<(), HandlerError> {
+    for part in request.chunks(BLOCK) {
+        let mut done = [0; BLOCK];
+        answer(part, &mut done[..part.len()]);
+        reply.write(&done[..part.len()])?;
+    }
+    Ok(())
+}
+
+fn long_work(_: &Context<'_, ()>, _: Option<u64>) -> std::result::Result<Box<dyn Pieces<()>>, HandlerError> {
+    Ok(Box::new(Work))
+}
+
+struct Work;
+
+impl Pieces<()> for Work {
+    fn take(
+        &mut self,
+        context: &Context<'_, ()>,
+        bytes: &[u8],
+        last: bool,
+        reply: &mut Reply<'_>,
+    ) -> std::result::Result<Progress, HandlerError> {
+        let taken = bytes.len().min(reply.room()) / 8 * 8;
+        work(context, &bytes[..taken], reply)?;
+        Ok(if last && taken == bytes.len() { Progress::Done } else { Progress::Took(taken) })
+    }
+}
+
+fn main() -> Result<()> {
+    let plan = Plan::from_args();
+    let policy = if plan.spins { WaitPolicy::Spin } else { WaitPolicy::Handoff };
+    if plan.role == "server" {
+        let config = ServerConfig { policy, max_connections: 1000, ..ServerConfig::default() };
+        let bound = IpcServer::new(&TABLE, ()).config(config).bind(&plan.path)?;
+        say("ready")?;
+        bound.serve()?;
+        return Ok(());
+    }
+    if plan.role == "sessions" {
+        return hold_sessions(&plan);
+    }
+    let most = (plan.connections * plan.in_flight).min(1000) as u32;
+    let base = ClientConfig::for_load(most, plan.size.min(SLOT));
+    let lease_pages = if plan.size > SLOT { 256 } else { 0 };
+    let client = IpcClient::connect_with(&plan.path, &ClientConfig { policy, lease_pages, ..base })?;
+    let open = |_| client.open().map(|connection| connection.detach());
+    let connections = (0..plan.connections).map(open).collect::<doorbell::Result<_>>()?;
+    let (size, spins) = (plan.size, plan.spins);
+    let (buffer, answer) = (vec![0; size], vec![0; size]);
+    let alone = plan.connections * plan.in_flight == 1;
+    if size > SLOT && !alone {
+        return Err("long bodies go one after the other here".into());
+    }
+    drive(
+        &mut Session { client: &client, connections, buffer, answer, waiting: None, spins, alone, size },
+        &plan,
+    )
+}
+
+/// A session for each connection instead of one for all; one call on each, then they are held.
+fn hold_sessions(plan: &Plan) -> Result<()> {
+    doorbell::config::raise_file_limit(3 * plan.connections as u64)?;
+    let config = ClientConfig { policy: WaitPolicy::Block, lanes: 1, ..ClientConfig::smallest() };
+    let (mut meter, mut held) = (Meter::new(plan), Vec::new());
+    let mut request = vec![0; plan.size];
+    while let Some(call) = meter.request() {
+        let client = IpcClient::connect_with(&plan.path, &config)?;
+        let connection = client.open()?;
+        let id = connection.detach();
+        fill(call.nonce, &mut request);
+        let answer = client.attached(id).call(WORK, &request)?;
+        meter.answer(call, &answer, plan.size);
+        held.push(client);
+    }
+    let result = finish(&meter, plan);
+    drop(held);
+    result
+}
+
+struct Session<'a> {
+    client: &'a IpcClient,
+    connections: Vec<ConnectionId>,
+    buffer: Vec<u8>,
+    answer: Vec<u8>,
+    /// A call that is made by receiving: a long one.
+    waiting: Option<(usize, u64)>,
+    spins: bool,
+    /// One call after the other.
+    alone: bool,
+    size: usize,
+}
+
+impl Link for Session<'_> {
+    fn send(&mut self, connection: usize, nonce: u64) -> Result<()> {
+        if self.size > SLOT || self.alone && !self.spins {
+            self.waiting = Some((connection, nonce));
+            return Ok(());
+        }
+        self.submit(connection, nonce)
+    }
+
+    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8])) -> Result<()> {
+        if let Some((connection, nonce)) = self.waiting.take() {
+            return self.call(connection, nonce, take);
+        }
+        loop {
+            let mut some = false;
+            while let Some(taken) = self.client.poll_into(&mut self.buffer)? {
+                if taken.status != Some(Status::Ok) {
+                    return Err(format!("refused: {:?}", taken.status).into());
+                }
+                take(taken.tag as usize, &self.buffer[..taken.len.min(self.size)]);
+                some = true;
+            }
+            if some {
+                return Ok(());
+            }
+            if !self.spins {
+                self.client.wait(None)?;
+            }
+        }
+    }
+}
+
+impl Session<'_> {
+    fn submit(&mut self, connection: usize, nonce: u64) -> Result<()> {
+        let options = CallOptions { tag: connection as u64, ..CallOptions::default() };
+        fill(nonce, &mut self.buffer);
+        let to = self.client.attached(self.connections[connection]);
+        match to.submit(WORK, &self.buffer, &options) {
+            Ok(_) => Ok(()),
+            Err(IpcError::WouldBlock) => Err("no slot: more in flight than there are".into()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// One call, made and waited for.
+    fn call(&mut self, connection: usize, nonce: u64, take: &mut impl FnMut(usize, &[u8])) -> Result<()> {
+        fill(nonce, &mut self.buffer);
+        let Self { client, buffer, answer, connections, size, .. } = self;
+        let options = CallOptions { reply_capacity: *size, ..CallOptions::default() };
+        let to = client.attached(connections[connection]);
+        let len = to.call_with(WORK, buffer, &options, |reply| reply.copy_to(answer))??;
+        take(connection, &answer[..len]);
+        Ok(())
+    }
+}
