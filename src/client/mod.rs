@@ -14,6 +14,7 @@ mod reconnecting;
 mod revive;
 mod route;
 mod session;
+mod start;
 mod stream;
 mod waiting;
 

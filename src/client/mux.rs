@@ -8,7 +8,7 @@
 
 use super::call::{CallId, CallOptions, Reply};
 use super::lane::{Answered, Outcome};
-use super::reconnect::{Address, Link, is_loss};
+use super::reconnect::{Address, Link, ends_soon};
 use super::revive::{Again, Revival};
 use super::{Connection, ConnectionId, IpcClient};
 use crate::error::{IpcError, Result};
@@ -216,7 +216,7 @@ impl<T> Mux<T> {
         let id = match client.attached(connection).submit(message_type, request, &options) {
             Ok(id) => id,
             // Its end is taken note of when all that came before it has been taken.
-            Err(error) if self.revival.is_some() && is_loss(&error) => {
+            Err(error) if self.revival.is_some() && ends_soon(&error) => {
                 return Err((IpcError::WouldBlock, data));
             }
             Err(error) => return Err((error, data)),

@@ -127,6 +127,11 @@ pub(super) fn is_loss(error: &IpcError) -> bool {
     matches!(error, IpcError::Disconnected(_) | IpcError::NotExecuted)
 }
 
+/// Whether a session that refuses a call so is over, or about to be. Whoever waits for it learns of its end.
+pub(super) fn ends_soon(error: &IpcError) -> bool {
+    is_loss(error) || matches!(error, IpcError::Draining { .. })
+}
+
 /// The pauses between attempts, each twice as long as the last, up to a limit.
 #[derive(Debug)]
 pub(super) struct Pauses {

@@ -80,6 +80,7 @@ pub(super) const KEYS: &[Key] = keys! {
     max_file_size: U64 = server.max_file_size, "Longest file that is read for a client, bytes.";
     max_deferred: U32 = server.max_deferred, "Calls of a reactor that are answered by other threads at a time.";
     default_deadline_ms: OptionalMillis = server.default_deadline, "Deadline of such and of long calls that have none of their own; 0 for none.";
+    linger_ms: OptionalMillis = server.linger, "How long the server stays without a session before it stops; 0 for ever.";
     thin_executable: Bool = server.thin_executable, "Whether memory of code that only the start needed is given back.";
 };
 

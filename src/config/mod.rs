@@ -132,6 +132,9 @@ pub struct ServerConfig {
     /// Deadline, from when the server takes them, of calls that are not answered within their turn and have none of their
     /// own: those of several frames, and those answered from elsewhere. `None`: they may take for ever.
     pub default_deadline: Option<Duration>,
+    /// How long the server stays when it has no session: one that was started for its clients ends with the last (trap
+    /// 13). `None`: until it is stopped.
+    pub linger: Option<Duration>,
     /// How the reactor waits.
     pub policy: WaitPolicy,
     /// Reactors, each a thread with a ring of its own; 0 means one for every core that may be used.
@@ -173,6 +176,7 @@ impl Default for ServerConfig {
             max_file_size: 10 << 20,
             max_deferred: 1024,
             default_deadline: None,
+            linger: None,
             policy: WaitPolicy::default(),
             reactors: 0,
             cores: Vec::new(),
@@ -235,6 +239,8 @@ impl ServerConfig {
         range("max_deferred", self.max_deferred.into(), 1, ReadySet::MOST.into())?;
         let deadline_ms = self.default_deadline.map_or(1, |after| after.as_millis() as u64);
         range("default_deadline (ms)", deadline_ms, 1, 1 << 40)?;
+        let linger_ms = self.linger.map_or(1, |after| after.as_millis() as u64);
+        range("linger (ms)", linger_ms, 1, 1 << 40)?;
         range("max_file_size", self.max_file_size, 1, 1 << 40)?;
         range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
     }

@@ -17,6 +17,7 @@ mod home;
 mod jobs;
 mod lane;
 mod leases;
+mod linger;
 mod listener;
 mod memory;
 mod process;
@@ -34,6 +35,7 @@ mod tickets;
 pub use connections::ConnectionPool;
 pub use deferred::{Answering, AsyncHandler, Deferred, DeferredError, DeferredHandler, Executor};
 pub use listener::check_socket_path;
+pub(crate) use listener::open_start_lock;
 pub use staging::BufferPool;
 pub use start::{reactor_cores, wake_cost};
 pub use table::{

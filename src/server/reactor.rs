@@ -208,7 +208,7 @@ pub(crate) struct Reactor<S: 'static> {
     arming: Vec<SessionId>,
     /// A FUTEX_WAIT on the bell of tickets has been pushed and has not completed.
     tickets_armed: bool,
-    stopping: bool,
+    pub(super) stopping: bool,
 }
 
 impl<S> Reactor<S> {

@@ -22,6 +22,7 @@ mod memory;
 mod mixed;
 mod monitor;
 mod processes;
+mod reconnect;
 mod report;
 mod scratch;
 mod server;

@@ -5,7 +5,7 @@
 //! descriptor that a child needs is its standard input instead.
 
 use crate::error::StressError;
-use crate::{client, floor, mixed, server};
+use crate::{client, floor, mixed, reconnect, server};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -36,6 +36,10 @@ pub enum Role {
     FloorServer,
     /// Drives the bare ring; standard input is the shared memory.
     FloorClient,
+    /// A doorbell server that is killed and started again.
+    ReconnectServer,
+    /// Clients that come back to it.
+    ReconnectClient,
 }
 
 impl Role {
@@ -47,6 +51,8 @@ impl Role {
             Self::Mixed => "mixed",
             Self::FloorServer => "floor-server",
             Self::FloorClient => "floor-client",
+            Self::ReconnectServer => "reconnect-server",
+            Self::ReconnectClient => "reconnect-client",
         }
     }
 }
@@ -78,6 +84,8 @@ pub fn run(options: &ChildOptions) -> Result<(), StressError> {
         Role::Mixed => mixed::run(&serde_json::from_str(job)?),
         Role::FloorServer => floor::serve(stdin_fd()?, &serde_json::from_str(job)?),
         Role::FloorClient => floor::drive(stdin_fd()?, &serde_json::from_str(job)?),
+        Role::ReconnectServer => reconnect::serve(&serde_json::from_str(job)?),
+        Role::ReconnectClient => reconnect::call(&serde_json::from_str(job)?),
     }
 }
 
