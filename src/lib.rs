@@ -21,6 +21,8 @@ pub mod protocol;
 #[cfg(feature = "providers")]
 pub mod provider;
 mod server;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use client::{
     AnswerRecords, AnswerStream, CallHandle, CallId, CallOptions, CallbackClient, CallbackConfig,
