@@ -128,6 +128,17 @@ pub enum IpcError {
         /// The socket path.
         path: PathBuf,
     },
+    /// The server that was started for this client has ended before it listened.
+    #[error("the server that was started ended at once ({status}): what it wrote to stderr says why")]
+    ServerEnded {
+        /// How it ended.
+        status: std::process::ExitStatus,
+    },
+    /// The server that was started for this client did not listen in time, and was killed.
+    #[error(
+        "the server that was started did not listen within {0:?}: check that it gets the same socket path"
+    )]
+    ServerNotReady(Duration),
     /// The server belongs to another user.
     #[error("the server at {path} runs as uid {uid}, not as yours: refusing to send it anything")]
     WrongServer {

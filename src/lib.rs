@@ -28,6 +28,8 @@ pub mod protocol;
 #[cfg(feature = "providers")]
 pub mod provider;
 mod server;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use client::{
     AnswerRecords, AnswerStream, CallHandle, CallId, CallOptions, CallbackClient, CallbackConfig,

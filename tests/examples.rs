@@ -8,10 +8,20 @@ mod common;
 mod callback_client;
 #[path = "../examples/editor.rs"]
 mod editor;
+#[path = "../examples/reconnecting_client.rs"]
+mod reconnecting_client;
+#[path = "../examples/spawned_server.rs"]
+mod spawned_server;
+#[path = "../examples/testing_kit.rs"]
+mod testing_kit;
 #[path = "../examples/tokio_client.rs"]
 mod tokio_client;
 
-use common::process::ServerProcess;
+use common::TestDir;
+use common::eventually;
+use common::process::{ServerProcess, returns};
+use std::path::Path;
+use std::time::Duration;
 
 #[test]
 fn r1_9_the_tokio_client_talks_to_doorbell_serve() {
@@ -57,4 +67,41 @@ fn r2_5_a_client_of_another_language_talks_to_doorbell_serve() {
     assert_eq!((said.as_str(), wrong.as_str()), ("", "client.py: UnknownType\n"));
     let (_, wrong) = python(&["17", "{\"messages\":1}"]);
     assert!(wrong.starts_with("client.py: DecodeError: "), "{wrong}");
+}
+
+/// Goal:   R3.4: the reconnecting client gets its answers although the server is killed and started again.
+/// Method: killed several times while it calls.
+#[test]
+fn r3_4_the_reconnecting_client_outlives_its_server() {
+    let mut server = ServerProcess::start(&[]);
+    let path = server.path().to_owned();
+    let calling =
+        std::thread::spawn(move || reconnecting_client::run(&path, 200, Duration::from_millis(2)).unwrap());
+    for _ in 0..5 {
+        std::thread::sleep(Duration::from_millis(30));
+        server.process.kill();
+        server.restart(&[]);
+    }
+    let answered = returns("all calls have an end", move || calling.join().unwrap());
+    // One at most was under way at each kill, and half of them are sent again even then.
+    assert!(answered >= 195, "{answered}");
+}
+
+/// Goal:   trap 13: two programs that bring their server with them share one, which ends with the last.
+#[test]
+fn trap13_a_spawned_server_is_shared_and_ends() {
+    let directory = TestDir::new();
+    let path = directory.join("s");
+    let connect = || spawned_server::connect(Path::new(env!("CARGO_BIN_EXE_doorbell")), &path).unwrap();
+    let clients = [connect(), connect()];
+    for client in &clients {
+        client.open().unwrap().call(doorbell::MessageType::PING, b"").unwrap();
+    }
+    drop(clients);
+    eventually("the server has ended", || !path.exists());
+}
+
+#[test]
+fn r3_4_the_testing_kit_shows_what_a_program_bears() {
+    testing_kit::run().unwrap();
 }

@@ -9,6 +9,7 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
 
 static TABLE: HandlerTable<State> = HandlerTable::with_builtins().register_provider_handlers();
@@ -70,6 +71,9 @@ pub struct ServeOptions {
     /// Longest file that is analysed [default: 10485760]
     #[arg(long, value_name = "BYTES")]
     max_file_size: Option<u64>,
+    /// Stop when there has been no session for so long, seconds; may be a fraction [default: go on until stopped]
+    #[arg(long, value_name = "SECS", value_parser = parse_linger)]
+    linger: Option<Duration>,
     /// Log what happens to single sessions, too.
     #[arg(long, short)]
     verbose: bool,
@@ -93,12 +97,19 @@ impl ServeOptions {
             pinned: file.pinned && !self.unpinned,
             file_roots,
             max_file_size: self.max_file_size.unwrap_or(file.max_file_size),
+            linger: self.linger.or(file.linger),
             ..file
         })
     }
 }
 
-/// Serves until SIGTERM or SIGINT.
+fn parse_linger(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    let linger = Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?;
+    if linger < Duration::from_millis(1) { Err("at least 0.001".to_owned()) } else { Ok(linger) }
+}
+
+/// Serves until SIGTERM or SIGINT, or until it has lingered for long enough.
 pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
     let level = if options.verbose { LevelFilter::DEBUG } else { LevelFilter::INFO };
     let log = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);

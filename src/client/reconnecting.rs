@@ -4,7 +4,7 @@
 use super::call::CallOptions;
 use super::connect::ClientConfig;
 use super::mux::{Key, Line, Mux, Next};
-use super::reconnect::{Address, LinkStatus, Reconnect, Search, is_loss, sleep_until};
+use super::reconnect::{Address, LinkStatus, Reconnect, Search, ends_soon, sleep_until};
 use super::stream::Splitter;
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
@@ -145,7 +145,7 @@ impl ReconnectingClient {
                 }
                 // All slots are taken by answers that have come and by calls in flight.
                 Err(IpcError::WouldBlock) => drop(mux),
-                Err(error) if is_loss(&error) => drop(mux),
+                Err(error) if ends_soon(&error) => drop(mux),
                 Err(error) => return Err(error),
             }
             if !self.turn(None, None)? {
@@ -315,7 +315,7 @@ impl ReconnectingClient {
             let mux = self.mux.borrow();
             let mut searching = self.searching.borrow_mut();
             let search = searching.get_or_insert_with(|| Search::new(&self.reconnect));
-            search.step(&mux.address, &mux.line_kinds(), &self.reconnect)
+            search.step(&mux.address, &mux.wanted(), &self.reconnect)
         };
         match found {
             Ok(None) => Ok(false),

@@ -11,7 +11,7 @@ use super::call::CallOptions;
 use super::classify::{Fate, Terms, Verdict, judge};
 use super::lane::Answered;
 use super::mux::{Call, Frame, Key, Mux, State};
-use super::reconnect::is_loss;
+use super::reconnect::{ends_soon, is_loss};
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use std::collections::VecDeque;
@@ -235,7 +235,7 @@ impl<T> Mux<T> {
                         again.request = (!in_slot).then_some(request);
                     }
                     // There is no room now, or this session is over as well.
-                    Err(error) if matches!(error, IpcError::WouldBlock) || is_loss(&error) => {
+                    Err(error) if matches!(error, IpcError::WouldBlock) || ends_soon(&error) => {
                         again.request = Some(request);
                         return;
                     }

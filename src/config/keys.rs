@@ -88,6 +88,7 @@ pub(super) const KEYS: &[Key] = keys! {
     idle_timeout_secs: OptionalSecs = server.idle_timeout, "How long a session may do nothing before it is ended; 0 for ever.";
     slow_consumer_timeout_ms: OptionalMillis = server.slow_consumer_timeout, "How long a session may be full of results and take none; 0 for ever.";
     drain_timeout_ms: Millis = server.drain_timeout, "How long a server that stops waits for calls that are under way.";
+    linger_ms: OptionalMillis = server.linger, "How long the server stays without a session before it stops; 0 for ever.";
     thin_executable: Bool = server.thin_executable, "Whether memory of code that only the start needed is given back.";
 };
 

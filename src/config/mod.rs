@@ -179,6 +179,9 @@ pub struct ServerConfig {
     pub slow_consumer_timeout: Option<Duration>,
     /// How long a server that stops waits for calls that are under way (F49).
     pub drain_timeout: Duration,
+    /// How long the server stays when it has no session: one that was started for its clients ends with the last (trap
+    /// 13). `None`: until it is stopped.
+    pub linger: Option<Duration>,
     /// How the reactor waits.
     pub policy: WaitPolicy,
     /// What the reactors wait with.
@@ -228,6 +231,7 @@ impl Default for ServerConfig {
             idle_timeout: Some(Duration::from_secs(300)),
             slow_consumer_timeout: Some(Duration::from_secs(30)),
             drain_timeout: Duration::from_secs(5),
+            linger: None,
             policy: WaitPolicy::default(),
             backend: Backend::default(),
             reactors: 0,
@@ -297,6 +301,8 @@ impl ServerConfig {
         let slow_ms = self.slow_consumer_timeout.map_or(1, |after| after.as_millis() as u64);
         range("slow_consumer_timeout (ms)", slow_ms, 1, 1 << 40)?;
         range("drain_timeout (ms)", self.drain_timeout.as_millis() as u64, 0, 3_600_000)?;
+        let linger_ms = self.linger.map_or(1, |after| after.as_millis() as u64);
+        range("linger (ms)", linger_ms, 1, 1 << 40)?;
         range("max_file_size", self.max_file_size, 1, 1 << 40)?;
         range("sweep_interval (ms)", self.sweep_interval.as_millis() as u64, 1, 60_000)
     }

@@ -7,6 +7,7 @@ use super::core::{SessionId, Verdict};
 use super::crew::{BellSocket, Crew, Message, Notice};
 use super::half_open::{HalfOpen, HalfOpenTable};
 use super::lane::SessionLane;
+use super::linger::Linger;
 use super::listener::Listener;
 use super::process::{ProcessKey, Processes};
 use super::reactor::{GENERATION_MASK, Reactor, Source};
@@ -86,6 +87,7 @@ pub(crate) struct Home {
     lanes_of: Vec<u32>,
     /// The member that is audited next.
     next_audit: usize,
+    linger: Linger,
 }
 
 /// What a socket that has not said hello says.
@@ -114,6 +116,7 @@ impl Home {
             epoch,
             lanes_of: vec![0; config.reactors as usize],
             next_audit: 0,
+            linger: Linger::new(config.linger, monotonic_ns()),
         })
     }
 
@@ -211,18 +214,23 @@ impl Home {
 
     /// Whether anything is due by the clock.
     pub fn waits(&self) -> bool {
-        !self.half_open.is_empty() || self.pause_ends_ns != 0
+        !self.half_open.is_empty() || self.pause_ends_ns != 0 || self.linger.due_ns() != u64::MAX
     }
 
     /// When something is due; `u64::MAX` for never.
     pub fn due_ns(&self) -> u64 {
         let or_never = |ns| if ns == 0 { u64::MAX } else { ns };
         let room_ns = if self.listener_armed { 0 } else { self.half_open.room_ns() };
-        self.half_open.due_ns().min(or_never(self.pause_ends_ns)).min(or_never(room_ns))
+        let others_ns = or_never(self.pause_ends_ns).min(or_never(room_ns)).min(self.linger.due_ns());
+        self.half_open.due_ns().min(others_ns)
     }
 
     /// What is due by the clock: accepting again, half-open sockets.
     pub fn tick<S>(&mut self, reactor: &mut Reactor<S>, now: u64) -> Result<()> {
+        if self.linger.is_over(now) && self.half_open.is_empty() {
+            tracing::info!("the last client has been gone for long enough");
+            reactor.stopping = true;
+        }
         if now >= self.pause_ends_ns {
             self.pause_ends_ns = 0;
         }
@@ -487,6 +495,7 @@ impl Home {
         reactor.listen(id)?;
         reactor.driver.poll(process.as_fd(), PollFlags::IN, Source::Process(id).token())?;
         self.lanes_of[0] += 1;
+        self.linger.has_company();
         let index = id.index as usize;
         if self.members.len() <= index {
             self.members.resize_with(index + 1, || None);
@@ -664,6 +673,7 @@ impl Home {
             return Ok(());
         };
         self.lanes_of[0] -= 1;
+        self.linger.has_lost_one(self.lanes_of[0] == 0, monotonic_ns());
         let geometry = *member.segment.geometry();
         let lanes = member.further.len();
         reactor.core.budget.give_session(session_bytes(&geometry));

@@ -169,12 +169,32 @@ fn refuse(place: &Place, problem: &'static str) -> IpcError {
     IpcError::SocketPath { path: place.path.clone(), problem }
 }
 
+/// Opens `<path>.start`, which is locked by whoever is about to start a server at `path`. It stays, as the other lock file.
+///
+/// # Errors
+///
+/// [`IpcError::SocketPath`] for a place where no server can be.
+pub(crate) fn open_start_lock(path: &Path) -> Result<OwnedFd> {
+    check_length(path)?;
+    prepare_default_directory(path)?;
+    let place = Place::open(path)?;
+    open_lock(&place, &with_suffix(&place.name, ".start"))
+}
+
 /// Locks `<path>.lock`; the kernel releases it when we die (F52, F53).
 fn take_lock(place: &Place) -> Result<OwnedFd> {
-    let name = lock_name(place);
+    let lock = open_lock(place, &lock_name(place))?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::AGAIN) => Err(IpcError::AlreadyRunning { path: place.path.clone() }),
+        Err(e) => Err(IpcError::io("flock of the socket's lock file", e)),
+    }
+}
+
+fn open_lock(place: &Place, name: &std::ffi::OsStr) -> Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let lock =
-        rustix::fs::openat(&place.directory, &name, flags, Mode::RUSR | Mode::WUSR).map_err(|e| match e {
+        rustix::fs::openat(&place.directory, name, flags, Mode::RUSR | Mode::WUSR).map_err(|e| match e {
             rustix::io::Errno::LOOP => refuse(place, LOCK_IS_A_LINK),
             rustix::io::Errno::ACCESS => {
                 refuse(place, "its directory or lock file may not be written by this user")
@@ -183,11 +203,7 @@ fn take_lock(place: &Place) -> Result<OwnedFd> {
         })?;
     let stat = rustix::fs::fstat(&lock).map_err(|e| IpcError::io("fstat of the socket's lock file", e))?;
     check_lock(place, FileType::from_raw_mode(stat.st_mode), stat.st_uid)?;
-    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(lock),
-        Err(rustix::io::Errno::AGAIN) => Err(IpcError::AlreadyRunning { path: place.path.clone() }),
-        Err(e) => Err(IpcError::io("flock of the socket's lock file", e)),
-    }
+    Ok(lock)
 }
 
 const LOCK_IS_A_LINK: &str = "its lock file is a symbolic link, which is not followed: remove it";

@@ -20,6 +20,7 @@ mod idle;
 mod jobs;
 mod lane;
 mod leases;
+mod linger;
 mod listener;
 mod memory;
 mod process;
@@ -38,6 +39,7 @@ pub use connections::ConnectionPool;
 pub use control::{ReloadHandle, ShutdownHandle};
 pub use deferred::{Answering, AsyncHandler, Deferred, DeferredError, DeferredHandler, Executor};
 pub use listener::check_socket_path;
+pub(crate) use listener::open_start_lock;
 pub use staging::BufferPool;
 pub use start::{reactor_cores, wake_cost};
 pub use table::{

@@ -4,6 +4,7 @@
 use crate::error::StressError;
 use crate::machine::{Cores, Machine};
 use crate::processes::{self, ChildOptions};
+use crate::reconnect::{self, ReconnectOptions};
 use crate::report::Report;
 use crate::scratch;
 use crate::without::{self, WithoutOptions};
@@ -35,11 +36,13 @@ struct Cli {
     #[command(flatten)]
     suite: SuiteOptions,
     #[command(subcommand)]
-    child: Option<Command>,
+    command: Option<Command>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// How soon many clients are back after their server was killed and started again.
+    Reconnect(ReconnectOptions),
     /// A process of a level.
     #[command(name = processes::SUBCOMMAND, hide = true)]
     Child(ChildOptions),
@@ -131,17 +134,32 @@ fn parse_connections(text: &str) -> Result<usize, String> {
 /// Does what the arguments ask for.
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
-    match &cli.child {
+    match cli.command {
         Some(Command::Child(options)) => {
-            return processes::run(options).map_or_else(|error| failed(&error), |()| ExitCode::SUCCESS);
+            return processes::run(&options).map_or_else(|error| failed(&error), |()| ExitCode::SUCCESS);
         }
-        Some(Command::Without(options)) => return failed(&without::run(options)),
+        Some(Command::Without(options)) => return failed(&without::run(&options)),
+        Some(Command::Reconnect(options)) => return run_reconnect(&options),
         None => {}
     }
     match run_suite(&cli.suite) {
         Ok(report) => {
             if cli.suite.json {
                 println!("{}", report.to_json());
+            } else {
+                print!("{report}");
+            }
+            if report.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => failed(&error),
+    }
+}
+
+fn run_reconnect(options: &ReconnectOptions) -> ExitCode {
+    match reconnect::run(options, progress) {
+        Ok(report) => {
+            if options.json {
+                println!("{}", serde_json::to_string(&report).expect("a report has string keys only"));
             } else {
                 print!("{report}");
             }

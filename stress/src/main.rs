@@ -29,6 +29,7 @@ mod mixed;
 mod monitor;
 mod normal;
 mod processes;
+mod reconnect;
 mod report;
 mod scratch;
 mod server;

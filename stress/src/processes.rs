@@ -5,11 +5,11 @@
 //! descriptor that a child needs is its standard input instead.
 
 use crate::error::StressError;
-use crate::{assistant, client, floor, hostile, mixed, normal, server, torture};
+use crate::{assistant, client, floor, hostile, mixed, normal, reconnect, server, torture};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{BufRead, BufReader, Write};
@@ -47,6 +47,10 @@ pub enum Role {
     FloorServer,
     /// Drives the bare ring; standard input is the shared memory.
     FloorClient,
+    /// A doorbell server that is killed and started again.
+    ReconnectServer,
+    /// Clients that come back to it.
+    ReconnectClient,
 }
 
 impl Role {
@@ -62,6 +66,8 @@ impl Role {
             Self::Normal => "normal",
             Self::FloorServer => "floor-server",
             Self::FloorClient => "floor-client",
+            Self::ReconnectServer => "reconnect-server",
+            Self::ReconnectClient => "reconnect-client",
         }
     }
 }
@@ -97,6 +103,8 @@ pub fn run(options: &ChildOptions) -> Result<(), StressError> {
         Role::Normal => normal::run(&serde_json::from_str(job)?),
         Role::FloorServer => floor::serve(stdin_fd()?, &serde_json::from_str(job)?),
         Role::FloorClient => floor::drive(stdin_fd()?, &serde_json::from_str(job)?),
+        Role::ReconnectServer => reconnect::serve(&serde_json::from_str(job)?),
+        Role::ReconnectClient => reconnect::call(&serde_json::from_str(job)?),
     }
 }
 
@@ -224,6 +232,19 @@ impl Process {
         // Its number cannot be another's: it is reaped only by this value.
         let pid = Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).map_err(|e| StressError::os("kill", e))
+    }
+
+    /// Stops it; when this returns it does nothing any more, and has not ended.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if the kernel refuses.
+    pub fn stop(&self) -> Result<(), StressError> {
+        self.signal(Signal::STOP)?;
+        // Its end is not taken note of here.
+        let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        let stopped = || waitid(WaitId::Pid(Pid::from_child(&self.child)), options);
+        rustix::io::retry_on_intr(stopped).map(drop).map_err(|e| StressError::os("waitid", e))
     }
 
     /// Why it has ended, if it has.

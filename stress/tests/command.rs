@@ -157,3 +157,25 @@ fn a_level_that_does_not_exist_is_a_wrong_question() {
         assert!(String::from_utf8_lossy(&output.stderr).contains("no level is called that"));
     }
 }
+
+/// Goal:   R3.4, F50, trap 25: `reconnect` kills real servers under real clients, whose calls are each executed once by the
+///         next server and answered right.
+/// Method: 30 clients in 3 processes, two kills, the JSON object read back; times are not judged here.
+#[test]
+fn r3_4_f50_trap25_reconnect_counts_every_call_once() {
+    let output =
+        stress("reconnect --clients 30 --processes 3 --rounds 2 --away-ms 20 --goal-ms 60000 --json");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{text}{errors}");
+    let report: Value = serde_json::from_str(&text).unwrap();
+    let counted = ["wrong", "errors", "miscounted"].map(|key| report[key].as_u64().unwrap());
+    assert_eq!((counted, &report["passed"]), ([0; 3], &Value::Bool(true)), "{text}");
+    for round in report["rounds"].as_array().unwrap() {
+        assert_eq!(round["executed"], 30, "{round}");
+        assert!(
+            round["restart_ms"].as_f64().unwrap() >= 20.0
+                && round["last_ms"].as_f64() >= round["p50_ms"].as_f64()
+        );
+    }
+}
