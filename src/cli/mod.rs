@@ -4,8 +4,10 @@
 mod ask;
 mod bench;
 mod call;
+mod caretaker;
 mod config;
 mod doctor;
+mod notify;
 mod serve;
 
 use clap::{Parser, Subcommand};

@@ -13,6 +13,7 @@ use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
 use super::table::{Entry, FileQuestion, Rest};
 use super::tickets::Tickets;
+use super::watch::Pulse;
 use crate::config::{Movable, ServerConfig};
 use crate::metrics::{Metrics, Totals};
 use crate::protocol::handshake::{DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
@@ -56,6 +57,7 @@ macro_rules! bench {
             connections: &mut $core.connections,
             staging: &mut $core.staging,
             metrics: &mut $core.metrics,
+            pulse: &$core.pulse,
             totals: &$core.totals,
             batch: &mut $core.batch,
             exchanges: &mut $core.exchanges,
@@ -112,6 +114,7 @@ pub(crate) struct Core<S: 'static> {
     rest: Rest,
     request: Vec<u8>,
     executor: Option<Arc<Executor>>,
+    pub pulse: Arc<Pulse>,
     hinted: Vec<(u32, u32)>,
     pub leases: LeaseQueue,
     pub budget: Budget,
@@ -206,6 +209,7 @@ impl<S> Core<S> {
             rest: Rest { limit: config.max_message_size as usize, ..Rest::default() },
             request: Vec::new(),
             executor: None,
+            pulse: Arc::default(),
             hinted: Vec::new(),
             leases: LeaseQueue::default(),
             budget,
@@ -225,6 +229,11 @@ impl<S> Core<S> {
     /// The same with somebody who runs the futures of handlers.
     pub fn executor(self, executor: Option<Arc<Executor>>) -> Self {
         Self { executor, ..self }
+    }
+
+    /// The same with this pulse.
+    pub fn pulse(self, pulse: Arc<Pulse>) -> Self {
+        Self { pulse, ..self }
     }
 
     pub fn config(&self) -> &ServerConfig {

@@ -33,6 +33,7 @@ mod storm;
 mod table;
 pub(crate) mod throttle;
 mod tickets;
+mod watch;
 
 pub use connections::ConnectionPool;
 pub use control::{ReloadHandle, ShutdownHandle};
@@ -44,6 +45,7 @@ pub use table::{
     Context, FileQuestion, FileQuestionHandler, Handler, HandlerError, HandlerTable, MakePieces, Pieces,
     Progress, Reply, TABLE_LEN,
 };
+pub use watch::Caretaker;
 
 use crate::config::ServerConfig;
 use crate::error::{IpcError, Result};
@@ -53,6 +55,7 @@ use control::Control;
 use files::Roots;
 use listener::Listener;
 use start::Helpers;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -108,6 +111,20 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
     /// [`IpcError::AlreadyRunning`],
     /// [`IpcError::SocketPath`] or [`IpcError::SocketPathTooLong`] for a path that cannot be had.
     pub fn bind(self, path: impl AsRef<Path>) -> Result<BoundServer<S>> {
+        self.bind_with(|| Listener::bind(path.as_ref()))
+    }
+
+    /// Takes over a socket that listens for packets at `path` already, from a service manager or from the server before:
+    /// whoever has connected meanwhile is answered by this one. The socket is left there in the end.
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcServer::bind`]; [`IpcError::SocketPath`] if the socket is another one.
+    pub fn inherit(self, socket: OwnedFd, path: impl AsRef<Path>) -> Result<BoundServer<S>> {
+        self.bind_with(|| Listener::inherit(socket, path.as_ref()))
+    }
+
+    fn bind_with(self, listener: impl FnOnce() -> Result<Listener>) -> Result<BoundServer<S>> {
         self.config.check()?;
         let future = |entry: &table::Entry<S>| matches!(entry.elsewhere, Some(table::Elsewhere::Future(_)));
         if self.executor.is_none()
@@ -120,9 +137,18 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
         }
         self.config.raise_file_limit()?;
         let roots = Roots::open(&self.config.file_roots, self.config.max_file_size)?;
-        let listener = Listener::bind(path.as_ref())?;
+        let listener = listener()?;
         let (control, shutdown, reload) = Control::new()?;
-        Ok(BoundServer { server: self, roots, listener, control, shutdown, reload })
+        Ok(BoundServer {
+            server: self,
+            roots,
+            listener,
+            control,
+            shutdown,
+            reload,
+            caretaker: None,
+            ready: None,
+        })
     }
 }
 
@@ -134,6 +160,8 @@ pub struct BoundServer<S: 'static> {
     control: Control,
     shutdown: ShutdownHandle,
     reload: ReloadHandle,
+    caretaker: Option<Box<dyn Caretaker>>,
+    ready: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl<S: Send + Sync + 'static> BoundServer<S> {
@@ -152,6 +180,31 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
         self.reload.clone()
     }
 
+    /// The socket that listens, to be handed to whoever shall keep it beyond this server's end.
+    pub fn listening_socket(&self) -> BorrowedFd<'_> {
+        self.listener.socket()
+    }
+
+    /// The same, but the socket is left at its path in the end, and nobody is accepted while the server drains: somebody
+    /// else has the socket, and whoever connects waits for him.
+    pub fn leave_socket(mut self) -> Self {
+        self.listener.leave();
+        self
+    }
+
+    /// The same, and `ready` is called on the thread that serves when every reactor has what it needs, right before the
+    /// first client is answered.
+    pub fn on_ready(mut self, ready: impl FnOnce() + Send + 'static) -> Self {
+        self.ready = Some(Box::new(ready));
+        self
+    }
+
+    /// The same with somebody who is told that the reactors are well, and does what else is to be done beside them.
+    pub fn caretaker(mut self, caretaker: impl Caretaker + 'static) -> Self {
+        self.caretaker = Some(Box::new(caretaker));
+        self
+    }
+
     /// Serves until stopped, on the calling thread and one more for each further reactor; returns what was
     /// counted. Clients are told why.
     ///
@@ -165,7 +218,8 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config, executor } = self.server;
         let files = Arc::new(FileSource::new(self.roots));
-        let helpers = Helpers { files, executor: executor.map(Arc::new) };
+        let helpers =
+            Helpers { files, executor: executor.map(Arc::new), caretaker: self.caretaker, ready: self.ready };
         start::serve(handlers, Arc::new(state), config, helpers, self.listener, self.control, self.shutdown)
     }
 }

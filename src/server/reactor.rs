@@ -354,6 +354,7 @@ impl<S> Reactor<S> {
 
     #[inline(always)]
     fn round(&mut self) -> u32 {
+        self.core.pulse.beat();
         let (crew, home) = (&self.crew, &self.home);
         let mut announce = |index: u32, notice: Notice| {
             if let Some(home) = home {
@@ -365,6 +366,7 @@ impl<S> Reactor<S> {
 
     /// The same for a server that stops.
     pub(super) fn drain_round(&mut self) -> u32 {
+        self.core.pulse.beat();
         let (crew, home) = (&self.crew, &self.home);
         let mut announce = |index: u32, notice: Notice| {
             if let Some(home) = home {
@@ -826,7 +828,10 @@ impl<S> Reactor<S> {
         }
         self.trim();
         self.arm_timer()?;
-        self.driver.enter(Wait::Until(None))?;
+        self.core.pulse.sleeps(true);
+        let woken = self.driver.enter(Wait::Until(None));
+        self.core.pulse.sleeps(false);
+        woken?;
         if let Some(desk) = self.core.tickets().desk() {
             desk.bell().clear();
         }
