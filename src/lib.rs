@@ -39,7 +39,7 @@ pub use server::{
     Answering, AsyncHandler, BoundServer, BufferPool, Caretaker, ConnectionPool, Context, Deferred,
     DeferredError, DeferredHandler, Executor, FileQuestion, FileQuestionHandler, Handler, HandlerError,
     HandlerTable, IpcServer, MakePieces, Pieces, Progress, ReloadHandle, Reply, ShutdownHandle, TABLE_LEN,
-    check_socket_path, files, reactor_cores, wake_cost,
+    check_socket_path, files, prepare_default_directory, reactor_cores, wake_cost,
 };
 #[cfg(fuzzing)]
 #[doc(hidden)]

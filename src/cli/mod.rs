@@ -7,6 +7,9 @@ mod call;
 mod caretaker;
 mod config;
 mod doctor;
+mod generate;
+#[cfg(feature = "hardening")]
+mod harden;
 mod notify;
 mod serve;
 
@@ -42,6 +45,10 @@ enum Command {
     BenchStream(bench::stream::StreamOptions),
     /// Check whether doorbell works well on this machine, what it will use and why, and what to change.
     Doctor(doctor::DoctorOptions),
+    /// Print what a shell completes the command line with.
+    Completions(generate::CompletionsOptions),
+    /// Write man pages, one of each command.
+    Man(generate::ManOptions),
     /// A process of `bench`.
     #[command(name = bench::child::SUBCOMMAND, hide = true)]
     BenchChild(bench::child::ChildOptions),
@@ -56,6 +63,8 @@ pub fn run() -> ExitCode {
         Command::Analyze(options) => ask::analyze(&options),
         Command::Call(options) => call::run(&options),
         Command::Config(options) => config::run(&options),
+        Command::Completions(options) => generate::completions::<Cli>(&options),
+        Command::Man(options) => generate::man::<Cli>(&options),
         Command::Bench(options) => return run_bench(&options),
         Command::BenchStream(options) => return run_bench_stream(&options),
         Command::Doctor(options) => return doctor::run(&options).unwrap_or_else(|error| fail(&*error)),

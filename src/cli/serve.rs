@@ -79,6 +79,9 @@ pub struct ServeOptions {
     /// Let debuggers and core dumps at this process, and with them at what its clients send.
     #[arg(long)]
     debuggable: bool,
+    /// Do not give up files and system calls that the server does not need.
+    #[arg(long)]
+    unrestricted: bool,
     /// Log what happens to single sessions, too.
     #[arg(long, short)]
     verbose: bool,
@@ -89,6 +92,28 @@ impl ServeOptions {
     pub fn apply(&self, file: Ipc) -> Result<Ipc, Box<dyn Error>> {
         let socket_path = self.socket.clone().or(file.socket_path);
         Ok(Ipc { socket_path, server: self.limits(file.server)?, ..file })
+    }
+
+    /// Keeps to the files that a server of this configuration needs.
+    #[cfg(feature = "hardening")]
+    fn give_up_files(&self, socket: &Path, config: &ServerConfig) {
+        use super::harden::{Files, keep_to};
+        if self.unrestricted {
+            return;
+        }
+        let file = self.config.as_deref().and_then(|path| std::path::absolute(path).ok());
+        let roots = &config.file_roots;
+        // What is not there yet cannot be kept.
+        if let Err(error) = doorbell::prepare_default_directory(socket) {
+            tracing::warn!(%error, "the socket's directory could not be made");
+        }
+        match keep_to(&Files { socket, config: file.as_deref(), roots, written: &[] }) {
+            Ok(landlock::RulesetStatus::NotEnforced) => {
+                tracing::info!("the kernel has no landlock: the server can open what its user can");
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "the server can open what its user can"),
+        }
     }
 
     /// The level of the log.
@@ -135,6 +160,9 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         Some(path) => std::path::absolute(path)?,
         None => doorbell::default_socket_path(),
     };
+    // Before the first thread: those that are started later are restricted with this one.
+    #[cfg(feature = "hardening")]
+    options.give_up_files(&path, &running.server);
     let pool = ProviderPool::from_config(&file.ai)?;
     let host = ProviderHost::start(Arc::new(pool))?;
     let state = State { providers: host.handle(), file_model: file.ai.file_model.clone() };
@@ -152,7 +180,7 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         set_level,
     };
     limit_panic_messages();
-    let ready = become_ready(bound.path(), options.debuggable, manager);
+    let ready = become_ready(bound.path(), options, manager);
     let metrics = bound.caretaker(steward).on_ready(ready).serve()?;
     let (calls, sessions) = (metrics.calls_total(), metrics.sessions_opened);
     say(format_args!("doorbell: stopped after {calls} calls in {sessions} sessions\n"));
@@ -209,11 +237,18 @@ fn stop_by_signals(bound: &BoundServer<State>, reloads: bool) -> std::io::Result
 /// What is to be done when every reactor can begin: closing the process to others, telling whoever waits for it.
 fn become_ready(
     path: &Path,
-    debuggable: bool,
+    options: &ServeOptions,
     manager: Option<Arc<Manager>>,
 ) -> impl FnOnce() + Send + use<> {
     let path = path.to_owned();
+    let debuggable = options.debuggable;
+    #[cfg(feature = "hardening")]
+    let unrestricted = options.unrestricted;
     move || {
+        #[cfg(feature = "hardening")]
+        if !unrestricted && let Err(error) = super::harden::refuse_calls() {
+            tracing::warn!(%error, "system calls that no server needs are not refused");
+        }
         if !debuggable {
             use rustix::process::{DumpableBehavior, set_dumpable_behavior};
             if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {

@@ -197,8 +197,13 @@ fn fallback_directory(path: &Path) -> Option<PathBuf> {
     (path.parent() == Some(fallback.as_path())).then_some(fallback)
 }
 
-/// Makes the directory of the default path, mode 0700, when there is no runtime directory to use.
-fn prepare_default_directory(path: &Path) -> Result<()> {
+/// Makes the directory of the default path, mode 0700, when there is no runtime directory to use; any other path is left as
+/// it is. [`IpcServer::bind`](crate::IpcServer::bind) does that, too.
+///
+/// # Errors
+///
+/// [`IpcError::Io`] if it cannot be made.
+pub fn prepare_default_directory(path: &Path) -> Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     let Some(fallback) = fallback_directory(path) else { return Ok(()) };
     match std::fs::DirBuilder::new().mode(0o700).create(&fallback) {

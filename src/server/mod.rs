@@ -38,7 +38,7 @@ mod watch;
 pub use connections::ConnectionPool;
 pub use control::{ReloadHandle, ShutdownHandle};
 pub use deferred::{Answering, AsyncHandler, Deferred, DeferredError, DeferredHandler, Executor};
-pub use listener::check_socket_path;
+pub use listener::{check_socket_path, prepare_default_directory};
 pub use staging::BufferPool;
 pub use start::{reactor_cores, wake_cost};
 pub use table::{
