@@ -51,10 +51,10 @@ pub use protocol::{MessageType, default_socket_path};
 #[cfg(feature = "providers")]
 pub use provider::ProviderPool;
 pub use server::{
-    Answering, AsyncHandler, BoundServer, BufferPool, ConnectionPool, Context, Deferred, DeferredError,
-    DeferredHandler, Executor, FileQuestion, FileQuestionHandler, Handler, HandlerError, HandlerTable,
-    IpcServer, MakePieces, Pieces, Progress, ReloadHandle, Reply, ShutdownHandle, TABLE_LEN,
-    check_socket_path, files, reactor_cores, wake_cost,
+    Answering, AsyncHandler, BoundServer, BufferPool, Caretaker, ConnectionPool, Context, Deferred,
+    DeferredError, DeferredHandler, Executor, FileQuestion, FileQuestionHandler, Handler, HandlerError,
+    HandlerTable, IpcServer, MakePieces, Pieces, Progress, ReloadHandle, Reply, ShutdownHandle, TABLE_LEN,
+    check_socket_path, files, prepare_default_directory, reactor_cores, wake_cost,
 };
 #[cfg(fuzzing)]
 #[doc(hidden)]

@@ -682,3 +682,22 @@ fn r3_4_f50_the_demonstration_ends_in_a_ledger_that_balances() {
     assert_eq!((wrong, doubled), (0, 0), "{line}");
     fails(&run(&["demo", "--seconds", "0"]), 2, &["0.5 to 60"]);
 }
+
+/// Goal:   completions and man pages are made of the command line as it is.
+/// Method: every shell; a page of each command.
+#[test]
+fn completions_and_man_pages_are_made() {
+    for shell in ["bash", "elvish", "fish", "zsh"] {
+        let output = run(&["completions", shell]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("store-socket") && !text.contains("bench-child"), "{shell}");
+    }
+    let directory = TestDir::new();
+    let output = run(&["man", directory.0.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let page = |name: &str| std::fs::read_to_string(directory.join(name)).unwrap();
+    assert!(page("doorbell.1").contains("doorbell\\-serve(1)"));
+    assert!(page("doorbell-serve.1").contains("idle") || page("doorbell-serve.1").contains("\\-\\-config"));
+    fails(&run(&["man", "/nowhere"]), 1, &["No such file"]);
+}

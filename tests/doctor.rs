@@ -80,7 +80,7 @@ impl Report {
 }
 
 /// The names of all checks, in their order.
-const IDS: &str = "kernel.release kernel.futex_bug kernel.short_turns io_uring.permission io_uring.create_ring \
+const IDS: &str = "kernel.release kernel.futex_bug kernel.short_turns kernel.landlock kernel.seccomp io_uring.permission io_uring.create_ring \
     io_uring.restrict_ring io_uring.map_memory io_uring.futex_changed io_uring.futex_rung_by_call \
     io_uring.futex_rung_by_ring io_uring.poll io_uring.timeout io_uring.cancel memory.memfd memory.allocate \
     memory.give_back memory.seals memory.segment process.peer_pidfd process.pinning process.current_core \

@@ -672,7 +672,7 @@ fn f39_the_limit_on_descriptors_carries_all_sessions_or_the_server_does_not_star
     }
     let said =
         serve_under("ulimit -n 256", None, &[&arguments[..], &["--reactors", "64"]].concat()).refused();
-    assert!(said.contains("352 file descriptors are needed"), "{said}");
+    assert!(said.contains("400 file descriptors are needed"), "{said}");
     let mut limits = serve_under("ulimit -Sn 40; ulimit -Hn 256", None, &arguments);
     let server = limits.start();
     let bystander = Bystander::new(&limits.socket);

@@ -4,9 +4,14 @@
 mod ask;
 mod bench;
 mod call;
+mod caretaker;
 mod config;
 mod demo;
 mod doctor;
+mod generate;
+#[cfg(feature = "hardening")]
+mod harden;
+mod notify;
 mod serve;
 
 use clap::{Parser, Subcommand};
@@ -43,6 +48,10 @@ enum Command {
     Demo(demo::DemoOptions),
     /// Check whether doorbell works well on this machine, what it will use and why, and what to change.
     Doctor(doctor::DoctorOptions),
+    /// Print what a shell completes the command line with.
+    Completions(generate::CompletionsOptions),
+    /// Write man pages, one of each command.
+    Man(generate::ManOptions),
     /// A process of `bench`.
     #[command(name = bench::child::SUBCOMMAND, hide = true)]
     BenchChild(bench::child::ChildOptions),
@@ -57,6 +66,8 @@ pub fn run() -> ExitCode {
         Command::Analyze(options) => ask::analyze(&options),
         Command::Call(options) => call::run(&options),
         Command::Config(options) => config::run(&options),
+        Command::Completions(options) => generate::completions::<Cli>(&options),
+        Command::Man(options) => generate::man::<Cli>(&options),
         Command::Bench(options) => return run_bench(&options),
         Command::BenchStream(options) => return run_bench_stream(&options),
         Command::Demo(options) => return demo::run(&options).unwrap_or_else(|error| fail(&error)),

@@ -1,16 +1,22 @@
 //! `doorbell serve`: a ready server.
 
+use super::caretaker::{SetLevel, Signals, Steward};
+use super::notify::{LISTENER, Manager};
 use clap::Args;
-use doorbell::config::file::{ConfigFile, socket_path};
+use doorbell::config::file::ConfigFile;
+use doorbell::config::{Ipc, LogLevel, MetricsAddress, MetricsConfig};
 use doorbell::exporter::Exporter;
 use doorbell::provider::{HasProviders, HostHandle, ProviderHost, ProviderPool};
-use doorbell::{Backend, HandlerTable, IpcServer, ServerConfig, WaitPolicy};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use doorbell::{Backend, BoundServer, HandlerTable, IpcServer, ServerConfig, WaitPolicy};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use std::error::Error;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 static TABLE: HandlerTable<State> = HandlerTable::with_builtins().register_provider_handlers();
 
@@ -32,11 +38,11 @@ impl HasProviders for State {
 
 /// Run a server with the built-in handlers: ping, echo, stats, analyze-file, and complete and chat, which its providers
 /// answer; without a configuration that is a loopback.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub struct ServeOptions {
-    /// Configuration file, see `doorbell config default`. Options given here override it.
+    /// Configuration file, see `doorbell config default`. Options given here override it. SIGHUP reads it again.
     #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    pub config: Option<PathBuf>,
     /// Socket path [default: doorbell.sock in $XDG_RUNTIME_DIR, /run/user/UID or /tmp/doorbell-UID]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
@@ -74,12 +80,62 @@ pub struct ServeOptions {
     /// Stop when there has been no session for so long, seconds; may be a fraction [default: go on until stopped]
     #[arg(long, value_name = "SECS", value_parser = parse_linger)]
     linger: Option<Duration>,
+    /// Give the listening socket to the service manager's store, so that no client finds it closed while the server is
+    /// started again.
+    #[arg(long)]
+    store_socket: bool,
+    /// Let debuggers and core dumps at this process, and with them at what its clients send.
+    #[arg(long)]
+    debuggable: bool,
+    /// Do not give up files and system calls that the server does not need.
+    #[arg(long)]
+    unrestricted: bool,
     /// Log what happens to single sessions, too.
     #[arg(long, short)]
     verbose: bool,
 }
 
 impl ServeOptions {
+    /// What the file says, as far as no option says otherwise.
+    pub fn apply(&self, file: Ipc) -> Result<Ipc, Box<dyn Error>> {
+        let socket_path = self.socket.clone().or(file.socket_path);
+        Ok(Ipc { socket_path, server: self.limits(file.server)?, ..file })
+    }
+
+    /// Keeps to the files that a server of this configuration needs.
+    #[cfg(feature = "hardening")]
+    fn give_up_files(&self, socket: &Path, config: &ServerConfig, metrics: &MetricsConfig) {
+        use super::harden::{Files, keep_to};
+        if self.unrestricted {
+            return;
+        }
+        let file = self.config.as_deref().and_then(|path| std::path::absolute(path).ok());
+        let roots = &config.file_roots;
+        // What is not there yet cannot be kept.
+        if let Err(error) = doorbell::prepare_default_directory(socket) {
+            tracing::warn!(%error, "the socket's directory could not be made");
+        }
+        let written = written_for_metrics(metrics);
+        match keep_to(&Files { socket, config: file.as_deref(), roots, written: &written }) {
+            Ok(landlock::RulesetStatus::NotEnforced) => {
+                tracing::info!("the kernel has no landlock: the server can open what its user can");
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "the server can open what its user can"),
+        }
+    }
+
+    /// The level of the log.
+    pub fn level(&self, file: LogLevel) -> LevelFilter {
+        match file {
+            _ if self.verbose => LevelFilter::DEBUG,
+            LogLevel::Error => LevelFilter::ERROR,
+            LogLevel::Warn => LevelFilter::WARN,
+            LogLevel::Info => LevelFilter::INFO,
+            LogLevel::Debug => LevelFilter::DEBUG,
+        }
+    }
+
     /// The limits of the file, as far as no option says otherwise.
     fn limits(&self, file: ServerConfig) -> Result<ServerConfig, Box<dyn Error>> {
         let roots = if self.roots.is_empty() { &file.file_roots } else { &self.roots };
@@ -103,6 +159,17 @@ impl ServeOptions {
     }
 }
 
+/// Directories that the exporter of metrics writes to.
+#[cfg(feature = "hardening")]
+fn written_for_metrics(metrics: &MetricsConfig) -> Vec<PathBuf> {
+    let socket = match &metrics.listen {
+        Some(MetricsAddress::Unix(path)) => Some(path),
+        Some(MetricsAddress::Tcp(_)) | None => None,
+    };
+    let files = metrics.textfile.iter().chain(socket);
+    files.filter_map(|path| std::path::absolute(path).ok()?.parent().map(Path::to_owned)).collect()
+}
+
 fn parse_linger(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     let linger = Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())?;
@@ -111,30 +178,117 @@ fn parse_linger(text: &str) -> Result<Duration, String> {
 
 /// Serves until SIGTERM or SIGINT, or until it has lingered for long enough.
 pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
-    let level = if options.verbose { LevelFilter::DEBUG } else { LevelFilter::INFO };
-    let log = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
-    // A line that cannot be written must not end the server, as complaining about it on the same stderr would.
-    log.log_internal_errors(false).init();
+    // Before anything else opens descriptors.
+    let inherited = doorbell_uring::inherited_descriptors()?;
     survive_a_file_size_limit()?;
     let file = ConfigFile::load(options.config.as_deref())?;
-    let path = options.socket.clone().unwrap_or_else(|| socket_path(&file));
-    let config = options.limits(file.ipc.server)?;
+    let running = options.apply(file.ipc)?;
+    let set_level = begin_to_log(options.level(running.log_level));
+    let path = match &running.socket_path {
+        Some(path) => std::path::absolute(path)?,
+        None => doorbell::default_socket_path(),
+    };
+    // Before the first thread: those that are started later are restricted with this one.
+    #[cfg(feature = "hardening")]
+    options.give_up_files(&path, &running.server, &file.metrics);
     let pool = ProviderPool::from_config(&file.ai)?;
     let host = ProviderHost::start(Arc::new(pool))?;
-    let state = State { providers: host.handle(), file_model: file.ai.file_model };
-    let bound = IpcServer::new(&TABLE, state).config(config).bind(path)?;
+    let state = State { providers: host.handle(), file_model: file.ai.file_model.clone() };
+    let manager = Manager::from_environment()?.map(Arc::new);
+    let server = IpcServer::new(&TABLE, state).config(running.server.clone());
+    let bound = listen(server, inherited, &path, manager.as_deref(), options.store_socket)?;
     let _exporter = Exporter::start(bound.metrics(), &file.metrics)?;
-    let stop = bound.shutdown_handle();
-    for signal in [SIGTERM, SIGINT] {
-        // The signal handler writes a byte that the reactor waits for on its ring (F41).
-        signal_hook::low_level::pipe::register(signal, stop.descriptor().try_clone()?)?;
-    }
+    stop_by_signals(&bound, options.config.is_some())?;
+    let steward = Steward {
+        signals: Signals::listen(options.config.is_some())?,
+        manager: manager.clone(),
+        reload: bound.reload_handle(),
+        options: options.clone(),
+        running,
+        providers: file.ai,
+        set_level,
+    };
     limit_panic_messages();
-    say(format_args!("doorbell: serving at {}\n", bound.path().display()));
-    let metrics = bound.serve()?;
+    let ready = become_ready(bound.path(), options, manager);
+    let metrics = bound.caretaker(steward).on_ready(ready).serve()?;
     let (calls, sessions) = (metrics.calls_total(), metrics.sessions_opened);
     say(format_args!("doorbell: stopped after {calls} calls in {sessions} sessions\n"));
     Ok(())
+}
+
+/// Logs to stderr from here on; what changes the level is returned.
+fn begin_to_log(level: LevelFilter) -> SetLevel {
+    let (filter, handle) = tracing_subscriber::reload::Layer::new(level);
+    let log = tracing_subscriber::fmt().with_max_level(LevelFilter::TRACE).with_writer(std::io::stderr);
+    // A line that cannot be written must not end the server, as complaining about it on the same stderr would.
+    log.with_target(false).log_internal_errors(false).finish().with(filter).init();
+    Box::new(move |level| {
+        if let Err(error) = handle.reload(level) {
+            tracing::error!(%error, "the level of the log could not be changed");
+        }
+    })
+}
+
+/// Takes the socket that the service manager has handed over, if it has, or one of our own.
+fn listen(
+    server: IpcServer<State>,
+    inherited: Vec<(String, OwnedFd)>,
+    path: &Path,
+    manager: Option<&Manager>,
+    store: bool,
+) -> Result<BoundServer<State>, Box<dyn Error>> {
+    if inherited.len() > 1 {
+        return Err(format!("{} sockets were handed over, one is wanted", inherited.len()).into());
+    }
+    if let Some((name, socket)) = inherited.into_iter().next() {
+        tracing::info!(name, "the listening socket was handed over");
+        return Ok(server.inherit(socket, path)?);
+    }
+    let bound = server.bind(path)?;
+    let Some(manager) = manager.filter(|_| store) else { return Ok(bound) };
+    let fd = Some(bound.listening_socket());
+    manager.tell(&format!("FDSTORE=1\nFDNAME={LISTENER}\nFDPOLL=0"), fd);
+    Ok(bound.leave_socket())
+}
+
+/// Has SIGTERM and SIGINT stop the server, and SIGHUP, too, where there is nothing to be read again: a server that was
+/// started from a terminal goes with it.
+fn stop_by_signals(bound: &BoundServer<State>, reloads: bool) -> std::io::Result<()> {
+    let stop = bound.shutdown_handle();
+    let hang_up = if reloads { None } else { Some(SIGHUP) };
+    for signal in [SIGTERM, SIGINT].into_iter().chain(hang_up) {
+        // The signal handler writes a byte that the reactor waits for on its ring (F41).
+        signal_hook::low_level::pipe::register(signal, stop.descriptor().try_clone()?)?;
+    }
+    Ok(())
+}
+
+/// What is to be done when every reactor can begin: closing the process to others, telling whoever waits for it.
+fn become_ready(
+    path: &Path,
+    options: &ServeOptions,
+    manager: Option<Arc<Manager>>,
+) -> impl FnOnce() + Send + use<> {
+    let path = path.to_owned();
+    let debuggable = options.debuggable;
+    #[cfg(feature = "hardening")]
+    let unrestricted = options.unrestricted;
+    move || {
+        #[cfg(feature = "hardening")]
+        if !unrestricted && let Err(error) = super::harden::refuse_calls() {
+            tracing::warn!(%error, "system calls that no server needs are not refused");
+        }
+        if !debuggable {
+            use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+            if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+                tracing::warn!(%error, "debuggers of the same user can look into this process");
+            }
+        }
+        say(format_args!("doorbell: serving at {}\n", path.display()));
+        if let Some(manager) = manager {
+            manager.tell("READY=1\nSTATUS=serving", None);
+        }
+    }
 }
 
 /// Writes to stderr. Whether that can be written is no business of the clients' (F41): a full disk or a closed pipe

@@ -13,6 +13,28 @@ pub struct Ipc {
     pub socket_path: Option<PathBuf>,
     /// The limits.
     pub server: ServerConfig,
+    /// What is logged.
+    pub log_level: LogLevel,
+}
+
+/// How much is logged: this, and what is worse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LogLevel {
+    /// What the server cannot go on with.
+    Error,
+    /// What somebody should look at.
+    Warn,
+    /// What happens to the server.
+    #[default]
+    Info,
+    /// What happens to single sessions.
+    Debug,
+}
+
+impl LogLevel {
+    /// Each with its name in a file.
+    const NAMES: [(Self, &str); 4] =
+        [(Self::Error, "error"), (Self::Warn, "warn"), (Self::Info, "info"), (Self::Debug, "debug")];
 }
 
 /// One key.
@@ -41,6 +63,7 @@ pub(super) enum Field<'a> {
     Policy(&'a mut WaitPolicy),
     Backend(&'a mut Backend),
     Address(&'a mut Option<MetricsAddress>),
+    Level(&'a mut LogLevel),
 }
 
 macro_rules! keys {
@@ -56,6 +79,7 @@ macro_rules! keys {
 /// All keys, in the order in which they are printed.
 pub(super) const KEYS: &[Key] = keys! {
     socket_path: Path = socket_path, "Where clients connect. Default: doorbell.sock in $XDG_RUNTIME_DIR, /run/user/UID or /tmp/doorbell-UID.";
+    log_level: Level = log_level, "What is logged: error, warn, info, or debug, which tells of single sessions.";
     policy: Policy = server.policy, "How a reactor waits: handoff, block or spin.";
     backend: Backend = server.backend, "What reactors wait with: io-uring, epoll, or auto, which is io-uring if it works here.";
     reactors: U32 = server.reactors, "Reactors, each a thread; 0 means one for every core that may be used.";
@@ -89,6 +113,8 @@ pub(super) const KEYS: &[Key] = keys! {
     slow_consumer_timeout_ms: OptionalMillis = server.slow_consumer_timeout, "How long a session may be full of results and take none; 0 for ever.";
     drain_timeout_ms: Millis = server.drain_timeout, "How long a server that stops waits for calls that are under way.";
     linger_ms: OptionalMillis = server.linger, "How long the server stays without a session before it stops; 0 for ever.";
+    slow_handler_ms: Millis = server.slow_handler, "Processor time after which a handler that holds its reactor is named in the log.";
+    watchdog_secs: OptionalSecs = server.watchdog, "Processor time after which a server aborts whose handler does not come back; 0 for never.";
     thin_executable: Bool = server.thin_executable, "Whether memory of code that only the start needed is given back.";
 };
 
@@ -131,6 +157,11 @@ impl Field<'_> {
             Self::Cores(to) => {
                 *to = list(value, "a list of core numbers", |v| Ok(whole(v, 1 << 20)? as usize))?;
             }
+            Self::Level(to) => {
+                let known = |text: &str| LogLevel::NAMES.iter().find(|(_, name)| *name == text);
+                let level = value.as_str().and_then(known);
+                *to = level.ok_or("\"error\", \"warn\", \"info\" or \"debug\" is wanted")?.0;
+            }
             Self::Policy(to) => {
                 let text =
                     value.as_str().ok_or_else(|| wanted("\"handoff\", \"block\" or \"spin\"", value))?;
@@ -161,6 +192,10 @@ impl Field<'_> {
             Self::Path(value) => quoted(value.as_ref()?),
             Self::Paths(value) => listed(value.iter().map(|path| quoted(path))),
             Self::Cores(value) => listed(value.iter().map(usize::to_string)),
+            Self::Level(value) => {
+                let (_, name) = LogLevel::NAMES.iter().find(|(level, _)| level == *value)?;
+                format!("{name:?}")
+            }
             Self::Policy(value) => format!("{:?}", value.as_str()),
             Self::Backend(value) => format!("{:?}", value.as_str()),
         })

@@ -6,9 +6,11 @@ pub mod file;
 mod keys;
 mod metrics;
 mod movable;
+#[cfg(feature = "config-file")]
+pub mod reload;
 
 #[cfg(feature = "config-file")]
-pub use keys::Ipc;
+pub use keys::{Ipc, LogLevel};
 pub use metrics::{MetricsAddress, MetricsConfig};
 pub use movable::Movable;
 
@@ -182,6 +184,12 @@ pub struct ServerConfig {
     /// How long the server stays when it has no session: one that was started for its clients ends with the last (trap
     /// 13). `None`: until it is stopped.
     pub linger: Option<Duration>,
+    /// Processor time that a reactor may use for one round, that is, for one turn of each lane, before the handler that runs
+    /// is named in the log (F45).
+    pub slow_handler: Duration,
+    /// Processor time of one round after which the server aborts: its handler does not come back (F46). `None`: it may
+    /// take for ever.
+    pub watchdog: Option<Duration>,
     /// How the reactor waits.
     pub policy: WaitPolicy,
     /// What the reactors wait with.
@@ -232,6 +240,8 @@ impl Default for ServerConfig {
             slow_consumer_timeout: Some(Duration::from_secs(30)),
             drain_timeout: Duration::from_secs(5),
             linger: None,
+            slow_handler: Duration::from_secs(1),
+            watchdog: Some(Duration::from_secs(60)),
             policy: WaitPolicy::default(),
             backend: Backend::default(),
             reactors: 0,
@@ -250,8 +260,8 @@ pub const FDS_PER_SESSION: u64 = 3;
 const FDS_BESIDE_SESSIONS: u64 = 64;
 /// Reactors whose rings are among them.
 const REACTORS_BESIDE_SESSIONS: u64 = 16;
-/// File descriptors of a reactor: its ring, twice.
-const FDS_PER_REACTOR: u64 = 2;
+/// File descriptors of a reactor: its ring, twice, and the times of its thread.
+const FDS_PER_REACTOR: u64 = 3;
 /// Connection numbers have 20 bits of index.
 const CONNECTIONS_LIMIT: u32 = 1 << 20;
 /// 4 KiB staging buffers; a ring registers 16 384 buffers at most.
@@ -300,6 +310,8 @@ impl ServerConfig {
         range("idle_timeout (ms)", idle_ms, 1, 1 << 40)?;
         let slow_ms = self.slow_consumer_timeout.map_or(1, |after| after.as_millis() as u64);
         range("slow_consumer_timeout (ms)", slow_ms, 1, 1 << 40)?;
+        range("slow_handler (ms)", self.slow_handler.as_millis() as u64, 1, 3_600_000)?;
+        range("watchdog (s)", self.watchdog.map_or(1, |after| after.as_secs()), 1, 86_400)?;
         range("drain_timeout (ms)", self.drain_timeout.as_millis() as u64, 0, 3_600_000)?;
         let linger_ms = self.linger.map_or(1, |after| after.as_millis() as u64);
         range("linger (ms)", linger_ms, 1, 1 << 40)?;

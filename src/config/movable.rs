@@ -25,7 +25,7 @@ macro_rules! movable {
             }
 
             /// Takes these limits over.
-            pub(crate) fn adopt(&mut self, limits: &Movable) {
+            pub fn adopt(&mut self, limits: &Movable) {
                 $(self.$name = limits.$name;)*
             }
         }

@@ -68,6 +68,7 @@ impl SessionLane {
         let meta = u32::from(call.meta_len);
         exchange.parked.push_back(Frame { slot: places.payload, len: call.len, at: meta });
         let counted = exchange.count(call.len - meta, call.flags & flag::END != 0);
+        bench.pulse.runs(call.message_type);
         let context = context(bench.state, bench.metrics, bench.totals, call);
         let announced = (call.body_len != 0).then_some(call.body_len);
         match plan {
@@ -210,6 +211,7 @@ impl SessionLane {
             }
         };
         e.work = Work::Ticket(number);
+        bench.pulse.runs(e.call.message_type);
         let context = context(bench.state, bench.metrics, bench.totals, &e.call);
         let executor = bench.executor;
         let begun = catch_unwind(AssertUnwindSafe(|| begin(&context, ticket, executor)));
@@ -809,6 +811,7 @@ impl SessionLane {
         e: &mut Exchange<S>,
         bench: &mut Bench<'_, S>,
     ) {
+        bench.pulse.runs(e.call.message_type);
         let context = context(bench.state, bench.metrics, bench.totals, &e.call);
         prepare(bench.rest, e, 0, bench.message_max);
         let payload = &self.lane().common.payload;
@@ -843,6 +846,7 @@ impl SessionLane {
         };
         let given = there.min(room.max(SLOT_SMALL));
         let last = e.ended && e.parked.len() <= 1 && given == there;
+        bench.pulse.runs(e.call.message_type);
         let context = context(bench.state, bench.metrics, bench.totals, &e.call);
         // Copied once: a byte that the handler has taken is never looked at again (S3, F15).
         let shared = e.parked.front().is_some_and(|frame| frame.slot == e.window.first);

@@ -13,6 +13,7 @@ use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
 use super::table::{Entry, FileQuestion, Rest};
 use super::tickets::Tickets;
+use super::watch::Pulse;
 use crate::config::{Movable, ServerConfig};
 use crate::metrics::{Counters, Timing, Totals};
 use crate::protocol::handshake::{DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
@@ -58,6 +59,7 @@ macro_rules! bench {
             staging: &mut $core.staging,
             metrics: &mut $core.metrics,
             timing: &mut $core.timing,
+            pulse: &$core.pulse,
             totals: &$core.totals,
             batch: &mut $core.batch,
             exchanges: &mut $core.exchanges,
@@ -114,6 +116,7 @@ pub(crate) struct Core<S: 'static> {
     rest: Rest,
     request: Vec<u8>,
     executor: Option<Arc<Executor>>,
+    pub pulse: Arc<Pulse>,
     hinted: Vec<(u32, u32)>,
     pub leases: LeaseQueue,
     pub budget: Budget,
@@ -211,6 +214,7 @@ impl<S> Core<S> {
             rest: Rest { limit: config.max_message_size as usize, ..Rest::default() },
             request: Vec::new(),
             executor: None,
+            pulse: Arc::default(),
             hinted: Vec::new(),
             leases: LeaseQueue::default(),
             budget,
@@ -236,6 +240,11 @@ impl<S> Core<S> {
     /// The reactor is rung by this eventfd, since it cannot sleep on words.
     pub fn rung_through(&mut self, eventfd: Arc<OwnedFd>) {
         self.exchanges.tickets.rung_through(eventfd);
+    }
+
+    /// The same with this pulse.
+    pub fn pulse(self, pulse: Arc<Pulse>) -> Self {
+        Self { pulse, ..self }
     }
 
     pub fn config(&self) -> &ServerConfig {

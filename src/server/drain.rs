@@ -100,7 +100,10 @@ impl<S> Reactor<S> {
             if still > 0 {
                 let pause = if still < QUICK_LOOKS { PAUSE } else { LONG_PAUSE };
                 let left = Duration::from_nanos(until.saturating_sub(now));
-                self.driver.enter(Wait::Until(Some(pause.min(left))))?;
+                self.core.pulse.sleeps(true);
+                let woken = self.driver.enter(Wait::Until(Some(pause.min(left))));
+                self.core.pulse.sleeps(false);
+                woken?;
                 self.events()?;
             }
             self.tick(now)?;

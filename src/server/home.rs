@@ -74,6 +74,8 @@ struct Member {
 pub(crate) struct Home {
     listener: Listener,
     listener_armed: bool,
+    /// The socket is left to others.
+    accepts_no_more: bool,
     /// Nobody is accepted until then, or until something is closed; 0 for no pause.
     pause_ends_ns: u64,
     /// How long the last pause was to be; 0 once somebody has been accepted since.
@@ -107,6 +109,7 @@ impl Home {
         Ok(Self {
             listener,
             listener_armed: false,
+            accepts_no_more: false,
             pause_ends_ns: 0,
             pause_ns: 0,
             control,
@@ -158,6 +161,13 @@ impl Home {
 
     /// Begins no more sessions, and has no reactor begin more calls.
     pub fn begin_drain<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        if self.listener.is_shared() {
+            // Who connects from here on is answered by whoever has the socket next.
+            self.accepts_no_more = true;
+            if std::mem::take(&mut self.listener_armed) {
+                reactor.driver.cancel(Source::Listener.token())?;
+            }
+        }
         for other in 1..self.lanes_of.len() {
             if reactor.crew.addresses[other].put(Message::Drain) {
                 reactor.ring_reactor(other)?;
@@ -275,7 +285,7 @@ impl Home {
 
     /// Waits for clients, unless accepting pauses or there is no place for one who says nothing.
     fn arm_listener<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
-        if !self.listener_armed && self.pause_ends_ns == 0 && self.has_room() {
+        if !self.listener_armed && !self.accepts_no_more && self.pause_ends_ns == 0 && self.has_room() {
             reactor.driver.poll(self.listener.socket(), PollFlags::IN, Source::Listener.token())?;
             self.listener_armed = true;
         }
@@ -295,7 +305,7 @@ impl Home {
 
     fn accept<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
         for _ in 0..ACCEPTS_PER_EVENT {
-            if !self.has_room() {
+            if !self.has_room() || self.accepts_no_more {
                 break;
             }
             match self.listener.accept() {

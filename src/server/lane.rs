@@ -13,6 +13,7 @@ use super::idle::Seen;
 use super::leases::{Giving, LaneLeases, LeaseQueue, Wish};
 use super::staging::BufferPool;
 use super::table::{Context, Entry, HandlerError, Reply, Rest};
+use super::watch::Pulse;
 use crate::metrics::{Counters, Ended, Timing, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::PeerFault;
@@ -35,6 +36,8 @@ pub(crate) struct Bench<'a, S: 'static> {
     pub metrics: &'a mut Counters,
     /// How long calls take.
     pub timing: &'a mut Timing,
+    /// Where it is told whose handler runs.
+    pub pulse: &'a Pulse,
     /// The counters of all reactors, for handlers that ask.
     pub totals: &'a Totals,
     pub batch: &'a mut Batch,
@@ -698,6 +701,7 @@ impl SessionLane {
             connection: call.connection,
             codec: call.codec,
         };
+        bench.pulse.runs(message_type.0);
         // A handler owns nothing of ours that its unwinding could leave half done (F43).
         let result = catch_unwind(AssertUnwindSafe(|| handler(&context, request, &mut reply)));
         if let Ok(Ok(())) = result

@@ -15,8 +15,8 @@ const BACKLOG: i32 = 4096;
 pub(crate) struct Listener {
     socket: OwnedFd,
     place: Place,
-    /// Inode of our socket file, to remove no other.
-    inode: u64,
+    /// Inode of our socket file, to remove no other; `None` if the socket is somebody else's, too, and outlives us.
+    inode: Option<u64>,
     /// Held until the process ends, however it ends. The file stays: unlinking it would let two servers
     /// lock two different files of the same name.
     lock: OwnedFd,
@@ -35,7 +35,48 @@ impl Listener {
         refuse_what_is_not_stale(&place)?;
         let (socket, inode) = listen_beside_and_rename(&place)?;
         let spare = Some(spare().map_err(|e| IpcError::io("eventfd for the spare descriptor", e))?);
-        Ok(Self { socket, place, inode, lock, spare })
+        Ok(Self { socket, place, inode: Some(inode), lock, spare })
+    }
+
+    /// Takes over a socket that listens at `path` already, and that whoever has handed it over keeps (F49).
+    ///
+    /// # Errors
+    ///
+    /// [`IpcError::SocketPath`] if it does not listen for packets there, else as for [`Listener::bind`].
+    pub fn inherit(socket: OwnedFd, path: &Path) -> Result<Self> {
+        use rustix::net::{SocketAddrUnix, SocketType, getsockname, sockopt};
+        let refuse = |problem| IpcError::SocketPath { path: path.to_owned(), problem };
+        let io = |e| IpcError::io("asking what the socket is that was handed over", e);
+        if sockopt::socket_type(&socket).map_err(io)? != SocketType::SEQPACKET {
+            return Err(refuse(
+                "the socket handed over is not one for packets: ListenSequentialPacket= is wanted",
+            ));
+        }
+        if !sockopt::socket_acceptconn(&socket).map_err(io)? {
+            return Err(refuse("the socket handed over does not listen"));
+        }
+        let address = SocketAddrUnix::try_from(getsockname(&socket).map_err(io)?);
+        let bound = address.ok().and_then(|address| address.path_bytes().map(<[u8]>::to_owned));
+        if !bound.is_some_and(|bound| is_bound_at(&bound, path)) {
+            return Err(refuse(
+                "the socket handed over is bound elsewhere: configure the same path on both sides",
+            ));
+        }
+        rustix::io::ioctl_fionbio(&socket, true).map_err(io)?;
+        let place = Place::open(path)?;
+        let lock = take_lock(&place)?;
+        let spare = Some(spare().map_err(|e| IpcError::io("eventfd for the spare descriptor", e))?);
+        Ok(Self { socket, place, inode: None, lock, spare })
+    }
+
+    /// Leaves the socket to others when this server ends.
+    pub fn leave(&mut self) {
+        self.inode = None;
+    }
+
+    /// Whether others have the socket, too: who connects while this server ends is answered by them.
+    pub fn is_shared(&self) -> bool {
+        self.inode.is_none()
     }
 
     pub fn socket(&self) -> BorrowedFd<'_> {
@@ -88,7 +129,7 @@ fn spare() -> std::result::Result<OwnedFd, rustix::io::Errno> {
 impl Drop for Listener {
     fn drop(&mut self) {
         let stat = rustix::fs::statat(&self.place.directory, &self.place.name, AtFlags::SYMLINK_NOFOLLOW);
-        if stat.is_ok_and(|s| s.st_ino == self.inode)
+        if stat.is_ok_and(|s| Some(s.st_ino) == self.inode)
             && let Err(error) =
                 rustix::fs::unlinkat(&self.place.directory, &self.place.name, AtFlags::empty())
         {
@@ -100,6 +141,19 @@ impl Drop for Listener {
             tracing::warn!(%error, "could not unlock the socket's lock file");
         }
     }
+}
+
+/// Whether a socket that was bound by this name is the one at `path`: by a manager under its own name, by a server of ours
+/// beside it (`listen_beside_and_rename`).
+fn is_bound_at(bound: &[u8], path: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let beside = path.file_name().map(|name| with_suffix(name, ".new"));
+    let is_ours = |rest: &[u8]| {
+        let mut parts = rest.splitn(2, |byte| *byte == b'/');
+        let number = parts.next().is_some_and(|part| part.iter().all(u8::is_ascii_digit));
+        number && parts.next() == beside.as_deref().map(OsStrExt::as_bytes)
+    };
+    bound == path.as_os_str().as_bytes() || bound.strip_prefix(b"/proc/self/fd/").is_some_and(is_ours)
 }
 
 /// Whether a server of this user could take `path` now, found out without making, locking or removing anything.
@@ -143,8 +197,13 @@ fn fallback_directory(path: &Path) -> Option<PathBuf> {
     (path.parent() == Some(fallback.as_path())).then_some(fallback)
 }
 
-/// Makes the directory of the default path, mode 0700, when there is no runtime directory to use.
-fn prepare_default_directory(path: &Path) -> Result<()> {
+/// Makes the directory of the default path, mode 0700, when there is no runtime directory to use; any other path is left as
+/// it is. [`IpcServer::bind`](crate::IpcServer::bind) does that, too.
+///
+/// # Errors
+///
+/// [`IpcError::Io`] if it cannot be made.
+pub fn prepare_default_directory(path: &Path) -> Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     let Some(fallback) = fallback_directory(path) else { return Ok(()) };
     match std::fs::DirBuilder::new().mode(0o700).create(&fallback) {

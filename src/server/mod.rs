@@ -34,18 +34,20 @@ mod storm;
 mod table;
 pub(crate) mod throttle;
 mod tickets;
+mod watch;
 
 pub use connections::ConnectionPool;
 pub use control::{ReloadHandle, ShutdownHandle};
 pub use deferred::{Answering, AsyncHandler, Deferred, DeferredError, DeferredHandler, Executor};
-pub use listener::check_socket_path;
 pub(crate) use listener::open_start_lock;
+pub use listener::{check_socket_path, prepare_default_directory};
 pub use staging::BufferPool;
 pub use start::{reactor_cores, wake_cost};
 pub use table::{
     Context, FileQuestion, FileQuestionHandler, Handler, HandlerError, HandlerTable, MakePieces, Pieces,
     Progress, Reply, TABLE_LEN,
 };
+pub use watch::Caretaker;
 
 use crate::config::ServerConfig;
 use crate::error::{IpcError, Result};
@@ -55,6 +57,7 @@ use control::Control;
 use files::Roots;
 use listener::Listener;
 use start::Helpers;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -110,6 +113,20 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
     /// [`IpcError::AlreadyRunning`],
     /// [`IpcError::SocketPath`] or [`IpcError::SocketPathTooLong`] for a path that cannot be had.
     pub fn bind(self, path: impl AsRef<Path>) -> Result<BoundServer<S>> {
+        self.bind_with(|| Listener::bind(path.as_ref()))
+    }
+
+    /// Takes over a socket that listens for packets at `path` already, from a service manager or from the server before:
+    /// whoever has connected meanwhile is answered by this one. The socket is left there in the end.
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcServer::bind`]; [`IpcError::SocketPath`] if the socket is another one.
+    pub fn inherit(self, socket: OwnedFd, path: impl AsRef<Path>) -> Result<BoundServer<S>> {
+        self.bind_with(|| Listener::inherit(socket, path.as_ref()))
+    }
+
+    fn bind_with(self, listener: impl FnOnce() -> Result<Listener>) -> Result<BoundServer<S>> {
         self.config.check()?;
         let future = |entry: &table::Entry<S>| matches!(entry.elsewhere, Some(table::Elsewhere::Future(_)));
         if self.executor.is_none()
@@ -122,10 +139,19 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
         }
         self.config.raise_file_limit()?;
         let roots = Roots::open(&self.config.file_roots, self.config.max_file_size)?;
-        let listener = Listener::bind(path.as_ref())?;
+        let listener = listener()?;
         let (control, shutdown, reload) = Control::new()?;
-        let metrics = MetricsReader::default();
-        Ok(BoundServer { server: self, roots, listener, control, shutdown, reload, metrics })
+        Ok(BoundServer {
+            server: self,
+            roots,
+            listener,
+            control,
+            shutdown,
+            reload,
+            metrics: MetricsReader::default(),
+            caretaker: None,
+            ready: None,
+        })
     }
 }
 
@@ -138,6 +164,8 @@ pub struct BoundServer<S: 'static> {
     shutdown: ShutdownHandle,
     reload: ReloadHandle,
     metrics: MetricsReader,
+    caretaker: Option<Box<dyn Caretaker>>,
+    ready: Option<Box<dyn FnOnce() + Send>>,
 }
 
 impl<S: Send + Sync + 'static> BoundServer<S> {
@@ -161,6 +189,31 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
         self.metrics.clone()
     }
 
+    /// The socket that listens, to be handed to whoever shall keep it beyond this server's end.
+    pub fn listening_socket(&self) -> BorrowedFd<'_> {
+        self.listener.socket()
+    }
+
+    /// The same, but the socket is left at its path in the end, and nobody is accepted while the server drains: somebody
+    /// else has the socket, and whoever connects waits for him.
+    pub fn leave_socket(mut self) -> Self {
+        self.listener.leave();
+        self
+    }
+
+    /// The same, and `ready` is called on the thread that serves when every reactor has what it needs, right before the
+    /// first client is answered.
+    pub fn on_ready(mut self, ready: impl FnOnce() + Send + 'static) -> Self {
+        self.ready = Some(Box::new(ready));
+        self
+    }
+
+    /// The same with somebody who is told that the reactors are well, and does what else is to be done beside them.
+    pub fn caretaker(mut self, caretaker: impl Caretaker + 'static) -> Self {
+        self.caretaker = Some(Box::new(caretaker));
+        self
+    }
+
     /// Serves until stopped, on the calling thread and one more for each further reactor; returns what was
     /// counted. Clients are told why.
     ///
@@ -174,7 +227,13 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config, executor } = self.server;
         let files = Arc::new(FileSource::new(self.roots));
-        let helpers = Helpers { files, executor: executor.map(Arc::new), metrics: self.metrics };
+        let helpers = Helpers {
+            files,
+            executor: executor.map(Arc::new),
+            metrics: self.metrics,
+            caretaker: self.caretaker,
+            ready: self.ready,
+        };
         start::serve(handlers, Arc::new(state), config, helpers, self.listener, self.control, self.shutdown)
     }
 }

@@ -14,14 +14,14 @@ use super::spin::SpinBudget;
 use super::storm::{self, Storm};
 use super::throttle::Throttle;
 use crate::config::{Backend, ServerConfig, WaitPolicy};
-use crate::error::{IpcError, Result};
+use crate::error::Result;
 use crate::metrics::{Counters, Totals};
 use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{self, WAITER_FUTEX, WAITER_SOCKET, fence_before_bell};
 use doorbell_shm::segment::Segment;
-use doorbell_uring::{Completion, Driver, PollFlags, Token, Wait};
+use doorbell_uring::{Completion, Driver, PollFlags, SetupError, Step, Token, Wait};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use std::os::fd::{AsFd, OwnedFd};
@@ -367,6 +367,7 @@ impl<S> Reactor<S> {
 
     #[inline(always)]
     fn round(&mut self) -> u32 {
+        self.core.pulse.beat();
         let (crew, home) = (&self.crew, &self.home);
         let mut announce = |index: u32, notice: Notice| {
             if let Some(home) = home {
@@ -378,6 +379,7 @@ impl<S> Reactor<S> {
 
     /// The same for a server that stops.
     pub(super) fn drain_round(&mut self) -> u32 {
+        self.core.pulse.beat();
         let (crew, home) = (&self.crew, &self.home);
         let mut announce = |index: u32, notice: Notice| {
             if let Some(home) = home {
@@ -900,7 +902,10 @@ impl<S> Reactor<S> {
         }
         self.trim();
         self.arm_timer()?;
-        self.driver.enter(Wait::Until(None))?;
+        self.core.pulse.sleeps(true);
+        let woken = self.driver.enter(Wait::Until(None));
+        self.core.pulse.sleeps(false);
+        woken?;
         if let Some(desk) = self.core.tickets().desk() {
             desk.bell().clear();
         }
@@ -1040,8 +1045,15 @@ pub(crate) fn driver(config: &ServerConfig, home: bool) -> Result<Driver> {
     let (fewest, most) = COMPLETION_ENTRIES.into_inner();
     let (entries, completion_entries) =
         if home { (256, config.max_sessions.saturating_mul(2).clamp(fewest, most)) } else { (64, fewest) };
-    let options = doorbell_uring::Options { entries, completion_entries, restrict: false };
-    Driver::new(&options).map_err(IpcError::from)
+    let options = doorbell_uring::Options { entries, completion_entries, restrict: true };
+    match Driver::new(&options) {
+        // It works as well without; what it keeps out is a mistake of our own.
+        Err(SetupError::Refused { step: Step::RestrictRing, .. }) => {
+            tracing::info!("the ring cannot be locked down to what the server needs");
+            Ok(Driver::new(&doorbell_uring::Options { restrict: false, ..options })?)
+        }
+        made => Ok(made?),
+    }
 }
 
 #[cfg(test)]

@@ -11,11 +11,13 @@ use super::home::Home;
 use super::listener::Listener;
 use super::reactor::{self, Reactor, Source};
 use super::table::Entry;
+use super::watch::{self, Caretaker, Patience, Pulse, Watched};
 use crate::config::{Backend, ServerConfig, WaitPolicy};
 use crate::error::{IpcError, Result};
 use crate::metrics::{Counters, Metrics, MetricsReader, Totals};
 use crate::protocol::rendezvous::monotonic_ns;
 use doorbell_uring::{Driver, Wait, futex};
+use rustix::pipe::PipeFlags;
 use rustix::thread::CpuSet;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -30,6 +32,9 @@ struct Plan<S: 'static> {
     config: ServerConfig,
     files: Arc<FileSource>,
     executor: Option<Arc<Executor>>,
+    pulses: Vec<Arc<Pulse>>,
+    /// Where a reactor's thread says that it may be watched over.
+    watched: Sender<Watched>,
     totals: Totals,
     budget: Budget,
     /// What waking a reactor from another core costs, ns; 0 if that cannot happen.
@@ -44,6 +49,15 @@ impl<S> Plan<S> {
         let (state, budget) = (Arc::clone(&self.state), self.budget.clone());
         Core::new(self.handlers, state, self.config.clone(), totals, inbox, budget)
             .executor(self.executor.clone())
+            .pulse(Arc::clone(&self.pulses[own]))
+    }
+
+    /// Makes the calling thread that of reactor `own`, on its core.
+    fn become_reactor(&self, core: Option<usize>, own: usize) -> Result<()> {
+        become_reactor(core)?;
+        // Where nobody watches nobody listens.
+        self.watched.send(Watched::own(own, Arc::clone(&self.pulses[own]))).ok();
+        Ok(())
     }
 
     fn reactor(&self, driver: Driver, crew: Crew, inbox: Inbox, home: Option<Home>) -> Result<Reactor<S>> {
@@ -65,6 +79,10 @@ pub(super) struct Helpers {
     pub executor: Option<Arc<Executor>>,
     /// Learns where the counters are.
     pub metrics: MetricsReader,
+    /// Is told that the reactors are well.
+    pub caretaker: Option<Box<dyn Caretaker>>,
+    /// Called when all reactors can begin.
+    pub ready: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// Runs a server on the calling thread and those of its further reactors.
@@ -77,6 +95,7 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     control: Control,
     shutdown: ShutdownHandle,
 ) -> Result<Metrics> {
+    let Helpers { files, executor, metrics, caretaker, ready } = helpers;
     let cores = cores(&config)?;
     let pins = reactor_cores(&config)?;
     let reactors = pins.len();
@@ -85,14 +104,19 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let (backend, driver) = choose_backend(&config)?;
     let config = ServerConfig { reactors: reactors as u32, backend, ..config };
     let totals = Totals { memory_budget: config.memory_budget, ..Totals::new(0, reactors) };
-    helpers.metrics.begin(totals.clone());
+    metrics.begin(totals.clone());
     let budget = Budget::new(config.memory_budget);
-    let Helpers { files, executor, .. } = helpers;
-    let plan = Plan { handlers, state, config, files, executor, totals, budget, wake_ns, shutdown };
+    let pulses = (0..reactors).map(|_| Arc::default()).collect();
+    let (watched, to_watch) = channel();
+    let plan =
+        Plan { handlers, state, config, files, executor, pulses, watched, totals, budget, wake_ns, shutdown };
     tracing::info!(reactors, wake_ns, "starting");
     let before = rustix::thread::sched_getaffinity(None).map_err(|e| IpcError::io("sched_getaffinity", e))?;
     let result = std::thread::scope(|scope| {
-        become_reactor(pins[0])?;
+        // Dropped at the end, which ends the watch.
+        let _watch = start_watch(scope, &plan.config, to_watch, caretaker)?;
+        let _fails_fast = FailsFast;
+        plan.become_reactor(pins[0], 0)?;
         let home = Home::new(listener, control, &plan.config)?;
         let further = Further::start(scope, &plan, &pins[1..])?;
         let (address, inbox) = Address::new(duplicate(&driver)?, pins[0]);
@@ -105,6 +129,9 @@ pub(super) fn serve<S: Send + Sync + 'static>(
         let reactor = plan.reactor(driver, crew.clone(), inbox, Some(home))?;
         if plan.config.thin_executable {
             let_go_of_the_start();
+        }
+        if let Some(ready) = ready {
+            ready();
         }
         let result = reactor.run();
         if result.is_err() {
@@ -170,7 +197,7 @@ impl<'scope> Further<'scope> {
             let (start, is_started) = channel();
             let thread = std::thread::Builder::new()
                 .name(format!("reactor-{}", i + 1))
-                .spawn_scoped(scope, move || run_further(plan, core, &made, &is_started))
+                .spawn_scoped(scope, move || run_further(plan, i + 1, core, &made, &is_started))
                 .map_err(|e| IpcError::io("starting the thread of a reactor", e))?;
             match is_made.recv() {
                 Ok(address) => further.addresses.push(address),
@@ -190,11 +217,13 @@ impl<'scope> Further<'scope> {
 /// The thread of a further reactor.
 fn run_further<S: Send + Sync + 'static>(
     plan: &Plan<S>,
+    own: usize,
     core: Option<usize>,
     made: &Sender<Address>,
     started: &Receiver<Crew>,
 ) -> Result<Counters> {
-    become_reactor(core)?;
+    let _fails_fast = FailsFast;
+    plan.become_reactor(core, own)?;
     let driver = reactor::driver(&plan.config, false)?;
     let (address, inbox) = Address::new(duplicate(&driver)?, core);
     if made.send(address).is_err() {
@@ -213,6 +242,47 @@ impl Drop for StopsHome {
         // Home has ended already where this fails.
         self.0.shutdown_now().ok();
     }
+}
+
+/// Ends the process when a reactor panics outside of a handler (F47): what all sessions share may be half done, and
+/// whoever starts the server again finds it whole.
+struct FailsFast;
+
+impl Drop for FailsFast {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a reactor has failed: the server aborts");
+            std::process::abort();
+        }
+    }
+}
+
+/// The stack of the thread that watches over reactors, bytes.
+const WATCH_STACK: usize = 128 << 10;
+
+/// Starts to watch over the reactors, if anybody wants it; it ends when what is returned is dropped.
+fn start_watch<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    config: &ServerConfig,
+    reactors: Receiver<Watched>,
+    caretaker: Option<Box<dyn Caretaker>>,
+) -> Result<Option<OwnedFd>> {
+    if config.watchdog.is_none() && caretaker.is_none() {
+        return Ok(None);
+    }
+    let patience = Patience { slow: config.slow_handler, most: config.watchdog };
+    let (ended, ends) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+        .map_err(|e| IpcError::io("pipe for the end of the watch", e))?;
+    std::thread::Builder::new()
+        .name("watch".to_owned())
+        .stack_size(WATCH_STACK)
+        .spawn_scoped(scope, move || {
+            if let Err(error) = watch::watch(&ended, &reactors, caretaker, patience) {
+                tracing::error!(%error, "nobody watches over the reactors any more");
+            }
+        })
+        .map_err(|e| IpcError::io("starting the thread that watches over reactors", e))?;
+    Ok(Some(ends))
 }
 
 /// Waits for the reactors; the first failure counts.

@@ -74,6 +74,10 @@ pub struct Kernel {
     pub release: String,
     /// Asking the scheduler for short turns.
     pub short_turns: Tried,
+    /// Giving up files.
+    pub landlock: Tried,
+    /// Giving up system calls.
+    pub seccomp: Tried,
 }
 
 /// How the self-test of io_uring went.
@@ -288,7 +292,12 @@ pub mod fixture {
                 spin_percent: 5,
                 reactors: Ok(vec![Some(0), Some(1)]),
             },
-            kernel: Kernel { release: "6.18.2".to_owned(), short_turns: Tried::Works },
+            kernel: Kernel {
+                release: "6.18.2".to_owned(),
+                short_turns: Tried::Works,
+                landlock: Tried::Works,
+                seccomp: Tried::Works,
+            },
             uring: Uring { disabled: Some(0), group: None, failed: None },
             memory: MEMORY.map(|step| (step, Tried::Works)).to_vec(),
             process: Process {
@@ -344,7 +353,12 @@ pub mod fixture {
         let unknown = || Err("sched_getaffinity failed".to_owned());
         Findings {
             asked: Asked { reactors: unknown(), ..good.asked },
-            kernel: Kernel { release, short_turns: refused("sched_setattr") },
+            kernel: Kernel {
+                release,
+                short_turns: refused("sched_setattr"),
+                landlock: Tried::Wrong("not enforced".to_owned()),
+                seccomp: refused("seccomp"),
+            },
             uring: Uring { disabled: None, group: None, failed: Some((step, error)) },
             memory: MEMORY
                 .map(|step| {

@@ -3,7 +3,7 @@
 //! `probe` finds out, `judge` judges, `report` prints; `findings` is what the first hands to the second.
 
 mod check;
-mod findings;
+pub mod findings;
 mod judge;
 mod plan;
 mod probe;

@@ -14,6 +14,20 @@ pub fn checks(findings: &Findings) -> Vec<Check> {
         age(release, findings.uring.failed.is_none()),
         futex_bug(release),
         short_turns(release, &findings.kernel.short_turns),
+        tried(
+            "kernel.landlock",
+            "a server gives up all files but those that it needs",
+            &findings.kernel.landlock,
+            Verdict::Note,
+            "have the kernel started with landlock (lsm=), unless the server is kept from files by other means",
+        ),
+        tried(
+            "kernel.seccomp",
+            "a server gives up system calls that it does not need",
+            &findings.kernel.seccomp,
+            Verdict::Note,
+            "nothing: a server works as well without",
+        ),
     ];
     checks.push(permission(&findings.uring));
     checks.extend(Step::ALL.map(|step| step_of_self_test(step, &findings.uring)));

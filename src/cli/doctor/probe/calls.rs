@@ -34,6 +34,30 @@ pub fn short_turns() -> Tried {
     on_a_thread(|| tried("sched_setattr", ask_for_short_turns(100_000)))
 }
 
+/// Gives up files, on a thread that ends then.
+#[cfg(feature = "hardening")]
+pub fn landlock() -> Tried {
+    on_a_thread(crate::cli::harden::try_files)
+}
+
+/// Gives up system calls, on a thread that ends then.
+#[cfg(feature = "hardening")]
+pub fn seccomp() -> Tried {
+    on_a_thread(crate::cli::harden::try_calls)
+}
+
+/// This program does not give up files.
+#[cfg(not(feature = "hardening"))]
+pub fn landlock() -> Tried {
+    Tried::Skipped
+}
+
+/// This program does not give up system calls.
+#[cfg(not(feature = "hardening"))]
+pub fn seccomp() -> Tried {
+    Tried::Skipped
+}
+
 /// Work on a thread of its own, which may be pinned without consequences.
 fn on_a_thread(work: impl FnOnce() -> Tried + Send) -> Tried {
     std::thread::scope(|scope| match std::thread::Builder::new().spawn_scoped(scope, work) {

@@ -28,6 +28,8 @@ pub fn find_out(config: &ServerConfig, socket: &Path) -> Findings {
         kernel: Kernel {
             release: rustix::system::uname().release().to_string_lossy().into_owned(),
             short_turns: calls::short_turns(),
+            landlock: calls::landlock(),
+            seccomp: calls::seccomp(),
         },
         memory: calls::memory(),
         process: calls::process(&cores.allowed),
