@@ -14,6 +14,7 @@ mod clock;
 mod content;
 mod error;
 mod floor;
+mod gallery;
 mod level1;
 mod level2;
 mod load;
@@ -22,11 +23,23 @@ mod memory;
 mod mixed;
 mod monitor;
 mod processes;
+#[path = "../../tests/common/raw.rs"]
+#[allow(dead_code)] // The tests use all of it.
+mod raw;
 mod report;
 mod scratch;
 mod server;
 mod takeback;
 mod without;
+
+/// Waits until `condition` holds; panics after half a minute. What `raw.rs` waits with.
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let begun = std::time::Instant::now();
+    while !condition() {
+        assert!(begun.elapsed().as_secs() < 30, "waited 30 s for: {what}");
+        std::thread::yield_now();
+    }
+}
 
 fn main() -> std::process::ExitCode {
     cli::run()

@@ -5,6 +5,7 @@
 //! descriptor that a child needs is its standard input instead.
 
 use crate::error::StressError;
+use crate::gallery::{attacks, bystander};
 use crate::{client, floor, mixed, server};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -32,6 +33,10 @@ pub enum Role {
     Client,
     /// A doorbell client with short and long calls at once.
     Mixed,
+    /// A client that is measured while others attack the server.
+    Bystander,
+    /// A client that goes past the library.
+    Attacker,
     /// Serves the bare ring; standard input is the shared memory.
     FloorServer,
     /// Drives the bare ring; standard input is the shared memory.
@@ -45,6 +50,8 @@ impl Role {
             Self::Server => "server",
             Self::Client => "client",
             Self::Mixed => "mixed",
+            Self::Bystander => "bystander",
+            Self::Attacker => "attacker",
             Self::FloorServer => "floor-server",
             Self::FloorClient => "floor-client",
         }
@@ -76,6 +83,8 @@ pub fn run(options: &ChildOptions) -> Result<(), StressError> {
         Role::Server => server::serve(&serde_json::from_str(job)?),
         Role::Client => client::run(&serde_json::from_str(job)?),
         Role::Mixed => mixed::run(&serde_json::from_str(job)?),
+        Role::Bystander => bystander::run(&serde_json::from_str(job)?),
+        Role::Attacker => attacks::run(&serde_json::from_str(job)?),
         Role::FloorServer => floor::serve(stdin_fd()?, &serde_json::from_str(job)?),
         Role::FloorClient => floor::drive(stdin_fd()?, &serde_json::from_str(job)?),
     }
