@@ -2,6 +2,7 @@
 //! passed, 1 that something failed or could not be run, 2 that the question was wrong.
 
 use crate::error::StressError;
+use crate::gallery::{self, GalleryOptions};
 use crate::machine::{Cores, Machine};
 use crate::processes::{self, ChildOptions};
 use crate::reconnect::{self, ReconnectOptions};
@@ -46,6 +47,8 @@ enum Command {
     /// A process of a level.
     #[command(name = processes::SUBCOMMAND, hide = true)]
     Child(ChildOptions),
+    /// Hostile clients one after the other, while one that means well is measured.
+    Gallery(GalleryOptions),
     #[command(name = "without-io-uring")]
     Without(WithoutOptions),
 }
@@ -115,7 +118,7 @@ fn parse_level(text: &str) -> Result<Level, String> {
     })
 }
 
-fn parse_seconds(text: &str) -> Result<f64, String> {
+pub fn parse_seconds(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
     if (SECONDS_MIN..=SECONDS_MAX).contains(&seconds) {
         Ok(seconds)
@@ -140,6 +143,9 @@ pub fn run() -> ExitCode {
         }
         Some(Command::Without(options)) => return failed(&without::run(&options)),
         Some(Command::Reconnect(options)) => return run_reconnect(&options),
+        Some(Command::Gallery(options)) => {
+            return run_gallery(&options).unwrap_or_else(|error| failed(&error));
+        }
         None => {}
     }
     match run_suite(&cli.suite) {
@@ -172,6 +178,16 @@ fn run_reconnect(options: &ReconnectOptions) -> ExitCode {
 fn failed(error: &StressError) -> ExitCode {
     eprintln!("doorbell-stress: {error}");
     ExitCode::FAILURE
+}
+
+fn run_gallery(options: &GalleryOptions) -> Result<ExitCode, StressError> {
+    scratch::remove_on_signals()?;
+    let gallery = gallery::run(options, &Cores::plan()?)?;
+    match options.json {
+        true => println!("{}", serde_json::to_string(&gallery).expect("numbers and names are JSON")),
+        false => print!("{gallery}"),
+    }
+    Ok(if gallery.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn run_suite(options: &SuiteOptions) -> Result<Report, StressError> {

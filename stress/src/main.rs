@@ -15,6 +15,7 @@ mod clock;
 mod content;
 mod error;
 mod floor;
+mod gallery;
 mod hostile;
 mod latency;
 mod level1;
@@ -29,6 +30,9 @@ mod mixed;
 mod monitor;
 mod normal;
 mod processes;
+#[path = "../../tests/common/raw.rs"]
+#[allow(dead_code)] // The tests use all of it.
+mod raw;
 mod reconnect;
 mod report;
 mod scratch;
@@ -36,6 +40,15 @@ mod server;
 mod takeback;
 mod torture;
 mod without;
+
+/// Waits until `condition` holds; panics after half a minute. What `raw.rs` waits with.
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let begun = std::time::Instant::now();
+    while !condition() {
+        assert!(begun.elapsed().as_secs() < 30, "waited 30 s for: {what}");
+        std::thread::yield_now();
+    }
+}
 
 fn main() -> std::process::ExitCode {
     cli::run()

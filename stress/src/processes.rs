@@ -5,6 +5,7 @@
 //! descriptor that a child needs is its standard input instead.
 
 use crate::error::StressError;
+use crate::gallery::{attacks, bystander};
 use crate::{assistant, client, floor, hostile, mixed, normal, reconnect, server, torture};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -43,6 +44,10 @@ pub enum Role {
     Hostile,
     /// A client that goes on whatever happens.
     Normal,
+    /// A client that is measured while others attack the server.
+    Bystander,
+    /// A client that goes past the library.
+    Attacker,
     /// Serves the bare ring; standard input is the shared memory.
     FloorServer,
     /// Drives the bare ring; standard input is the shared memory.
@@ -64,6 +69,8 @@ impl Role {
             Self::Assistant => "assistant",
             Self::Hostile => "hostile",
             Self::Normal => "normal",
+            Self::Bystander => "bystander",
+            Self::Attacker => "attacker",
             Self::FloorServer => "floor-server",
             Self::FloorClient => "floor-client",
             Self::ReconnectServer => "reconnect-server",
@@ -101,6 +108,8 @@ pub fn run(options: &ChildOptions) -> Result<(), StressError> {
         Role::Assistant => assistant::run(&serde_json::from_str(job)?),
         Role::Hostile => hostile::run(&serde_json::from_str(job)?),
         Role::Normal => normal::run(&serde_json::from_str(job)?),
+        Role::Bystander => bystander::run(&serde_json::from_str(job)?),
+        Role::Attacker => attacks::run(&serde_json::from_str(job)?),
         Role::FloorServer => floor::serve(stdin_fd()?, &serde_json::from_str(job)?),
         Role::FloorClient => floor::drive(stdin_fd()?, &serde_json::from_str(job)?),
         Role::ReconnectServer => reconnect::serve(&serde_json::from_str(job)?),

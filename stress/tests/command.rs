@@ -65,6 +65,43 @@ fn level_2_passes_on_a_small_scale() {
     assert_eq!(rows[2]["take_back"]["stopped"], 1, "{text}");
 }
 
+/// Goal:   T12, F11 to F31: every attack of the gallery is carried out, by a process past the library, ends as it must, and
+///         costs neither the server nor the client beside it anything but time.
+/// Method: windows of 0.1 s, the JSON object read back. How long the bystander waited is not looked at here.
+#[test]
+fn f11_f31_every_attack_of_the_gallery_ends_as_it_must() {
+    let output = stress("gallery --seconds 0.1 --json");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if errors.contains("server and clients need one each") {
+        return;
+    }
+    let gallery: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}{errors}"));
+    let rows = gallery["rows"].as_array().unwrap();
+    assert!(rows.len() > 20 && rows[0]["attack"] == "an honest neighbour", "{text}");
+    for row in rows {
+        assert!(row["done"].as_u64().unwrap() >= 1 && row["per_second"].as_u64().unwrap() >= 1, "{row}");
+        assert_eq!((&row["unexpected"], &row["errors"]), (&0.into(), &0.into()), "{row}{errors}");
+    }
+}
+
+/// Goal:   F38: what `without-io-uring` starts is refused io_uring, and gets its arguments and its exit status through.
+#[test]
+fn f38_a_command_runs_without_io_uring() {
+    let command = Command::new(env!("CARGO_BIN_EXE_doorbell-stress"))
+        .args([
+            "without-io-uring",
+            "/bin/sh",
+            "-c",
+            "grep -q 'Seccomp:[[:space:]]*2' /proc/self/status && exit 7",
+        ])
+        .output();
+    assert_eq!(command.unwrap().status.code(), Some(7));
+    let output = stress("without-io-uring /no/such/command");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("execve"));
+}
+
 /// The report of a run that must not have failed; `None` where there are too few cores.
 fn report(line: &str) -> Option<Value> {
     let output = stress(line);

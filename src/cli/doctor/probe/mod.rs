@@ -9,7 +9,9 @@ mod trial;
 
 use super::findings::{Across, Asked, DmaLatency, Findings, Kernel, Limits, Trial, Uring, Wake};
 use doorbell::{ServerConfig, reactor_cores, wake_cost};
+use doorbell_uring::SetupError;
 use files::Files;
+use rustix::io::Errno;
 use rustix::process::Resource;
 use rustix::thread::CpuSet;
 use std::io::Write;
@@ -53,11 +55,14 @@ fn asked(config: &ServerConfig, socket: &Path) -> Asked {
     }
 }
 
+/// A server is tried whatever became of io_uring (F38), but not without a descriptor to undo it with.
 fn trial(config: &ServerConfig, uring: &Uring) -> Trial {
-    if uring.failed.is_some() {
-        return Trial::NotTried("io_uring is refused".to_owned());
+    match uring.failed {
+        Some((_, SetupError::Refused { errno: Errno::MFILE | Errno::NFILE, .. })) => {
+            Trial::NotTried("no file descriptor is left".to_owned())
+        }
+        _ => trial::run(config),
     }
-    trial::run(config)
 }
 
 fn limits(files: &Files) -> Limits {
