@@ -1,5 +1,6 @@
 //! `doorbell serve`: a ready server.
 
+use super::log::{Log, LogFormat};
 use clap::Args;
 use doorbell::config::file::{ConfigFile, socket_path};
 use doorbell::exporter::Exporter;
@@ -9,7 +10,6 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tracing_subscriber::filter::LevelFilter;
 
 static TABLE: HandlerTable<State> = HandlerTable::with_builtins().register_provider_handlers();
 
@@ -70,6 +70,9 @@ pub struct ServeOptions {
     /// Log what happens to single sessions, too.
     #[arg(long, short)]
     verbose: bool,
+    /// How lines of the log look.
+    #[arg(long, value_name = "FORMAT", default_value = "auto")]
+    log_format: LogFormat,
 }
 
 impl ServeOptions {
@@ -96,10 +99,7 @@ impl ServeOptions {
 
 /// Serves until SIGTERM or SIGINT.
 pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
-    let level = if options.verbose { LevelFilter::DEBUG } else { LevelFilter::INFO };
-    let log = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
-    // A line that cannot be written must not end the server, as complaining about it on the same stderr would.
-    log.log_internal_errors(false).init();
+    let log = Log::start(options.log_format, options.verbose);
     survive_a_file_size_limit()?;
     let file = ConfigFile::load(options.config.as_deref())?;
     let path = options.socket.clone().unwrap_or_else(|| socket_path(&file));
@@ -115,10 +115,10 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         signal_hook::low_level::pipe::register(signal, stop.descriptor().try_clone()?)?;
     }
     limit_panic_messages();
-    say(format_args!("doorbell: serving at {}\n", bound.path().display()));
+    log.say(format_args!("serving at {}", bound.path().display()));
     let metrics = bound.serve()?;
     let (calls, sessions) = (metrics.calls_total(), metrics.sessions_opened);
-    say(format_args!("doorbell: stopped after {calls} calls in {sessions} sessions\n"));
+    log.say(format_args!("stopped after {calls} calls in {sessions} sessions"));
     Ok(())
 }
 

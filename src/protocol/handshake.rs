@@ -403,11 +403,13 @@ pub enum DisconnectReason {
     IdleTimeout = 7,
     /// The server is stopping.
     Draining = 8,
+    /// Somebody who watches the server wanted it to end.
+    Evicted = 9,
 }
 
 impl DisconnectReason {
     /// Every reason, in the order of its code.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::ProtocolViolation,
         Self::PeerDied,
         Self::HandshakeTimeout,
@@ -416,6 +418,7 @@ impl DisconnectReason {
         Self::DoorbellAbuse,
         Self::IdleTimeout,
         Self::Draining,
+        Self::Evicted,
     ];
 
     /// The reason numbered `code`, if there is one.
@@ -435,6 +438,7 @@ impl fmt::Display for DisconnectReason {
             Self::DoorbellAbuse => "this client rang without cause",
             Self::IdleTimeout => "nothing was sent for the idle time-out",
             Self::Draining => "the server is stopping",
+            Self::Evicted => "somebody who watches the server has ended this session",
         })
     }
 }

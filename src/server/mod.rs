@@ -14,6 +14,7 @@ pub mod files;
 pub mod fuzz;
 mod half_open;
 mod home;
+mod inspect;
 mod jobs;
 mod lane;
 mod leases;
@@ -30,6 +31,7 @@ mod storm;
 mod table;
 pub(crate) mod throttle;
 mod tickets;
+mod trace;
 
 pub use connections::ConnectionPool;
 pub use deferred::{Answering, AsyncHandler, Deferred, DeferredError, DeferredHandler, Executor};
