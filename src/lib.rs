@@ -22,6 +22,7 @@ pub mod config;
 mod error;
 #[cfg(feature = "exporter")]
 pub mod exporter;
+pub mod inspect;
 pub mod messages;
 mod metrics;
 pub mod protocol;

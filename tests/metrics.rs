@@ -160,6 +160,35 @@ fn r4_2_trap27_promtool_accepts_the_metrics() {
     server.stop();
 }
 
+/// Names of families in a text, such as a query: words that begin with `ipc_`.
+fn families(text: &str) -> impl Iterator<Item = &str> {
+    let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    words.filter(|word| word.starts_with("ipc_"))
+}
+
+/// Goal:   R4.2: the alert rules are what Prometheus reads, and rules and dashboard ask for nothing that a server does not
+///         tell.
+/// Method: `promtool check rules`; every family that they name is looked up in the text of a server.
+#[test]
+fn r4_2_rules_and_dashboard_ask_for_what_is_told() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let rules = root.join("contrib/prometheus/doorbell.rules.yml");
+    common::promtool(&["check", "rules", rules.to_str().unwrap()], "");
+    let told = Metrics::default().export_prometheus();
+    let rules = std::fs::read_to_string(rules).unwrap();
+    let dashboard = std::fs::read_to_string(root.join("contrib/grafana/doorbell.json")).unwrap();
+    let parsed: serde_json::Value = serde_json::from_str(&dashboard).unwrap();
+    assert!(parsed["panels"].as_array().unwrap().len() >= 10);
+    let docs = std::fs::read_to_string(root.join("docs/metrics.md")).unwrap();
+    for name in [&rules, &dashboard, &docs].into_iter().flat_map(|text| families(text)) {
+        let family = name.strip_suffix("_bucket").unwrap_or(name);
+        assert!(told.contains(&format!("# TYPE {family} ")), "{name} is asked for and not told");
+    }
+    for family in families(&told).filter(|name| told.contains(&format!("# TYPE {name} "))) {
+        assert!(docs.contains(family), "docs/metrics.md says nothing of {family}");
+    }
+}
+
 /// The process side: `doorbell serve` with a section `metrics`.
 #[cfg(feature = "exporter")]
 mod exporter {
@@ -186,7 +215,8 @@ mod exporter {
     fn address(server: &ServerProcess) -> String {
         let log = server.log();
         let line = log.lines().find(|line| line.contains("serving metrics")).unwrap();
-        line.split("address=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned()
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        line["address"].as_str().unwrap().to_owned()
     }
 
     fn ask(mut stream: impl Read + Write, request: &str) -> String {
@@ -298,7 +328,7 @@ mod exporter {
             assert!(text.lines().last().unwrap().starts_with("ipc_ring_enters_total"), "half a version");
             text.contains("ipc_requests_total{type=\"echo\"} 5")
         });
-        eventually("a line tells of the calls", || server.log().contains("calls=5"));
+        eventually("a line tells of the calls", || server.log().contains("\"calls\":5,"));
         assert!(!server.log().contains("secret"));
         let draft = std::fs::read_dir(path.parent().unwrap()).unwrap();
         let names: Vec<_> = draft.map(|entry| entry.unwrap().file_name()).collect();

@@ -12,7 +12,9 @@ mod generate;
 #[cfg(feature = "hardening")]
 mod harden;
 mod notify;
+mod log;
 mod serve;
+mod watch;
 
 use clap::{Parser, Subcommand};
 use doorbell::MessageType;
@@ -40,6 +42,14 @@ enum Command {
     Call(call::CallOptions),
     /// Check a configuration file, or print one with all defaults.
     Config(config::ConfigOptions),
+    /// Print what a server has counted.
+    Stat(watch::stat::StatOptions),
+    /// Print the calls that a server has in flight, and what each of them waits for.
+    Ps(watch::ps::PsOptions),
+    /// Show a server at work: sessions, connections, message types, memory, reactors.
+    Top(watch::top::TopOptions),
+    /// Trace the calls of one connection: a file for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    Trace(watch::trace::TraceOptions),
     /// Measure calls against a server process of its own, every byte of every answer checked.
     Bench(bench::options::BenchOptions),
     /// Measure streamed answers against a server process of its own, every chunk checked.
@@ -65,6 +75,10 @@ pub fn run() -> ExitCode {
         Command::Complete(options) => return ask(&options, MessageType::COMPLETE, "complete"),
         Command::Analyze(options) => ask::analyze(&options),
         Command::Call(options) => call::run(&options),
+        Command::Stat(options) => watch::stat::run(&options),
+        Command::Ps(options) => watch::ps::run(&options),
+        Command::Top(options) => watch::top::run(&options),
+        Command::Trace(options) => watch::trace::run(&options),
         Command::Config(options) => config::run(&options),
         Command::Completions(options) => generate::completions::<Cli>(&options),
         Command::Man(options) => generate::man::<Cli>(&options),

@@ -1,6 +1,7 @@
 //! `doorbell serve`: a ready server.
 
-use super::caretaker::{SetLevel, Signals, Steward};
+use super::caretaker::{Signals, Steward};
+use super::log::{Log, LogFormat};
 use super::notify::{LISTENER, Manager};
 use clap::Args;
 use doorbell::config::file::ConfigFile;
@@ -15,8 +16,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 static TABLE: HandlerTable<State> = HandlerTable::with_builtins().register_provider_handlers();
 
@@ -93,6 +92,9 @@ pub struct ServeOptions {
     /// Log what happens to single sessions, too.
     #[arg(long, short)]
     verbose: bool,
+    /// How lines of the log look.
+    #[arg(long, value_name = "FORMAT", default_value = "auto")]
+    log_format: LogFormat,
 }
 
 impl ServeOptions {
@@ -183,7 +185,7 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
     survive_a_file_size_limit()?;
     let file = ConfigFile::load(options.config.as_deref())?;
     let running = options.apply(file.ipc)?;
-    let set_level = begin_to_log(options.level(running.log_level));
+    let (log, set_level) = Log::start(options.log_format, options.level(running.log_level));
     let path = match &running.socket_path {
         Some(path) => std::path::absolute(path)?,
         None => doorbell::default_socket_path(),
@@ -209,24 +211,11 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         set_level,
     };
     limit_panic_messages();
-    let ready = become_ready(bound.path(), options, manager);
+    let ready = become_ready(bound.path(), options, manager, log);
     let metrics = bound.caretaker(steward).on_ready(ready).serve()?;
     let (calls, sessions) = (metrics.calls_total(), metrics.sessions_opened);
-    say(format_args!("doorbell: stopped after {calls} calls in {sessions} sessions\n"));
+    log.say(format_args!("stopped after {calls} calls in {sessions} sessions"));
     Ok(())
-}
-
-/// Logs to stderr from here on; what changes the level is returned.
-fn begin_to_log(level: LevelFilter) -> SetLevel {
-    let (filter, handle) = tracing_subscriber::reload::Layer::new(level);
-    let log = tracing_subscriber::fmt().with_max_level(LevelFilter::TRACE).with_writer(std::io::stderr);
-    // A line that cannot be written must not end the server, as complaining about it on the same stderr would.
-    log.with_target(false).log_internal_errors(false).finish().with(filter).init();
-    Box::new(move |level| {
-        if let Err(error) = handle.reload(level) {
-            tracing::error!(%error, "the level of the log could not be changed");
-        }
-    })
 }
 
 /// Takes the socket that the service manager has handed over, if it has, or one of our own.
@@ -268,6 +257,7 @@ fn become_ready(
     path: &Path,
     options: &ServeOptions,
     manager: Option<Arc<Manager>>,
+    log: Log,
 ) -> impl FnOnce() + Send + use<> {
     let path = path.to_owned();
     let debuggable = options.debuggable;
@@ -284,7 +274,7 @@ fn become_ready(
                 tracing::warn!(%error, "debuggers of the same user can look into this process");
             }
         }
-        say(format_args!("doorbell: serving at {}\n", path.display()));
+        log.say(format_args!("serving at {}", path.display()));
         if let Some(manager) = manager {
             manager.tell("READY=1\nSTATUS=serving", None);
         }

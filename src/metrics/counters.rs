@@ -193,11 +193,10 @@ impl Counters {
         self.sessions_ended[reason as usize - 1]
     }
 
-    /// The counters as one JSON object with numbers only, in a fixed order.
-    pub fn to_json(&self) -> String {
-        let mut json = String::with_capacity(2048);
+    /// Every counter by its name, in a fixed order.
+    pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
         let ended: u64 = self.sessions_ended.iter().sum();
-        let fields = [
+        [
             ("calls", self.calls_total()),
             ("calls_ok", self.calls[Status::Ok as usize]),
             ("calls_unknown_type", self.calls[Status::UnknownType as usize]),
@@ -255,8 +254,14 @@ impl Counters {
             ("entries_waiting", self.entries_waiting),
             ("answers_waiting", self.answers_waiting),
             ("lanes_hot", self.lanes_hot),
-        ];
-        for (i, (name, value)) in fields.iter().enumerate() {
+        ]
+        .into_iter()
+    }
+
+    /// The counters as one JSON object with numbers only, in a fixed order.
+    pub fn to_json(&self) -> String {
+        let mut json = String::with_capacity(2048);
+        for (i, (name, value)) in self.named().enumerate() {
             let open = if i == 0 { '{' } else { ',' };
             write!(json, "{open}\"{name}\":{value}").expect("writing to a String cannot fail");
         }

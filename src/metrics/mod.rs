@@ -10,6 +10,7 @@ mod types;
 pub use counters::Counters;
 pub(crate) use counters::Totals;
 pub(crate) use timing::{Ended, Timing};
+pub(crate) use types::TypeTable;
 pub use types::{BOUNDS_NS, BUCKETS, OTHER_TYPES, TypeMetrics};
 
 use std::ops::Deref;
@@ -129,24 +130,34 @@ impl StopWatch {
         Self(Timing::new(table, crate::TABLE_LEN, u64::MAX))
     }
 
-    /// A batch of so many calls of one type; `each` is given every call and its time.
+    /// A batch of so many calls of one type on one connection; `each` is given the calls that are counted together, and
+    /// their time, ns.
     #[inline(always)]
     pub fn batch(&mut self, message_type: u32, calls: u32, mut each: impl FnMut(u32, u64)) {
         let mut now_ns = crate::protocol::rendezvous::monotonic_ns;
         self.0.round(&mut now_ns);
-        for connection in 0..calls {
-            let (record, count_first) = self.0.take_up(message_type);
+        for _ in 0..calls {
+            let (record, count_first) = self.0.take_up(message_type, 1);
             if count_first {
-                self.0.count(now_ns(), |ended, ns| each(ended.connection, ns));
+                self.0.count(now_ns(), |ended, ns| each(ended.calls, ns));
             }
-            let ended = Ended { record, connection, ..Ended::default() };
+            let ended = Ended { record, connection: 1, ..Ended::default() };
             if self.0.ended(ended) {
-                self.0.count(now_ns(), |ended, ns| each(ended.connection, ns));
+                self.0.count(now_ns(), |ended, ns| each(ended.calls, ns));
             }
         }
         if self.0.batch_ended() {
-            self.0.count(now_ns(), |ended, ns| each(ended.connection, ns));
+            self.0.count(now_ns(), |ended, ns| each(ended.calls, ns));
         }
+    }
+
+    /// There is nothing more to do.
+    #[inline(always)]
+    pub fn pause(&mut self, mut each: impl FnMut(u32, u64)) {
+        if self.0.is_pending() {
+            self.0.count(crate::protocol::rendezvous::monotonic_ns(), |ended, ns| each(ended.calls, ns));
+        }
+        self.0.pause();
     }
 
     /// Time of all calls so far, ns.

@@ -5,6 +5,7 @@
 //!         type is first used; the types beyond that share the last record, which has no number of its own.
 //! Cost:   relaxed loads and stores on lines of the reactor's own, no locked instruction.
 
+use crate::inspect::Running;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
@@ -114,6 +115,17 @@ impl TypeRecord {
 pub(crate) struct TypeTable {
     first: [TypeRecord; AT_ONCE],
     further: [OnceLock<Box<TypeRecord>>; TYPES_MAX - AT_ONCE],
+    running: Now,
+}
+
+/// The call that a reactor runs, on a line of its own.
+#[repr(align(64))]
+#[derive(Debug, Default)]
+struct Now {
+    /// Connection in the upper half, type in the lower; 0 for none.
+    call: AtomicU64,
+    /// When the clock was last read before it, ns.
+    since_ns: AtomicU64,
 }
 
 impl TypeTable {
@@ -121,7 +133,38 @@ impl TypeTable {
         Self {
             first: std::array::from_fn(|_| TypeRecord::new(NO_TYPE)),
             further: [const { OnceLock::new() }; TYPES_MAX - AT_ONCE],
+            running: Now::default(),
         }
+    }
+
+    /// The reactor begins to run a call.
+    #[inline(always)]
+    pub fn runs(&self, message_type: u32, connection: u32) {
+        self.running.call.store(u64::from(connection) << 32 | u64::from(message_type), Relaxed);
+    }
+
+    /// It has read the clock.
+    #[inline(always)]
+    pub fn runs_since(&self, now_ns: u64) {
+        self.running.since_ns.store(now_ns, Relaxed);
+    }
+
+    /// It runs none.
+    #[inline(always)]
+    pub fn runs_nothing(&self) {
+        self.running.call.store(0, Relaxed);
+    }
+
+    /// What the reactor of this number runs at the moment.
+    pub fn running(&self, reactor: u32, now_ns: u64) -> Option<Running> {
+        let call = self.running.call.load(Relaxed);
+        let for_ns = now_ns.saturating_sub(self.running.since_ns.load(Relaxed));
+        (call != 0).then_some(Running {
+            reactor,
+            message_type: call as u32,
+            connection: (call >> 32) as u32,
+            for_ns,
+        })
     }
 
     /// The record at `index` is for this type. For the reactor that owns the table.

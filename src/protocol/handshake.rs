@@ -408,11 +408,13 @@ pub enum DisconnectReason {
     IdleTimeout = 7,
     /// The server is stopping.
     Draining = 8,
+    /// Somebody who watches the server wanted it to end.
+    Evicted = 9,
 }
 
 impl DisconnectReason {
     /// Every reason, in the order of its code.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::ProtocolViolation,
         Self::PeerDied,
         Self::HandshakeTimeout,
@@ -421,6 +423,7 @@ impl DisconnectReason {
         Self::DoorbellAbuse,
         Self::IdleTimeout,
         Self::Draining,
+        Self::Evicted,
     ];
 
     /// The reason numbered `code`, if there is one.
@@ -440,6 +443,7 @@ impl fmt::Display for DisconnectReason {
             Self::DoorbellAbuse => "this client rang without cause",
             Self::IdleTimeout => "nothing was sent for the idle time-out",
             Self::Draining => "the server is stopping",
+            Self::Evicted => "somebody who watches the server has ended this session",
         })
     }
 }

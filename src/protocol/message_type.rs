@@ -16,6 +16,10 @@ impl MessageType {
     pub const ECHO: Self = Self(2);
     /// Answers with the server's counters as one JSON object.
     pub const STATS: Self = Self(3);
+    /// Tells of sessions, connections and calls, see [`crate::inspect`].
+    pub const INSPECT: Self = Self(4);
+    /// Ends a session, see [`crate::inspect`].
+    pub const END_SESSION: Self = Self(5);
     /// A completion request.
     pub const COMPLETE: Self = Self(16);
     /// A chat request.
@@ -26,10 +30,12 @@ impl MessageType {
     pub const USER: Self = Self(256);
 
     /// The fixed types by name.
-    const NAMED: [(&'static str, Self); 6] = [
+    const NAMED: [(&'static str, Self); 8] = [
         ("ping", Self::PING),
         ("echo", Self::ECHO),
         ("stats", Self::STATS),
+        ("inspect", Self::INSPECT),
+        ("end-session", Self::END_SESSION),
         ("complete", Self::COMPLETE),
         ("chat", Self::CHAT),
         ("analyze-file", Self::ANALYZE_FILE),
@@ -54,7 +60,9 @@ impl fmt::Display for MessageType {
 
 /// A text that names no message type.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no message type: give ping, echo, stats, complete, chat, analyze-file, or a number")]
+#[error(
+    "`{0}` is no message type: give ping, echo, stats, inspect, end-session, complete, chat, analyze-file, or a number"
+)]
 pub struct UnknownTypeName(pub String);
 
 impl FromStr for MessageType {

@@ -9,6 +9,7 @@ use super::table::{
     Window,
 };
 use super::tickets::Look;
+use crate::inspect::TracedCall;
 use crate::metrics::{Counters, Ended, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::PeerFault;
@@ -45,10 +46,10 @@ impl SessionLane {
             Ok(plan) => plan,
             Err(outcome) => {
                 self.give_back_places(call, places);
-                let (record, _) = bench.timing.take_up(call.message_type);
+                let (record, _) = bench.timing.take_up(call.message_type, call.connection);
                 bench.metrics.count_call(outcome.status);
                 self.complete(ring, call, outcome)?;
-                let ended = Ended { record, connection: call.connection, session: id, sent: 0 };
+                let ended = Ended { record, connection: call.connection, session: id, sent: 0, calls: 1 };
                 if bench.timing.ended(ended) {
                     bench.count_times();
                 }
@@ -244,6 +245,10 @@ impl SessionLane {
                     None => e.answer(Answer::busy(), bench.message_max),
                 }
             }
+            Ok(Ok(Deferral::Inspect(question))) => match bench.exchanges.jobs.ask(e.seat, index, question) {
+                Some(number) => e.work = Work::Deferred(number),
+                None => e.answer(Answer::busy(), bench.message_max),
+            },
             Ok(Ok(Deferral::Question(question))) => self.ask(index, question, e, bench),
             refused => self.fail(e, refused.map(|refused| refused.map(|_| ())), bench),
         }
@@ -270,7 +275,7 @@ impl SessionLane {
         let Some(mut exchange) = bench.exchanges.take(ticket.exchange) else { return false };
         let waits = matches!(exchange.work, Work::Deferred(number) if number == ticket.number);
         if waits {
-            bench.exchanges.jobs.answered();
+            bench.exchanges.jobs.answered(ticket.number);
             exchange.work = Work::Answered;
             self.ask(ticket.exchange, question, &mut exchange, bench);
             self.queue(ticket.exchange, &mut exchange);
@@ -294,7 +299,7 @@ impl SessionLane {
         }
         exchange.answer(answer, message_max);
         self.queue(ticket.exchange, exchange);
-        exchanges.jobs.answered();
+        exchanges.jobs.answered(ticket.number);
         true
     }
 
@@ -789,6 +794,9 @@ impl SessionLane {
 
     /// Runs the handler of a body that has been put together.
     fn run_whole<S>(&mut self, index: u32, e: &mut Exchange<S>, bench: &mut Bench<'_, S>) {
+        if bench.timing.is_on() {
+            bench.timing.runs(e.call.message_type, e.call.connection, (bench.now_ns)());
+        }
         let Work::Whole(body) = std::mem::replace(&mut e.work, Work::Answered) else { return };
         match bench.handlers.get(e.call.message_type as usize) {
             Some(Entry { whole: Some(handler), .. }) => self.run_handler(*handler, body.bytes(), e, bench),
@@ -962,7 +970,24 @@ impl SessionLane {
         }
         let (ring, frame, len) = (e.ring, e.window.frame, e.filled);
         if e.began_ns != 0 {
-            let took = (bench.now_ns)().saturating_sub(e.began_ns);
+            let ended_ns = (bench.now_ns)();
+            let took = ended_ns.saturating_sub(e.began_ns);
+            if call.connection == bench.trace.connection() {
+                bench.trace.note(TracedCall {
+                    session: e.seat,
+                    connection: call.connection,
+                    reactor: bench.reactor,
+                    message_type: call.message_type,
+                    slot: call.slot,
+                    generation: call.generation,
+                    long: true,
+                    began_ns: e.began_ns,
+                    ended_ns,
+                    status: terminal.status as u8,
+                    received: e.received.max(u64::from(call.len)),
+                    sent: (e.sent + len as usize) as u64,
+                });
+            }
             bench.timing.count_long(call.message_type, took);
             // Its first frame was counted when it came.
             let received = e.received.saturating_sub(u64::from(call.len));

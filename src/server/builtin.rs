@@ -1,20 +1,24 @@
-//! The handlers that every server has: `Ping`, `Echo`, `Stats`, `AnalyzeFile`.
+//! The handlers that every server has: `Ping`, `Echo`, `Stats`, `Inspect`, `EndSession`, `AnalyzeFile`.
 
 use super::files::{Analysis, AnalyzeRequest, Subject};
+use super::inspect::Question;
 use super::table::{Context, Deferral, FileQuestion, HandlerError, HandlerTable, Pieces, Progress, Reply};
 use crate::codec::{Json, codec_of};
 use crate::config::QUESTION_MAX;
+use crate::inspect::{EndSession, Inquiry};
 use crate::protocol::MessageType;
 use std::borrow::Cow;
 
 impl<S: Sync, const N: usize> HandlerTable<S, N> {
-    /// A table with `Ping`, `Echo`, `Stats` and `AnalyzeFile`.
+    /// A table with `Ping`, `Echo`, `Stats`, `Inspect`, `EndSession` and `AnalyzeFile`.
     pub const fn with_builtins() -> Self {
         Self::empty()
             .on(MessageType::PING, ping)
             .on(MessageType::ECHO, echo)
             .on_pieces(MessageType::ECHO, echo_pieces)
             .on(MessageType::STATS, stats)
+            .deferred(MessageType::INSPECT, inspect)
+            .deferred(MessageType::END_SESSION, end_session)
             .deferred(MessageType::ANALYZE_FILE, analyze_file)
     }
 }
@@ -51,6 +55,20 @@ impl<S> Pieces<S> for EchoPieces {
 
 fn stats<S>(context: &Context<'_, S>, _: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
     reply.write(context.metrics().to_json().as_bytes())
+}
+
+fn inspect(_: u8, request: &[u8]) -> Result<Deferral, HandlerError> {
+    let inquiry = match request {
+        [] => Inquiry::default(),
+        json => serde_json::from_slice(json).map_err(|e| HandlerError::Decode(e.to_string()))?,
+    };
+    Ok(Deferral::Inspect(Question::Inspect(inquiry)))
+}
+
+fn end_session(_: u8, request: &[u8]) -> Result<Deferral, HandlerError> {
+    let whom: EndSession =
+        serde_json::from_slice(request).map_err(|e| HandlerError::Decode(e.to_string()))?;
+    Ok(Deferral::Inspect(Question::End(whom)))
 }
 
 /// Content is analysed at once, a file when it has been read; a question about either goes on from there.

@@ -114,7 +114,6 @@ impl ConnectionPool {
     }
 
     /// The connections that can be used here, with their sessions and numbers.
-    #[allow(dead_code)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, u32, &Connection)> + '_ {
         let is_open = |record: &&Connection| record.key & DETACHED == 0;
         self.records.iter().filter(is_open).map(|r| ((r.key >> 32) as u32, r.key as u32, r))

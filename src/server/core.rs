@@ -2,19 +2,22 @@
 //! and what other reactors tell are its inputs; completions to ring for and sessions to end its outputs.
 
 use super::budget::Budget;
-use super::connections::ConnectionPool;
+use super::connections::{Connection, ConnectionPool};
 use super::crew::{Inbox, Message, Notice};
 use super::deferred::Executor;
 use super::exchange::{Exchanges, Work};
 use super::idle::Seen;
+use super::inspect::{Part, Question};
 use super::jobs::{Answer, Job, Ticket};
 use super::lane::{Batch, Bench, SessionLane, TurnLimits};
 use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
 use super::table::{Entry, FileQuestion, Rest};
 use super::tickets::Tickets;
+use super::trace::Trace;
 use super::watch::Pulse;
 use crate::config::{Movable, ServerConfig};
+use crate::inspect::{ConnectionReport, Inquiry, LaneReport};
 use crate::metrics::{Counters, Timing, Totals};
 use crate::protocol::handshake::{DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code};
 use doorbell_shm::PeerFault;
@@ -60,6 +63,8 @@ macro_rules! bench {
             metrics: &mut $core.metrics,
             timing: &mut $core.timing,
             pulse: &$core.pulse,
+            trace: &mut $core.trace,
+            reactor: $core.totals.own as u32,
             totals: &$core.totals,
             batch: &mut $core.batch,
             exchanges: &mut $core.exchanges,
@@ -123,6 +128,7 @@ pub(crate) struct Core<S: 'static> {
     pub inbox: Inbox,
     pub metrics: Counters,
     pub timing: Timing,
+    trace: Trace,
     totals: Totals,
     draining: bool,
     /// Sessions that tables were made for.
@@ -221,6 +227,7 @@ impl<S> Core<S> {
             inbox,
             metrics: Counters::default(),
             timing,
+            trace: Trace::default(),
             totals,
             draining: false,
             most_sessions: config.max_sessions,
@@ -550,6 +557,7 @@ impl<S> Core<S> {
             bench!(self, now_ns, &mut |_, _| {}, None).count_times();
         }
         self.timing.pause();
+        self.timing.runs_nothing();
     }
 
     /// No deadline of a call that is under way passes before this.
@@ -670,6 +678,64 @@ impl<S> Core<S> {
     /// The next file that the reactor is to read; [`Core::answer`] ends that.
     pub fn next_job(&mut self) -> Option<Job> {
         self.exchanges.jobs.next()
+    }
+
+    /// Whether somebody asks about the server.
+    #[inline(always)]
+    pub fn has_questions(&self) -> bool {
+        self.exchanges.jobs.has_questions()
+    }
+
+    /// The next such question; [`Core::answer`] ends it.
+    pub fn next_question(&mut self) -> Option<(Ticket, Question)> {
+        self.exchanges.jobs.next_question()
+    }
+
+    /// Tells what there is, as far as it is asked for.
+    pub fn tell(&mut self, inquiry: &Inquiry, reactor: u32, now: u64) -> Part {
+        let mut part = Part::default();
+        if inquiry.trace != 0 {
+            (part.traced, part.untraced) = self.trace.ask(inquiry.trace, now);
+            self.timing.trace(inquiry.trace);
+        }
+        if inquiry.connections {
+            let report = |(session, connection, of): (u32, u32, &Connection)| ConnectionReport {
+                session,
+                connection,
+                reactor,
+                bulk: of.bulk,
+                requests: of.requests.into(),
+                bytes: of.bytes,
+                time_ns: of.time_ns,
+            };
+            part.connections = self.connections.iter().map(report).collect();
+        }
+        for (index, seat) in self.seats.iter_mut().enumerate() {
+            let Some(lane) = seat.lane.as_deref_mut() else { continue };
+            let session = index as u32;
+            if inquiry.sessions {
+                part.lanes.push(LaneReport {
+                    session,
+                    generation: seat.generation,
+                    reactor,
+                    hot: seat.hot,
+                    ..lane.tell()
+                });
+            }
+            if inquiry.calls {
+                part.calls.extend(lane.queued_calls(session, reactor));
+            }
+        }
+        if inquiry.calls {
+            part.calls.extend(self.exchanges.iter_mut().map(|(_, exchange)| exchange.tell(reactor, now)));
+        }
+        part
+    }
+
+    /// Traces nothing of which nobody has asked for long.
+    pub fn end_trace(&mut self, now: u64) {
+        self.trace.end(now);
+        self.timing.trace(self.trace.connection());
     }
 
     /// Numbers of jobs that the reactor has and that nobody waits for any more.

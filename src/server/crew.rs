@@ -7,8 +7,11 @@
 //! completes the client's OPEN, so whoever uses a connection that a look at the inbox does not bring lies (P6).
 
 use super::core::SessionId;
+use super::inspect::Part;
+use super::jobs::Ticket;
 use super::storm::Abuse;
 use crate::config::Movable;
+use crate::inspect::Inquiry;
 use crate::protocol::handshake::{DisconnectReason, NO_CORE};
 use doorbell_shm::PeerFault;
 use doorbell_shm::segment::Segment;
@@ -56,6 +59,12 @@ pub(crate) enum Message {
     Abuse(SessionId, Abuse),
     /// From home: the client has made pages exist that it was not granted; punch those of your lane.
     Punch(SessionId),
+    /// To any: tell reactor `from` what you have.
+    Inspect { ticket: Ticket, inquiry: Inquiry, from: u32 },
+    /// What reactor `of` has, for the report of this ticket.
+    Inspected { ticket: Ticket, part: Box<Part>, of: u32 },
+    /// To home: somebody wants this session to end.
+    Evict(SessionId),
     /// From home: these limits hold from now on.
     Limits(Box<Movable>),
     /// To home: the lane of this session here is idle, or is no longer.

@@ -10,6 +10,7 @@
 use super::jobs::{Answer, Jobs};
 use super::table::{Defer, Elsewhere, MakePieces, Pieces, RELEASED_MASK, Window};
 use super::tickets::Tickets;
+use crate::inspect::{CallReport, CallState};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Status, Submission};
 use doorbell_shm::layout::{LaneLayout, SLOT_SMALL};
@@ -234,6 +235,34 @@ impl<S> Exchange<S> {
     pub fn window_slots(&self) -> impl Iterator<Item = u32> + use<S> {
         let (Window { first, count, capacity, .. }, own) = (self.window, self.call.slot);
         (0..count).map(move |i| first + i * (capacity / SLOT_SMALL as u32)).filter(move |slot| *slot != own)
+    }
+
+    /// What there is to tell of it.
+    pub fn tell(&self, reactor: u32, now: u64) -> CallReport {
+        let has_credit = self.window.count == 0 || self.window.credit() > 0;
+        let state = match &self.work {
+            Work::Waits(_) => CallState::WaitingForMemory,
+            _ if self.wants_space => CallState::WaitingForSpace,
+            _ if !has_credit => CallState::WaitingForCredit,
+            Work::Deferred(_) => CallState::ReadingFile,
+            Work::Ticket(_) => CallState::Deferred,
+            Work::Whole(_) | Work::Pieces(_) if self.parked.is_empty() && !self.ended => {
+                CallState::WaitingForFrames
+            }
+            Work::Whole(_) | Work::Pieces(_) | Work::Answered => CallState::Moving,
+        };
+        CallReport {
+            session: self.seat,
+            connection: self.call.connection,
+            reactor,
+            message_type: self.call.message_type,
+            slot: self.call.slot,
+            generation: self.call.generation,
+            state,
+            age_ns: (self.began_ns != 0).then(|| now.saturating_sub(self.began_ns)),
+            received: self.received.max(u64::from(self.call.len)),
+            sent: (self.sent + self.filled as usize) as u64,
+        }
     }
 
     /// Where the next byte of the answer goes in the slot region.

@@ -5,6 +5,7 @@
 //!         Its number is never used again, so that an answer that comes late meets nobody (S10).
 //! Bound:  [`FILE_READS_MAX`] jobs that are not over; one more is answered `Overloaded` and never stored.
 
+use super::inspect::{INSPECTIONS_MAX, Question};
 use super::table::HandlerError;
 use crate::config::FILE_READS_MAX;
 use doorbell_shm::entry::Status;
@@ -70,12 +71,16 @@ pub(crate) struct Jobs {
     given_up: Vec<u64>,
     /// Jobs that are not over.
     live: usize,
+    /// Questions about the server itself that the reactor has not looked at, and the numbers of all that are not over;
+    /// they count among the jobs.
+    questions: VecDeque<(Ticket, Question)>,
+    asking: Vec<u64>,
 }
 
 impl Jobs {
     /// A job for the call that this exchange is; returns its number, or `None` if there are as many as may be.
     pub fn add(&mut self, seat: u32, exchange: u32, path: PathBuf, question: Option<String>) -> Option<u64> {
-        if self.live >= FILE_READS_MAX {
+        if self.live - self.asking.len() >= FILE_READS_MAX {
             return None;
         }
         self.live += 1;
@@ -85,9 +90,38 @@ impl Jobs {
         Some(self.last)
     }
 
+    /// The same for a question about the server itself.
+    pub fn ask(&mut self, seat: u32, exchange: u32, question: Question) -> Option<u64> {
+        if self.asking.len() >= INSPECTIONS_MAX {
+            return None;
+        }
+        self.live += 1;
+        self.last += 1;
+        self.asking.push(self.last);
+        self.questions.push_back((Ticket { seat, exchange, number: self.last }, question));
+        Some(self.last)
+    }
+
+    /// The oldest question that waits.
+    pub fn next_question(&mut self) -> Option<(Ticket, Question)> {
+        self.questions.pop_front()
+    }
+
+    /// Whether there are questions.
+    #[inline(always)]
+    pub fn has_questions(&self) -> bool {
+        !self.questions.is_empty()
+    }
+
     /// The call of this job has ended without its answer.
     pub fn give_up(&mut self, number: u64) {
         self.live -= 1;
+        if let Some(at) = self.asking.iter().position(|asking| *asking == number) {
+            // The reactor finds out when it answers.
+            self.asking.swap_remove(at);
+            self.questions.retain(|(ticket, _)| ticket.number != number);
+            return;
+        }
         match self.waiting.iter().position(|job| job.ticket.number == number) {
             Some(at) => drop(self.waiting.remove(at)),
             None => self.given_up.push(number),
@@ -95,8 +129,9 @@ impl Jobs {
     }
 
     /// A job that the reactor had has been answered.
-    pub fn answered(&mut self) {
+    pub fn answered(&mut self, number: u64) {
         self.live -= 1;
+        self.asking.retain(|asking| *asking != number);
     }
 
     /// The oldest job that waits; the reactor has it now.
@@ -136,7 +171,7 @@ mod tests {
         let job = jobs.next().unwrap();
         assert_eq!(job.ticket, Ticket { seat: 1, exchange: 0, number: numbers[0] });
         assert_eq!(jobs.add(1, 99, "f".into(), None), None, "the reactor has it");
-        jobs.answered();
+        jobs.answered(numbers[0]);
         assert!(jobs.add(1, 99, "f".into(), None).is_some());
 
         // One that waits is forgotten here; one that the reactor has is told to it.

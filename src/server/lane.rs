@@ -14,6 +14,8 @@ use super::leases::{Giving, LaneLeases, LeaseQueue, Wish};
 use super::staging::BufferPool;
 use super::table::{Context, Entry, HandlerError, Reply, Rest};
 use super::watch::Pulse;
+use super::trace::Trace;
+use crate::inspect::{CallReport, CallState, LaneReport, TracedCall};
 use crate::metrics::{Counters, Ended, Timing, Totals};
 use crate::protocol::MessageType;
 use doorbell_shm::PeerFault;
@@ -21,6 +23,7 @@ use doorbell_shm::entry::{Completion, Status, Submission, codec, flag, kind};
 use doorbell_shm::lane::{BULK, Drain, INTERACTIVE, ServerLane};
 use doorbell_shm::layout::{LaneLayout, SLOT_LARGE, SLOT_MEDIUM, SLOT_SMALL};
 use doorbell_shm::lease::LEASE_SLOTS_MAX;
+use doorbell_shm::map::PAGE;
 use doorbell_shm::segment::Segment;
 use doorbell_shm::slots::ClientWord;
 use doorbell_shm::{SegmentError, bell};
@@ -38,6 +41,10 @@ pub(crate) struct Bench<'a, S: 'static> {
     pub timing: &'a mut Timing,
     /// Where it is told whose handler runs.
     pub pulse: &'a Pulse,
+    /// The calls of one connection, if somebody looks at them.
+    pub trace: &'a mut Trace,
+    /// The number of this reactor.
+    pub reactor: u32,
     /// The counters of all reactors, for handlers that ask.
     pub totals: &'a Totals,
     pub batch: &'a mut Batch,
@@ -75,7 +82,26 @@ impl<S> Bench<'_, S> {
         let now = (self.now_ns)();
         let connections = &mut *self.connections;
         self.timing.count(now, |ended, ns| {
-            connections.add(ended.session, ended.connection, ns, ended.sent.into());
+            connections.add(ended.session, ended.connection, ns, ended.sent);
+        });
+    }
+
+    /// A traced call has ended, at the time that was read last.
+    #[cold]
+    pub fn note_traced(&mut self, session: u32, call: &Submission, began_ns: u64, status: u8, sent: u64) {
+        self.trace.note(TracedCall {
+            session,
+            connection: call.connection,
+            reactor: self.reactor,
+            message_type: call.message_type,
+            slot: call.slot,
+            generation: call.generation,
+            long: false,
+            began_ns,
+            ended_ns: self.timing.last_ns(),
+            status,
+            received: call.len.into(),
+            sent,
         });
     }
 
@@ -472,6 +498,40 @@ impl SessionLane {
         Drain::ORDER.into_iter().flat_map(move |ring| of(ring).map(move |words| (ring, words)))
     }
 
+    /// What there is to tell of the lane; which session's it is, and where, others know.
+    pub fn tell(&mut self) -> LaneReport {
+        LaneReport {
+            session: 0,
+            generation: 0,
+            lane: self.number,
+            reactor: 0,
+            pid: 0,
+            hot: false,
+            taken: self.taken(),
+            entries_waiting: self.entries_waiting().count() as u64,
+            answers_waiting: self.answers_waiting(),
+            exchanges: self.exchanges.iter().flat_map(|all| all.all()).count() as u64,
+            leased_bytes: u64::from(self.lane.leases.pages()) * PAGE as u64,
+        }
+    }
+
+    /// Calls that lie in the rings, as the client has written them up to now.
+    pub fn queued_calls(&self, session: u32, reactor: u32) -> impl Iterator<Item = CallReport> + '_ {
+        let calls = self.entries_waiting().filter_map(|(_, words)| Submission::unpack(words).ok());
+        calls.filter(|entry| entry.kind == kind::CALL).map(move |call| CallReport {
+            session,
+            connection: call.connection,
+            reactor,
+            message_type: call.message_type,
+            slot: call.slot,
+            generation: call.generation,
+            state: CallState::Queued,
+            age_ns: None,
+            received: 0,
+            sent: 0,
+        })
+    }
+
     /// Completions that the client has not taken. One that lies about that is found out when the lane is served.
     pub fn answers_waiting(&mut self) -> u64 {
         let mut waiting = 0;
@@ -536,7 +596,7 @@ impl SessionLane {
         if self.lane.common.hints.any() {
             self.take_hints(id, bench)?;
         }
-        let (record, count_first) = bench.timing.take_up(call.message_type);
+        let (record, count_first) = bench.timing.take_up(call.message_type, call.connection);
         if count_first {
             bench.count_times();
         }
@@ -613,10 +673,16 @@ impl SessionLane {
         bench: &mut Bench<'_, S>,
     ) -> Result<(), PeerFault> {
         count(bench, call, &outcome);
-        let ended = Ended { record, connection: call.connection, session: id, sent: outcome.len as u32 };
+        let ended =
+            Ended { record, connection: call.connection, session: id, sent: outcome.len as u64, calls: 1 };
+        let (status, sent) = (outcome.status as u8, outcome.len as u64);
         self.complete(ring, call, outcome)?;
         if bench.timing.ended(ended) {
+            let began_ns = bench.timing.last_ns();
             bench.count_times();
+            if call.connection == bench.trace.connection() {
+                bench.note_traced(id, call, began_ns, status, sent);
+            }
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ pub mod fuzz;
 mod half_open;
 mod home;
 mod idle;
+mod inspect;
 mod jobs;
 mod lane;
 mod leases;
@@ -35,6 +36,7 @@ mod table;
 pub(crate) mod throttle;
 mod tickets;
 mod watch;
+mod trace;
 
 pub use connections::ConnectionPool;
 pub use control::{ReloadHandle, ShutdownHandle};

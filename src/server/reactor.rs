@@ -9,13 +9,15 @@ use super::crew::{BellSocket, Crew, Message, Notice};
 use super::files::ReadId;
 use super::home::Home;
 use super::idle::{Habits, LOOKS};
+use super::inspect::Inspections;
 use super::lane::SessionLane;
 use super::spin::SpinBudget;
 use super::storm::{self, Storm};
 use super::throttle::Throttle;
 use crate::config::{Backend, ServerConfig, WaitPolicy};
 use crate::error::Result;
-use crate::metrics::{Counters, Totals};
+use crate::inspect::Running;
+use crate::metrics::{Counters, Metrics, Totals, TypeTable};
 use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::PeerFault;
@@ -216,6 +218,8 @@ pub(crate) struct Reactor<S: 'static> {
     arming: Vec<SessionId>,
     /// A FUTEX_WAIT on the bell of tickets has been pushed and has not completed.
     tickets_armed: bool,
+    /// What is told to whoever watches.
+    pub(super) inspections: Inspections,
     pub(super) stopping: bool,
     /// Nothing is waited for any more.
     pub(super) hurried: bool,
@@ -254,6 +258,7 @@ impl<S> Reactor<S> {
             memory_tick_ns: 0,
             arming: Vec::new(),
             tickets_armed: false,
+            inspections: Inspections::default(),
             stopping: false,
             hurried: false,
             core,
@@ -295,11 +300,16 @@ impl<S> Reactor<S> {
             let mut taken = self.round();
             rounds_since_tick += taken / ENTRIES_PER_ROUND;
             self.end_faulty()?;
-            if self.core.leases.has_work() || self.core.has_jobs() || self.core.tickets().has_work() {
+            let beside = self.core.has_jobs() || self.core.has_questions() || self.core.tickets().has_work();
+            if beside || self.core.leases.has_work() {
                 self.core.settle_times(&mut monotonic_ns);
             }
             if self.core.leases.has_work() {
                 self.serve_memory()?;
+            }
+            if self.core.has_questions() {
+                self.serve_inspections()?;
+                taken += 1;
             }
             if self.core.has_jobs() {
                 taken += self.serve_files()?;
@@ -665,6 +675,9 @@ impl<S> Reactor<S> {
                         lane.punch_excess()?;
                     }
                 }
+                Message::Inspect { ticket, inquiry, from } => self.inspect_for(ticket, inquiry, from)?,
+                Message::Inspected { ticket, part, of } => self.inspected(ticket, *part, of),
+                Message::Evict(id) => self.evict(id)?,
                 Message::Limits(limits) => self.core.adopt(&limits),
                 Message::Idle(id, idle) => self.with_home(|home, _| home.lane_is_idle(id, idle))?,
                 Message::EndFor(id, reason) => self.end(id, reason)?,
@@ -798,6 +811,7 @@ impl<S> Reactor<S> {
         }
         let sweeps = now >= self.next_sweep_ns;
         self.core.end_overdue(now, sweeps);
+        self.end_inspections(now);
         if sweeps || (self.memory_is_wanted() && now >= self.memory_tick_ns) {
             self.memory_tick_ns = now + MEMORY_TICK_NS;
             self.look_after_leases(now)?;
@@ -817,8 +831,26 @@ impl<S> Reactor<S> {
         self.core.budget.waiting() > 0
     }
 
+    /// What the whole server has counted.
+    pub(super) fn metrics(&self) -> Metrics {
+        Metrics::of(&self.totals, Some(&self.core.metrics))
+    }
+
+    /// Handlers that run at this moment.
+    pub(super) fn running(&self, now: u64) -> Vec<Running> {
+        let running = |(i, table): (usize, &Arc<TypeTable>)| table.running(i as u32, now);
+        self.totals.types.iter().enumerate().filter_map(running).collect()
+    }
+
+    /// Home: the process of a session, as the kernel names it for us; 0 where it cannot be told.
+    pub(super) fn pid_of(&self, id: SessionId) -> u32 {
+        let peer = self.peers.get(id.index as usize).and_then(Option::as_ref).filter(|peer| peer.id == id);
+        let credentials = peer.and_then(|peer| rustix::net::sockopt::socket_peercred(&*peer.socket).ok());
+        credentials.map_or(0, |of| of.pid.as_raw_nonzero().get() as u32)
+    }
+
     /// Shows the counters to the other reactors.
-    fn show(&mut self) {
+    pub(super) fn show(&mut self) {
         self.core.note_gauges();
         self.core.metrics.body_bytes = self.core.body_bytes() as u64;
         self.core.metrics.deferred_live = self.core.tickets().attached().into();
@@ -950,7 +982,7 @@ impl<S> Reactor<S> {
         if self.rest_ends_ns != 0 {
             due_ns = due_ns.min(self.rest_ends_ns);
         }
-        due_ns = due_ns.min(self.core.next_deadline());
+        due_ns = due_ns.min(self.core.next_deadline()).min(self.inspections.due_ns());
         if due_ns < self.timer_ns {
             self.driver.timeout(Duration::from_nanos(due_ns), Source::Timer.token())?;
             self.timer_ns = due_ns;

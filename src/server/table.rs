@@ -101,6 +101,8 @@ pub(crate) enum Deferral {
     File(PathBuf, Option<String>),
     /// This question is to be answered.
     Question(FileQuestion),
+    /// The reactor answers this about the server.
+    Inspect(super::inspect::Question),
 }
 
 /// What begins a call that is answered from elsewhere.

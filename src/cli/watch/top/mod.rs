@@ -1,0 +1,71 @@
+//! `doorbell top`: a server at work, on a terminal. `model.rs` knows what is shown and what keys mean, `view.rs` draws it;
+//! here are the terminal, the clock and the server.
+
+mod model;
+mod view;
+
+use super::{Watched, Where};
+use clap::Args;
+use doorbell::inspect::Inquiry;
+use model::{Asked, Model};
+use ratatui::crossterm::event::{self, Event, KeyEventKind};
+use std::error::Error;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+/// Show a server at work: sessions, connections, message types, memory, reactors. `?` shows the keys.
+#[derive(Debug, Args)]
+pub struct TopOptions {
+    #[command(flatten)]
+    at: Where,
+    /// Seconds between two looks.
+    #[arg(long, value_name = "SECS", default_value_t = 1.0, value_parser = seconds)]
+    interval: f64,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(secs) if (0.1..=3600.0).contains(&secs) => Ok(secs),
+        _ => Err("a number of seconds from 0.1 to 3600 is wanted".to_owned()),
+    }
+}
+
+/// Shows it until the user has had enough.
+pub fn run(options: &TopOptions) -> Result<(), Box<dyn Error>> {
+    if !std::io::stdout().is_terminal() {
+        return Err("standard output is no terminal: `doorbell stat --watch` prints lines".into());
+    }
+    let watched = Watched::connect(&options.at, "top")?;
+    let mut model =
+        Model::new(watched.ask(&Inquiry { sessions: true, connections: true, ..Inquiry::default() })?);
+    let mut terminal = ratatui::try_init()?;
+    let result = show(&mut terminal, &watched, &mut model, Duration::from_secs_f64(options.interval));
+    ratatui::try_restore()?;
+    result
+}
+
+fn show(
+    terminal: &mut ratatui::DefaultTerminal,
+    watched: &Watched,
+    model: &mut Model,
+    interval: Duration,
+) -> Result<(), Box<dyn Error>> {
+    let inquiry = Inquiry { sessions: true, connections: true, ..Inquiry::default() };
+    let mut next = Instant::now() + interval;
+    loop {
+        terminal.draw(|frame| view::draw(frame, model))?;
+        if event::poll(next.saturating_duration_since(Instant::now()))? {
+            match event::read()? {
+                Event::Key(key) if key.kind != KeyEventKind::Release => match model.key(key) {
+                    Asked::Nothing => {}
+                    Asked::Quit => return Ok(()),
+                    Asked::End(whom) => model.told(watched.end(whom).map_err(|e| e.to_string())),
+                },
+                _ => {}
+            }
+            continue;
+        }
+        next = Instant::now() + interval;
+        model.update(watched.ask(&inquiry)?);
+    }
+}
