@@ -15,6 +15,7 @@ mod content;
 mod error;
 mod floor;
 mod gallery;
+mod kills;
 mod level1;
 mod level2;
 mod load;

@@ -6,7 +6,7 @@
 
 use crate::error::StressError;
 use crate::gallery::{attacks, bystander};
-use crate::{client, floor, mixed, server};
+use crate::{client, floor, kills, mixed, server};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -37,6 +37,10 @@ pub enum Role {
     Bystander,
     /// A client that goes past the library.
     Attacker,
+    /// A client that calls on while others are killed.
+    Watcher,
+    /// A client that is to be killed.
+    Victim,
     /// Serves the bare ring; standard input is the shared memory.
     FloorServer,
     /// Drives the bare ring; standard input is the shared memory.
@@ -52,6 +56,8 @@ impl Role {
             Self::Mixed => "mixed",
             Self::Bystander => "bystander",
             Self::Attacker => "attacker",
+            Self::Watcher => "watcher",
+            Self::Victim => "victim",
             Self::FloorServer => "floor-server",
             Self::FloorClient => "floor-client",
         }
@@ -85,6 +91,8 @@ pub fn run(options: &ChildOptions) -> Result<(), StressError> {
         Role::Mixed => mixed::run(&serde_json::from_str(job)?),
         Role::Bystander => bystander::run(&serde_json::from_str(job)?),
         Role::Attacker => attacks::run(&serde_json::from_str(job)?),
+        Role::Watcher => kills::watch(&serde_json::from_str(job)?),
+        Role::Victim => kills::be_killed(&serde_json::from_str(job)?),
         Role::FloorServer => floor::serve(stdin_fd()?, &serde_json::from_str(job)?),
         Role::FloorClient => floor::drive(stdin_fd()?, &serde_json::from_str(job)?),
     }
@@ -204,6 +212,17 @@ impl Process {
         // Its number cannot be another's: it is reaped only by this value.
         let pid = Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).map_err(|e| StressError::os("kill", e))
+    }
+
+    /// Whether it has said something, or has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if the kernel refuses.
+    pub fn has_said_something(&self) -> Result<bool, StressError> {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut fds = [PollFd::new(self.stdout.get_ref(), PollFlags::IN)];
+        poll(&mut fds, Some(&now)).map(|ready| ready > 0).map_err(|e| StressError::os("poll of a process", e))
     }
 
     /// Why it has ended, if it has.
