@@ -165,6 +165,32 @@ fn p4_frames_that_are_kept_stay_as_they_are() {
     assert_eq!(second, b"on");
 }
 
+/// Goal:   P6: the end of a connection does not overtake its long calls that wait for memory to begin with.
+/// Method: more long calls at once than there is memory for, on connections that are dropped at once; all are answered, and
+///         the session goes on.
+#[test]
+fn p6_a_close_does_not_overtake_calls_that_have_not_begun() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let client = client(server.path(), WaitPolicy::Block);
+    let request = body(200_000, 5);
+    for _ in 0..5 {
+        let mut sent = 0;
+        for _ in 0..3 {
+            let connection = client.open().unwrap();
+            while connection.submit(MessageType::ECHO, &request, &CallOptions::default()).is_ok() && sent < 3
+            {
+                sent += 1;
+            }
+        }
+        while client.in_flight() > 0 {
+            assert!(next(&client).to_vec().unwrap() == request);
+        }
+    }
+    assert_eq!(client.open().unwrap().call(MessageType::ECHO, b"on").unwrap(), b"on");
+    let metrics = server.stop();
+    assert_eq!(metrics.ended(doorbell::protocol::handshake::DisconnectReason::ProtocolViolation), 0);
+}
+
 /// Goal:   a body whose length was announced is exactly that long: more or less is an error of the sender's, and nothing
 ///         wrong is sent.
 #[test]

@@ -416,6 +416,8 @@ fn f50_answers_that_had_come_when_the_server_died_are_handed_out() {
         }
         caller.flush().unwrap();
         eventually("they have been answered", || other.stat("calls") >= 3 + 4);
+        // Questions for that are calls, too: the first answer is there, and with it those of its batch.
+        assert!(caller.wait(None).unwrap());
         server.process.kill();
         returns("the answers are there", move || {
             for tag in 0..3 {

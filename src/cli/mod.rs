@@ -11,8 +11,8 @@ mod doctor;
 mod generate;
 #[cfg(feature = "hardening")]
 mod harden;
-mod notify;
 mod log;
+mod notify;
 mod serve;
 mod watch;
 

@@ -135,6 +135,12 @@ impl Bodies {
         !self.sending.is_empty() || !self.queued.is_empty()
     }
 
+    /// Whether calls of this connection have not begun: the server knows nothing of them yet.
+    pub fn wait_to_begin(&self, connection: u32) -> bool {
+        let body = |index: &u32| self.all.get(*index as usize).and_then(Option::as_ref);
+        self.queued.iter().filter_map(body).any(|body| body.target.connection == connection)
+    }
+
     /// Whether there are any.
     pub fn exist(&self) -> bool {
         self.all.iter().any(Option::is_some)

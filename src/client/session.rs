@@ -289,6 +289,10 @@ impl Session {
     }
 
     fn close_now(&mut self, connection: u32, bulk: bool) -> bool {
+        // Calls that wait for memory to begin with come before the end of their connection.
+        if self.bodies.wait_to_begin(connection) {
+            return false;
+        }
         // On the home lane its CLOSE follows its calls in the same ring.
         if self.routes.as_ref().is_some_and(|routes| routes.is_busy_elsewhere(connection)) {
             return false;

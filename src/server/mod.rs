@@ -35,8 +35,8 @@ mod storm;
 mod table;
 pub(crate) mod throttle;
 mod tickets;
-mod watch;
 mod trace;
+mod watch;
 
 pub use connections::ConnectionPool;
 pub use control::{ReloadHandle, ShutdownHandle};
@@ -223,9 +223,10 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     ///
     /// # Errors
     ///
-    /// [`IpcError::Uring`] if this machine refuses io_uring, saying which operation and the likely cause;
-    /// [`IpcError::Config`] for a core that may not be used; [`IpcError::Driver`] if the kernel fails a running
-    /// ring. A client can cause none of them.
+    /// [`IpcError::Uring`] if the server was told to use io_uring and this machine refuses it, saying which operation
+    /// and the likely cause;
+    /// [`IpcError::Config`] for a core that may not be used; [`IpcError::Driver`] if the kernel fails what a running
+    /// reactor waits with. A client can cause none of them.
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config, executor } = self.server;
         let files = Arc::new(FileSource::new(self.roots));

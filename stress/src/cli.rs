@@ -3,6 +3,7 @@
 
 use crate::error::StressError;
 use crate::gallery::{self, GalleryOptions};
+use crate::kills::{self, KillsOptions};
 use crate::machine::{Cores, Machine};
 use crate::processes::{self, ChildOptions};
 use crate::reconnect::{self, ReconnectOptions};
@@ -49,6 +50,8 @@ enum Command {
     Child(ChildOptions),
     /// Hostile clients one after the other, while one that means well is measured.
     Gallery(GalleryOptions),
+    /// Clients killed at random moments, while one that means well calls on.
+    Kills(KillsOptions),
     #[command(name = "without-io-uring")]
     Without(WithoutOptions),
 }
@@ -146,6 +149,7 @@ pub fn run() -> ExitCode {
         Some(Command::Gallery(options)) => {
             return run_gallery(&options).unwrap_or_else(|error| failed(&error));
         }
+        Some(Command::Kills(options)) => return run_kills(&options).unwrap_or_else(|error| failed(&error)),
         None => {}
     }
     match run_suite(&cli.suite) {
@@ -188,6 +192,13 @@ fn run_gallery(options: &GalleryOptions) -> Result<ExitCode, StressError> {
         false => print!("{gallery}"),
     }
     Ok(if gallery.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_kills(options: &KillsOptions) -> Result<ExitCode, StressError> {
+    scratch::remove_on_signals()?;
+    let counts = kills::run(options, &Cores::plan()?, random_seed()?)?;
+    print!("{counts}");
+    Ok(if counts.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn run_suite(options: &SuiteOptions) -> Result<Report, StressError> {

@@ -17,6 +17,7 @@ mod error;
 mod floor;
 mod gallery;
 mod hostile;
+mod kills;
 mod latency;
 mod level1;
 mod level2;

@@ -6,7 +6,7 @@
 
 use crate::error::StressError;
 use crate::gallery::{attacks, bystander};
-use crate::{assistant, client, floor, hostile, mixed, normal, reconnect, server, torture};
+use crate::{assistant, client, floor, hostile, kills, mixed, normal, reconnect, server, torture};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -48,6 +48,10 @@ pub enum Role {
     Bystander,
     /// A client that goes past the library.
     Attacker,
+    /// A client that calls on while others are killed.
+    Watcher,
+    /// A client that is to be killed.
+    Victim,
     /// Serves the bare ring; standard input is the shared memory.
     FloorServer,
     /// Drives the bare ring; standard input is the shared memory.
@@ -71,6 +75,8 @@ impl Role {
             Self::Normal => "normal",
             Self::Bystander => "bystander",
             Self::Attacker => "attacker",
+            Self::Watcher => "watcher",
+            Self::Victim => "victim",
             Self::FloorServer => "floor-server",
             Self::FloorClient => "floor-client",
             Self::ReconnectServer => "reconnect-server",
@@ -110,6 +116,8 @@ pub fn run(options: &ChildOptions) -> Result<(), StressError> {
         Role::Normal => normal::run(&serde_json::from_str(job)?),
         Role::Bystander => bystander::run(&serde_json::from_str(job)?),
         Role::Attacker => attacks::run(&serde_json::from_str(job)?),
+        Role::Watcher => kills::watch(&serde_json::from_str(job)?),
+        Role::Victim => kills::be_killed(&serde_json::from_str(job)?),
         Role::FloorServer => floor::serve(stdin_fd()?, &serde_json::from_str(job)?),
         Role::FloorClient => floor::drive(stdin_fd()?, &serde_json::from_str(job)?),
         Role::ReconnectServer => reconnect::serve(&serde_json::from_str(job)?),
@@ -254,6 +262,17 @@ impl Process {
         let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
         let stopped = || waitid(WaitId::Pid(Pid::from_child(&self.child)), options);
         rustix::io::retry_on_intr(stopped).map(drop).map_err(|e| StressError::os("waitid", e))
+    }
+
+    /// Whether it has said something, or has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if the kernel refuses.
+    pub fn has_said_something(&self) -> Result<bool, StressError> {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut fds = [PollFd::new(self.stdout.get_ref(), PollFlags::IN)];
+        poll(&mut fds, Some(&now)).map(|ready| ready > 0).map_err(|e| StressError::os("poll of a process", e))
     }
 
     /// Why it has ended, if it has.

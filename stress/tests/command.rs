@@ -85,6 +85,30 @@ fn f11_f31_every_attack_of_the_gallery_ends_as_it_must() {
     }
 }
 
+/// Goal:   T8: clients are killed at random moments, and a run that was cut into pieces goes on where it stopped.
+/// Method: 40 kills, then 16 more with the same file; what is found wrong but for times would be in the counts.
+#[test]
+fn t8_kills_are_counted_and_resumed() {
+    let state = std::env::temp_dir().join(format!("doorbell-kills-{}.json", std::process::id()));
+    for count in [40, 56] {
+        let output = stress(&format!("kills --count {count} --seed 5 --state {}", state.display()));
+        let errors = String::from_utf8_lossy(&output.stderr);
+        if errors.contains("server and clients need one each") {
+            return;
+        }
+        let text = std::fs::read_to_string(&state).unwrap_or_else(|e| panic!("{e}: {errors}"));
+        let kept: Value = serde_json::from_str(&text).unwrap();
+        let wrong: Vec<_> = kept["violations"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+        if wrong.iter().any(|wrong| wrong.starts_with("I1: the bystander waited")) {
+            // That ends a run early, and says more of a busy machine than of the server.
+            break;
+        }
+        assert!(wrong.is_empty(), "{text}{errors}");
+        assert_eq!((&kept["kills"], &kept["bystander_errors"]), (&count.into(), &0.into()), "{text}{errors}");
+    }
+    std::fs::remove_file(&state).unwrap();
+}
+
 /// Goal:   F38: what `without-io-uring` starts is refused io_uring, and gets its arguments and its exit status through.
 #[test]
 fn f38_a_command_runs_without_io_uring() {

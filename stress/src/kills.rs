@@ -1,0 +1,364 @@
+//! `doorbell-stress kills`: clients killed at random moments of their lives, some of them stopped before, while a bystander
+//! calls on (FAULTS T8). A run can be cut into pieces: what has been done is kept in a file, and added to.
+//!
+//! After each batch the server has to be the same process (I1), without a descriptor, a mapping or a session more than before
+//! (I2, I8), and the bystander has to have been answered right, never later than it may be (I1, I6). At the end its private
+//! memory has to be what it was (I11).
+
+use crate::clock::now_ns;
+use crate::content;
+use crate::error::StressError;
+use crate::machine::{self, Cores};
+use crate::processes::{self, Process, Role};
+use crate::scratch::Directory;
+use crate::server::{self, MASKED_ECHO, ServerJob};
+use clap::Args;
+use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, WaitPolicy};
+use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+/// Clients that live and die at the same time.
+const BATCH: u64 = 8;
+/// The longest life of a client. Starting one takes a millisecond or two, so many die before they have connected.
+const LIFE_NS: u64 = 12_000_000;
+/// How long a stopped client stands still before it is killed.
+const STOPPED: Duration = Duration::from_millis(1);
+/// How long the server may take to be as it was.
+const SETTLED: Duration = Duration::from_secs(10);
+/// Batches before what the server holds is taken for what it has to hold.
+const WARM_UP: u64 = 4;
+/// Batches between two looks at the bystander, and two times that the counts are kept.
+const BATCHES_PER_LOOK: u64 = 16;
+/// What the private memory of the server may differ by, bytes (I11).
+const MEMORY_DIFFERS: u64 = 64 << 10;
+/// The longest that the bystander may wait for an answer, twice: the server's heartbeat (I1), and as long again for a
+/// machine that starts processes all the time.
+const HEARTBEAT_NS: u64 = 200_000_000;
+/// How long a process may take to say what it has to.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What to do.
+#[derive(Debug, Clone, Args)]
+pub struct KillsOptions {
+    /// Kills in all, those of earlier pieces of the run included.
+    #[arg(long)]
+    count: u64,
+    /// Where the counts are kept; a run with the same file goes on where the last one has stopped.
+    #[arg(long, value_name = "FILE")]
+    state: Option<PathBuf>,
+    /// Seed of all random moments; that of the file, or random, unless given.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// What has been done, and found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Clients killed.
+    pub kills: u64,
+    /// Those among them that had been stopped before.
+    pub stopped: u64,
+    /// Those that had connected by then.
+    pub connected: u64,
+    /// Calls of the bystander that were answered right.
+    pub bystander_calls: u64,
+    /// Calls that were not.
+    pub bystander_errors: u64,
+    /// Its longest call, ns.
+    pub bystander_max_ns: u64,
+    /// What was otherwise than it has to be, in words.
+    pub violations: Vec<String>,
+    /// Where the random moments come from.
+    pub seed: u64,
+}
+
+impl Counts {
+    fn load(options: &KillsOptions, random: u64) -> Result<Self, StressError> {
+        let kept = match options.state.as_deref().map(std::fs::read_to_string) {
+            Some(Ok(text)) => Some(serde_json::from_str::<Self>(&text)?),
+            Some(Err(error)) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(StressError::Os { call: "reading the counts", source: error });
+            }
+            Some(Err(_)) | None => None,
+        };
+        let mut counts = kept.unwrap_or_else(|| Self { seed: random, ..Self::default() });
+        counts.seed = options.seed.unwrap_or(counts.seed);
+        Ok(counts)
+    }
+
+    /// Written beside and renamed: a run that is cut off leaves whole counts.
+    fn keep(&self, options: &KillsOptions) -> Result<(), StressError> {
+        let Some(path) = &options.state else { return Ok(()) };
+        let text = serde_json::to_string(self).expect("numbers and texts are JSON");
+        let beside = path.with_extension("new");
+        std::fs::write(&beside, text)
+            .and_then(|()| std::fs::rename(&beside, path))
+            .map_err(|source| StressError::Os { call: "writing the counts", source })
+    }
+}
+
+/// What a process of this level is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct KillsJob {
+    /// Where the server listens.
+    path: PathBuf,
+    /// The core to run on.
+    core: usize,
+    /// What to do: which policy, which sizes.
+    number: u64,
+}
+
+/// Runs it.
+///
+/// # Errors
+///
+/// [`StressError`] if a process cannot be started; what was found wrong is in the counts.
+pub fn run(options: &KillsOptions, cores: &Cores, random: u64) -> Result<Counts, StressError> {
+    let mut counts = Counts::load(options, random)?;
+    let directory = Directory::new("kills")?;
+    let path = directory.path().join("s");
+    let core = cores.clients[0];
+    let job = ServerJob {
+        path: path.clone(),
+        core: cores.server,
+        connections: 256,
+        sessions: 64,
+        ..ServerJob::default()
+    };
+    let mut server = server::start(&job)?;
+    let job = KillsJob { path: path.clone(), core, number: 0 };
+    let mut bystander = processes::spawn(Role::Watcher, &job, Stdio::piped())?;
+    let () = bystander.receive(PATIENCE)?;
+    let mut baseline = None;
+    let mut batch = 0;
+    while counts.kills < options.count && counts.violations.is_empty() {
+        kill_batch(&path, core, &mut counts, options.count)?;
+        batch += 1;
+        if let Some(how) = server.has_ended() {
+            counts.violations.push(format!("I1: the server ended: {how}"));
+            break;
+        }
+        match baseline {
+            None if batch == WARM_UP => baseline = Some(settled(&server, None)?.0),
+            None => {}
+            Some(before) => {
+                if let (_, Some(wrong)) = settled(&server, Some(before))? {
+                    counts.violations.push(format!("after {} kills: {wrong}", counts.kills));
+                }
+            }
+        }
+        if batch.is_multiple_of(BATCHES_PER_LOOK) {
+            look(&mut bystander, &mut counts)?;
+            counts.keep(options)?;
+        }
+    }
+    if counts.violations.is_empty() || server.has_ended().is_none() {
+        look(&mut bystander, &mut counts)?;
+        bystander.end()?;
+    }
+    counts.keep(options)?;
+    Ok(counts)
+}
+
+/// Starts some clients, and kills each at a moment of its own.
+fn kill_batch(path: &Path, core: usize, counts: &mut Counts, most: u64) -> Result<(), StressError> {
+    let begun_ns = now_ns();
+    let mut victims = Vec::new();
+    for _ in 0..BATCH.min(most - counts.kills) {
+        let number = counts.kills + victims.len() as u64;
+        let job = KillsJob { path: path.to_owned(), core, number };
+        let dice = mix(counts.seed ^ number);
+        victims.push((
+            begun_ns + dice % LIFE_NS,
+            dice >> 62 == 0,
+            processes::spawn(Role::Victim, &job, Stdio::null())?,
+        ));
+    }
+    victims.sort_by_key(|victim| victim.0);
+    for (at_ns, stops, victim) in victims {
+        crate::clock::sleep_until(at_ns);
+        if stops {
+            victim.signal(Signal::STOP)?;
+            std::thread::sleep(STOPPED);
+            counts.stopped += 1;
+        }
+        counts.connected += u64::from(victim.has_said_something()?);
+        victim.signal(Signal::KILL)?;
+        counts.kills += 1;
+    }
+    Ok(())
+}
+
+/// What a server holds: descriptors and segments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Held {
+    descriptors: usize,
+    segments: usize,
+    anonymous: u64,
+}
+
+/// Waits until the server holds no more than `before`; says what is wrong if it goes on holding it.
+fn settled(server: &Process, before: Option<Held>) -> Result<(Held, Option<String>), StressError> {
+    let give_up = Instant::now() + SETTLED;
+    loop {
+        let now = held(server.pid())?;
+        // Without a baseline: until only the bystander's segment is left.
+        let goal = before.unwrap_or(Held { segments: 1, ..now });
+        let fits = now.descriptors <= goal.descriptors && now.segments <= goal.segments;
+        if fits && now.anonymous <= goal.anonymous + MEMORY_DIFFERS {
+            return Ok((now, None));
+        }
+        if Instant::now() >= give_up {
+            return Ok((now, Some(format!("I2, I8, I11: {now:?} is held, {goal:?} was"))));
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+fn held(pid: u32) -> Result<Held, StressError> {
+    let read = |name: &str| {
+        std::fs::read_to_string(format!("/proc/{pid}/{name}"))
+            .map_err(|source| StressError::Os { call: "reading /proc", source })
+    };
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .map_err(|source| StressError::Os { call: "reading /proc", source })?
+        .count();
+    let segments = read("maps")?.lines().filter(|line| line.contains("memfd:doorbell-session")).count();
+    let status = read("status")?;
+    let anonymous = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib = anonymous.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0);
+    Ok(Held { descriptors, segments, anonymous: kib << 10 })
+}
+
+fn look(bystander: &mut Process, counts: &mut Counts) -> Result<(), StressError> {
+    bystander.send(&())?;
+    let seen: Watched = bystander.receive(PATIENCE)?;
+    counts.bystander_calls += seen.calls;
+    counts.bystander_errors += seen.errors;
+    counts.bystander_max_ns = counts.bystander_max_ns.max(seen.max_ns);
+    if seen.errors > 0 {
+        counts.violations.push(format!("I6: {} calls of the bystander failed", seen.errors));
+    }
+    if seen.max_ns > HEARTBEAT_NS {
+        counts.violations.push(format!("I1: the bystander waited {} ns", seen.max_ns));
+    }
+    Ok(())
+}
+
+/// What the bystander has seen since it was last asked.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+struct Watched {
+    calls: u64,
+    errors: u64,
+    max_ns: u64,
+}
+
+/// The bystander: calls now and then, and says when asked what came of it.
+///
+/// # Errors
+///
+/// Whatever keeps it from connecting.
+pub fn watch(job: &KillsJob) -> Result<(), StressError> {
+    let config = ClientConfig { policy: WaitPolicy::Block, ..ClientConfig::default() };
+    let client = IpcClient::connect_with(&job.path, &config).map_err(StressError::ipc("connecting"))?;
+    let connection = client.open().map_err(StressError::ipc("opening a connection"))?;
+    processes::say(&())?;
+    let (ask, asked) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // Ends with the parent's pipe.
+        while let Ok(Some(())) = processes::hear() {
+            if ask.send(()).is_err() {
+                break;
+            }
+        }
+    });
+    let (mut watched, mut number) = (Watched::default(), 0u64);
+    loop {
+        match asked.recv_timeout(Duration::from_millis(1)) {
+            Ok(()) => processes::say(&std::mem::take(&mut watched))?,
+            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
+        }
+        number += 1;
+        let request: [u8; 512] = std::array::from_fn(|i| (number >> (8 * (i % 8))) as u8);
+        let mut expected = [0; 512];
+        content::answer(&request, &mut expected);
+        let began_ns = now_ns();
+        match connection.call(MASKED_ECHO, &request) {
+            Ok(answer) if answer == expected => watched.calls += 1,
+            Ok(_) | Err(_) => watched.errors += 1,
+        }
+        watched.max_ns = watched.max_ns.max(now_ns() - began_ns);
+    }
+}
+
+/// A client that is to be killed: whatever a client does, until then.
+///
+/// # Errors
+///
+/// Whatever keeps it from connecting.
+pub fn be_killed(job: &KillsJob) -> Result<(), StressError> {
+    machine::pin(job.core)?;
+    let dice = mix(job.number);
+    let policy = [WaitPolicy::Handoff, WaitPolicy::Spin, WaitPolicy::Block][(dice % 3) as usize];
+    let config = ClientConfig { policy, lanes: 1 + (dice >> 8) as u32 % 2, ..ClientConfig::default() };
+    let client = IpcClient::connect_with(&job.path, &config).map_err(StressError::ipc("connecting"))?;
+    processes::say(&())?;
+    let sizes = [0usize, 512, 1024, 16 << 10, 200 << 10];
+    for round in 0.. {
+        let connection = match client.open() {
+            Ok(connection) => connection,
+            // Its slots are taken by answers that it has not looked at.
+            Err(IpcError::WouldBlock) => {
+                client.poll().map_err(StressError::ipc("taking an answer"))?;
+                continue;
+            }
+            Err(error) => {
+                eprintln!("victim {} round {round}: {error}; {:?}", job.number, client.open().err());
+                return Err(StressError::ipc("opening a connection")(error));
+            }
+        };
+        for call in 0..8u64 {
+            let size = sizes[(mix(dice ^ round << 8 ^ call) % 5) as usize];
+            let options = CallOptions::default();
+            // Full queues are part of it, and so are answers that nobody takes.
+            match connection.submit(MessageType::ECHO, &vec![call as u8; size], &options) {
+                Ok(id) if call % 3 == 0 => client.cancel(id),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        while client.wait(Some(Duration::from_millis(1))).unwrap_or(false) {
+            if client.poll().is_err() {
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A number that looks like none of its neighbours (SplitMix64).
+fn mix(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The result in lines.
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { kills, stopped, connected, bystander_calls, bystander_errors, bystander_max_ns, .. } =
+            self;
+        writeln!(f, "kills: {kills}, of clients that had connected {connected}, stopped before {stopped}")?;
+        writeln!(
+            f,
+            "bystander: {bystander_calls} calls, {bystander_errors} wrong, longest {bystander_max_ns} ns"
+        )?;
+        writeln!(f, "seed: {}", self.seed)?;
+        self.violations.iter().try_for_each(|violation| writeln!(f, "VIOLATION {violation}"))?;
+        writeln!(f, "{}", if self.violations.is_empty() { "passed" } else { "FAILED" })
+    }
+}
