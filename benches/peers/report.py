@@ -46,8 +46,8 @@ FAIRNESS = """
   wherever the scheduler puts them; each peer's best placement counts.
 - All Rust peers are built alike (optimised, thin LTO, one codegen unit).
 - Memory is what the server costs: the resident set of its processes (Aeron's driver is one) and every page shared with them
-  that exists and is not in that resident set. Kernel memory, such as socket buffers, is not in it; it would count against
-  the sockets.
+  that exists and is not in that resident set. Kernel memory, such as sockets and their buffers, is not in it, and has a
+  column of its own: by how much the kernel's memory grew with server and client, roughly.
 """
 
 
@@ -321,7 +321,12 @@ def main():
     met = sum(row[-1] == "met" for row in rows)
     latency = [("p90", p90, ns), ("p99", p99, ns), ("p99.9", p999, ns)]
     flow = [("server CPU a request", cpu, ns), ("p50", p50, ns), ("p99", p99, ns)]
-    held = [("resident alone", resident, mib), ("of a core, idle", lambda run: run.get("idle_cores"), lambda v: f"{v * 100:.2f} %")]
+    held = [
+        ("resident alone", resident, mib),
+        ("kernel, both sides, about", lambda run: run.get("kernel_bytes"), mib),
+        # Never 0, which would stand for nothing measured.
+        ("of a core, idle", lambda run: max(run.get("idle_cores", 0), 1e-9), lambda v: f"{v * 100:.2f} %"),
+    ]
     parts = [
         "# doorbell beside its peers\n",
         "Made by `benches/peers/report.py` from what `benches/peers/run.py` kept "

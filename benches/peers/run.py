@@ -199,6 +199,12 @@ def footprint(server_pids, all_pids):
     return resident, resident + max(0, sum(shared.values()) - shared_resident)
 
 
+def kernel_bytes():
+    """Memory that the kernel has for sockets, files, page tables and stacks, of everybody on this machine."""
+    fields = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("Slab", "PageTables", "KernelStack") if name in fields)
+
+
 def placed(placement):
     server, client = cores()
     return {"apart": ({server}, {client}), "same": ({client}, {client}), "unpinned": (None, None)}[placement]
@@ -212,7 +218,7 @@ def run(peer, idle, placement, asked, seconds, warm, experiment):
     global NUMBER
     NUMBER += 1
     about = PEERS[peer]
-    before = leftovers()
+    before, kernel = leftovers(), kernel_bytes()
     processes = []
     with tempfile.TemporaryDirectory(prefix="peers-") as directory:
         path = f"{directory}/peers-{os.getpid()}-{NUMBER}"
@@ -262,6 +268,8 @@ def run(peer, idle, placement, asked, seconds, warm, experiment):
                 time.sleep(0.2)
                 everyone = set(server_pids) | {client.pid}
                 found["rss_bytes"], found["footprint_bytes"] = footprint(set(server_pids), everyone)
+                # Rough: others' is in it, too, and clients'.
+                found["kernel_bytes"] = max(0, kernel_bytes() - kernel)
                 idle_cpu, idle_begun = cpu_ns(server_pids), time.monotonic()
                 time.sleep(1.0)
                 found["idle_cores"] = (cpu_ns(server_pids) - idle_cpu) / 1e9 / (time.monotonic() - idle_begun)

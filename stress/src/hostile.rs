@@ -34,7 +34,7 @@ const SMALL: u32 = 20;
 /// The first number behind the slots.
 const BEYOND: u32 = 24;
 /// How long the server may take for anything.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Longest message of a server that is not configured otherwise, bytes.
 const MESSAGE_MAX: u64 = 10 << 20;
 /// Bytes of a tiny message.

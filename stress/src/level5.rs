@@ -13,7 +13,7 @@ use crate::floor;
 use crate::hostile::{self, Attack, HostileJob};
 use crate::latency::{Latency, MAX_NS, us};
 use crate::level1;
-use crate::load::{Outcome, Schedule};
+use crate::load::Outcome;
 use crate::machine::Cores;
 use crate::memory::{Peak, Sampler, Segments};
 use crate::mixed::{self, Calls, Go, Idle, MixedJob, Mixture, Share};
@@ -106,12 +106,12 @@ pub fn run(plan: &Plan, cores: &Cores, progress: impl Fn(&str)) -> Result<Vec<Ro
     let before = floor::latency(plan.seed, cores, FLOOR_NS)?;
     let mut chaos = Chaos::start(plan, cores)?;
     let begin_ns = now_ns();
-    let schedule = Schedule { begin_ns, end_ns: begin_ns + (plan.seconds * SECOND as f64) as u64 };
-    chaos.normal.send(&schedule)?;
+    let end_ns = begin_ns + (plan.seconds * SECOND as f64) as u64;
+    chaos.normal.send(&())?;
     let mut order = INJECTIONS;
     for second in 0.. {
         let at_ns = begin_ns + second * SECOND;
-        if at_ns + SECOND > schedule.end_ns {
+        if at_ns + SECOND > end_ns {
             break;
         }
         // Each once in seven seconds, in an order of the seed's.
@@ -124,8 +124,10 @@ pub fn run(plan: &Plan, cores: &Cores, progress: impl Fn(&str)) -> Result<Vec<Ro
         chaos.inject(injection)?;
         chaos.injected.seconds += 1;
     }
-    let endured =
-        chaos.normal.receive(Duration::from_nanos(schedule.end_ns.saturating_sub(now_ns())) + STEP)?;
+    // Where the machine was too slow for one a second, the last one has its second all the same.
+    sleep_until(end_ns.max(now_ns() + SECOND));
+    chaos.normal.send(&())?;
+    let endured = chaos.normal.receive(STEP)?;
     let mut found = chaos.end(endured)?;
     say("the bare ring again");
     found.floor = before.worse(floor::latency(plan.seed, cores, FLOOR_NS)?);
@@ -342,17 +344,15 @@ impl<'a> Chaos<'a> {
 /// lost that nobody had killed.
 fn recoveries(restarts: &[Restart], endured: &Endured) -> (Vec<Option<u64>>, usize) {
     let mut taken = vec![false; endured.losses.len()];
-    let recovery = |restart: &Restart| {
-        let mine = |(n, loss): (usize, &normal::Loss)| {
-            (!taken[n] && loss.lost_ns >= restart.killed_ns && loss.lost_ns <= restart.listening_ns + SECOND)
-                .then_some(n)
-        };
-        let n = endured.losses.iter().enumerate().find_map(mine)?;
-        taken[n] = true;
-        let back_ns = endured.losses[n].back_ns;
+    let recovery = |(n, restart): (usize, &Restart)| {
+        let until_ns = restarts.get(n + 1).map_or(u64::MAX, |next| next.killed_ns);
+        let caused = |loss: &normal::Loss| (restart.killed_ns..until_ns).contains(&loss.lost_ns);
+        let loss = endured.losses.iter().position(caused)?;
+        taken[loss] = true;
+        let back_ns = endured.losses[loss].back_ns;
         (back_ns > 0).then(|| back_ns.saturating_sub(restart.listening_ns))
     };
-    let all = restarts.iter().map(recovery).collect();
+    let all = restarts.iter().enumerate().map(recovery).collect();
     (all, taken.iter().filter(|taken| !**taken).count())
 }
 

@@ -5,11 +5,12 @@ use crate::clock::{SECOND, now_ns};
 use crate::content::{self, Nonces, SIZE};
 use crate::error::StressError;
 use crate::latency::{Histogram, Latency};
-use crate::load::{Outcome, Schedule};
+use crate::load::Outcome;
 use crate::machine;
 use crate::processes::{self, Process, Role};
 use crate::server::MASKED_ECHO;
 use doorbell::{CallOptions, ClientConfig, Connection, IpcClient, IpcError, WaitPolicy};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -57,7 +58,7 @@ pub struct Endured {
     pub faults: Outcome,
 }
 
-/// Starts the process. To a [`Schedule`] it says what it [found](Endured).
+/// Starts the process. It begins when it is told `()`, and when it is told so again it says what it [found](Endured).
 ///
 /// # Errors
 ///
@@ -73,10 +74,19 @@ pub fn start(job: &NormalJob) -> Result<Process, StressError> {
 /// What keeps it from hearing and speaking; what happens to its calls is counted.
 pub fn run(job: &NormalJob) -> Result<(), StressError> {
     machine::pin(job.core)?;
-    while let Some(schedule) = processes::hear::<Schedule>()? {
-        processes::say(&Normal::new(job).run(&schedule))?;
+    while let Some(()) = processes::hear()? {
+        let found = Normal::new(job).run();
+        let Some(()) = processes::hear()? else { return Ok(()) };
+        processes::say(&found)?;
     }
     Ok(())
+}
+
+/// Whether the parent has said something, or is gone.
+fn is_told() -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    // What cannot be asked is told by the attempt to hear.
+    poll(&mut [PollFd::new(&std::io::stdin(), PollFlags::IN)], Some(&now)) != Ok(0)
 }
 
 struct Normal<'a> {
@@ -92,11 +102,11 @@ impl<'a> Normal<'a> {
         Self { job, nonces, histogram: Histogram::new(), found: Endured::default() }
     }
 
-    fn run(mut self, schedule: &Schedule) -> Endured {
-        while now_ns() < schedule.end_ns {
+    fn run(mut self) -> Endured {
+        while !is_told() {
             // A client that connects again by itself belongs here: then this is one client, and no loop.
             match self.connect() {
-                Ok(client) => self.use_session(&client, schedule),
+                Ok(client) => self.use_session(&client),
                 Err(_) => std::thread::sleep(RETRY),
             }
         }
@@ -115,13 +125,13 @@ impl<'a> Normal<'a> {
         IpcClient::connect_with(&self.job.path, &config)
     }
 
-    /// Calls until the server is lost, or the time is over.
-    fn use_session(&mut self, client: &IpcClient, schedule: &Schedule) {
+    /// Calls until the server is lost, or it is told to stop.
+    fn use_session(&mut self, client: &IpcClient) {
         let connection = match client.open() {
             Ok(connection) => connection,
             Err(error) => return self.lost(&error),
         };
-        while now_ns() < schedule.end_ns {
+        while !is_told() {
             if let Err(error) = self.call(&connection) {
                 return self.lost(&error);
             }
