@@ -1,6 +1,7 @@
 //! What a service manager that speaks systemd's protocol is told, and what it hands over (sd_notify(3),
 //! sd_listen_fds(3)). Two environment variables and one datagram: a crate for it would bring no more than this.
 
+use rustix::net::sockopt::Timeout;
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
     SocketType,
@@ -14,6 +15,9 @@ use std::time::Duration;
 
 /// Name of our listening socket in the manager's store, and of the one that a socket unit hands over under it.
 pub const LISTENER: &str = "doorbell";
+
+/// How long one message waits while the manager's queue is full.
+const PATIENCE: Duration = Duration::from_millis(250);
 
 /// The manager's socket; `None` where nobody wants to know.
 pub struct Manager {
@@ -41,6 +45,8 @@ impl Manager {
         };
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+        // A manager that does not listen keeps nobody waiting.
+        rustix::net::sockopt::set_socket_timeout(&socket, Timeout::Send, Some(PATIENCE))?;
         Ok(Self { socket, address })
     }
 

@@ -131,6 +131,11 @@ impl Home {
 
     /// Ends the other reactors.
     pub fn stop<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        // Who was accepted and has not said hello, or whose hello came just now.
+        while let Some(half) = self.half_open.take_overdue(u64::MAX) {
+            let draining = Welcome { retry_ms: RETRY_MS, ..Welcome::refusal(code::DRAINING) };
+            refuse(reactor, &half.socket, &draining);
+        }
         for other in 1..self.lanes_of.len() {
             // One that has ended already needs no telling.
             if reactor.crew.addresses[other].put(Message::Stop) {
