@@ -554,7 +554,7 @@ impl Driver {
 async fn search(shared: &Shared, reconnect: &Reconnect) -> Result<Link> {
     let (address, lines, reason) = {
         let mut state = shared.lock();
-        (state.mux.address.clone(), state.mux.line_kinds(), state.mux.take_reason())
+        (state.mux.address.clone(), state.mux.wanted(), state.mux.take_reason())
     };
     if let Some(reason) = reason {
         reconnect.tell(&LinkStatus::Disconnected { reason });

@@ -101,11 +101,16 @@ impl IpcClient {
         let flags = if bulk { flag::BULK } else { 0 };
         let slot = self.retry_until(deadline, |session| session.submit_open(codec, flags))?;
         let answered = self.wait_for(0, slot, deadline)?;
-        self.session.borrow_mut().release(&answered);
+        let id = self.opened(&answered, codec, bulk)?;
+        Ok(Connection { client: self, id, owned: true })
+    }
+
+    /// What the answer to an OPEN says.
+    fn opened(&self, answered: &Answered, codec: u8, bulk: bool) -> Result<ConnectionId> {
+        self.session.borrow_mut().release(answered);
         match answered.outcome {
             Outcome::Reply { status, detail, .. } if status == Status::Ok as u8 => {
-                let id = ConnectionId { number: detail as u32, codec, bulk };
-                Ok(Connection { client: self, id, owned: true })
+                Ok(ConnectionId { number: detail as u32, codec, bulk })
             }
             Outcome::Reply { status, detail, .. } if status == Status::Overloaded as u8 => {
                 Err(IpcError::TooMany { scope: "connections", limit: detail, retry_ms: 100 })

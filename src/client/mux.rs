@@ -8,7 +8,7 @@
 
 use super::call::{CallId, CallOptions, Reply};
 use super::lane::{Answered, Outcome};
-use super::reconnect::{Address, Link, ends_soon};
+use super::reconnect::{Address, Link, Wanted, ends_soon};
 use super::revive::{Again, Revival};
 use super::{Connection, ConnectionId, IpcClient};
 use crate::error::{IpcError, Result};
@@ -163,9 +163,10 @@ pub(super) struct Mux<T> {
 impl<T> Mux<T> {
     /// Connects, and opens the connection that all calls go on, of this codec and priority. Blocks.
     pub fn connect(address: Address, line: (u8, bool), revives: bool) -> Result<Self> {
-        let link = address.connect(&[line])?;
+        let (codec, bulk) = line;
+        let link = address.connect(&[Wanted { at: 0, codec, bulk }])?;
         let mut mux = Self::away(address, revives);
-        mux.lines.push(Some(Line { codec: line.0, bulk: line.1, id: None }));
+        mux.lines.push(Some(Line { codec, bulk, id: None }));
         mux.attach(link);
         Ok(mux)
     }
@@ -402,8 +403,12 @@ impl<T> Mux<T> {
     /// Another session: connections as they are opened go on in it.
     pub fn attach(&mut self, link: Link) {
         let (client, connections) = link;
-        for (line, id) in self.lines.iter_mut().flatten().zip(connections) {
-            line.id = Some(id);
+        for (at, id) in connections {
+            match self.lines.get_mut(at).and_then(Option::as_mut) {
+                Some(line) => line.id = Some(id),
+                // Closed meanwhile.
+                None => drop(Connection { client: &client, id, owned: true }),
+            }
         }
         self.client = Some(client);
         self.resend();
@@ -430,9 +435,12 @@ impl<T> Mux<T> {
         }
     }
 
-    /// Codec and priority of each connection, in order.
-    pub fn line_kinds(&self) -> Vec<(u8, bool)> {
-        self.lines.iter().flatten().map(|line| (line.codec, line.bulk)).collect()
+    /// The connections that the next session is to have.
+    pub fn wanted(&self) -> Vec<Wanted> {
+        let line = |(at, line): (usize, &Option<Line>)| {
+            line.map(|Line { codec, bulk, .. }| Wanted { at, codec, bulk })
+        };
+        self.lines.iter().enumerate().filter_map(line).collect()
     }
 
     /// The client cannot be used any more: whoever asks after a call is told why.

@@ -5,7 +5,7 @@ use super::connect::{CLOSED_EARLY, CUT, ClientConfig, Connecting};
 use super::{ConnectionId, IpcClient};
 use crate::error::{IpcError, Result};
 use crate::protocol::rendezvous;
-use doorbell_shm::entry::codec;
+use doorbell_shm::entry::{codec, flag};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::fmt;
@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// The longest, unless the caller says otherwise.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
+/// Longest time that opening connections may take, beyond which there are no clocks.
+const PATIENCE_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// What a client that connects again by itself tells its owner about its link to the server.
 #[derive(Debug)]
@@ -167,16 +169,24 @@ pub(super) struct Address {
     client_id: [u64; 2],
 }
 
-/// A client, and the connections that were opened for it.
-pub(super) type Link = (IpcClient, Vec<ConnectionId>);
+/// A connection that is to be opened.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    /// What its owner calls it.
+    pub at: usize,
+    pub codec: u8,
+    pub bulk: bool,
+}
+
+/// A client, and the connections that were opened for it, each with what its owner calls it.
+pub(super) type Link = (IpcClient, Vec<(usize, ConnectionId)>);
 
 impl Address {
     pub fn new(path: PathBuf, config: ClientConfig) -> Result<Self> {
         Ok(Self { path, config, client_id: rendezvous::random_id()? })
     }
 
-    /// Says hello; to be [finished](Address::finish). Waits only for a server whose queue is full, and no longer than
-    /// that.
+    /// Says hello. Waits only for a server whose queue is full, and no longer than that.
     fn begin(&self, patience: Duration) -> Result<Connecting> {
         let connect_timeout = self.config.connect_timeout.min(patience);
         let config = ClientConfig { connect_timeout, ..self.config.clone() };
@@ -184,41 +194,84 @@ impl Address {
         Ok(begun.with_patience(self.config.connect_timeout))
     }
 
-    /// Waits for the session, and opens connections of these codecs and priorities.
-    fn finish(&self, begun: Connecting, lines: &[(u8, bool)], patience: Duration) -> Result<Link> {
-        let client = begun.finish()?;
+    /// All of it, for those who can wait: a session with connections.
+    pub fn connect(&self, lines: &[Wanted]) -> Result<Link> {
+        let patience = self.config.connect_timeout;
+        let client = self.begin(patience)?.finish()?;
         let deadline = Instant::now().checked_add(patience);
-        let open = |(codec, bulk): &(u8, bool)| -> Result<ConnectionId> {
-            Ok(client.open_until(*codec, *bulk, deadline)?.detach())
+        let open = |line: &Wanted| -> Result<_> {
+            Ok((line.at, client.open_until(line.codec, line.bulk, deadline)?.detach()))
         };
         let connections = lines.iter().map(open).collect::<Result<_>>()?;
         Ok((client, connections))
     }
-
-    /// Both, for those who can wait.
-    pub fn connect(&self, lines: &[(u8, bool)]) -> Result<Link> {
-        let patience = self.config.connect_timeout;
-        self.finish(self.begin(patience)?, lines, patience)
-    }
 }
 
-/// How long a step may wait for a server that is there: for a place in its queue, for connections to be opened.
-const STEP: Duration = Duration::from_millis(100);
+/// How long a step may wait for a place in the queue of a server that is there.
+const QUEUE: Duration = Duration::from_millis(20);
 
 /// Looks for a server that was there and will be there again, step by step.
 #[derive(Debug)]
 pub(super) struct Search {
     since: Instant,
     pauses: Pauses,
-    begun: Option<Connecting>,
+    stage: Stage,
     /// When to try again.
     next: Instant,
+}
+
+/// How far an attempt has got.
+#[derive(Debug)]
+enum Stage {
+    /// None is under way.
+    Pausing,
+    /// The server has not answered the hello yet.
+    Greeting(Connecting),
+    /// There is a session, and some of its connections.
+    Opening(Box<Opening>),
+}
+
+/// A session whose connections are being opened.
+#[derive(Debug)]
+struct Opening {
+    client: IpcClient,
+    wanted: Vec<Wanted>,
+    connections: Vec<(usize, ConnectionId)>,
+    /// The slot of the OPEN that has not been answered.
+    asked: Option<u32>,
+    give_up: Instant,
+}
+
+impl Opening {
+    /// Does what can be done without waiting; says whether all connections are open.
+    fn step(&mut self) -> Result<bool> {
+        while let Some(Wanted { at, codec, bulk }) = self.wanted.get(self.connections.len()).copied() {
+            let client = &self.client;
+            let Some(slot) = self.asked else {
+                let flags = if bulk { flag::BULK } else { 0 };
+                self.asked = Some(client.session.borrow_mut().submit_open(codec, flags)?);
+                continue;
+            };
+            let next = client.session.borrow_mut().next()?;
+            match next {
+                Some(answered) if answered.slot == slot => {
+                    self.asked = None;
+                    self.connections.push((at, client.opened(&answered, codec, bulk)?));
+                }
+                Some(other) => client.session.borrow_mut().release(&other),
+                None if client.prepare_to_wait()? => {}
+                None if Instant::now() >= self.give_up => return Err(IpcError::Timeout),
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
 }
 
 impl Search {
     pub fn new(reconnect: &Reconnect) -> Self {
         let now = Instant::now();
-        Self { since: now, pauses: Pauses::up_to(reconnect.pause_max), begun: None, next: now }
+        Self { since: now, pauses: Pauses::up_to(reconnect.pause_max), stage: Stage::Pausing, next: now }
     }
 
     /// Does what there is to do now; `None` if that has not led to a session yet.
@@ -229,29 +282,34 @@ impl Search {
     pub fn step(
         &mut self,
         address: &Address,
-        lines: &[(u8, bool)],
+        lines: &[Wanted],
         reconnect: &Reconnect,
     ) -> Result<Option<Link>> {
         loop {
-            let attempt = match self.begun.take() {
-                Some(begun) if !begun.is_due()? => {
-                    self.begun = Some(begun);
+            let stage = match std::mem::replace(&mut self.stage, Stage::Pausing) {
+                Stage::Pausing if Instant::now() < self.next => return Ok(None),
+                Stage::Pausing => address.begin(QUEUE).map(Stage::Greeting),
+                Stage::Greeting(begun) if !begun.is_due()? => {
+                    self.stage = Stage::Greeting(begun);
                     return Ok(None);
                 }
-                Some(begun) => address.finish(begun, lines, STEP).map(Some),
-                None if Instant::now() < self.next => return Ok(None),
-                None => address.begin(STEP).map(|begun| {
-                    self.begun = Some(begun);
-                    None
+                Stage::Greeting(begun) => begun.finish().map(|client| {
+                    let give_up = Instant::now() + address.config.connect_timeout.min(PATIENCE_MAX);
+                    let (wanted, connections) = (lines.to_vec(), Vec::new());
+                    Stage::Opening(Box::new(Opening { client, wanted, connections, asked: None, give_up }))
                 }),
+                Stage::Opening(mut opening) => match opening.step() {
+                    Ok(true) => return Ok(Some((opening.client, opening.connections))),
+                    Ok(false) => {
+                        self.stage = Stage::Opening(opening);
+                        return Ok(None);
+                    }
+                    Err(error) => Err(error),
+                },
             };
-            match attempt {
-                Ok(Some(link)) => return Ok(Some(link)),
-                Ok(None) => {}
-                Err(error) => {
-                    let pause = self.pause_after(error, reconnect)?;
-                    self.next = Instant::now() + pause;
-                }
+            match stage {
+                Ok(stage) => self.stage = stage,
+                Err(error) => self.next = Instant::now() + self.pause_after(error, reconnect)?,
             }
         }
     }
@@ -268,12 +326,20 @@ impl Search {
 
     /// When the next step is due, if the [descriptor](Search::descriptor) does not become readable before.
     pub fn due(&self) -> Instant {
-        self.begun.as_ref().map_or(self.next, Connecting::gives_up_at)
+        match &self.stage {
+            Stage::Pausing => self.next,
+            Stage::Greeting(begun) => begun.gives_up_at(),
+            Stage::Opening(opening) => opening.give_up,
+        }
     }
 
     /// Readable when the next step is due, if there is one.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        self.begun.as_ref().map(Connecting::as_fd)
+        match &self.stage {
+            Stage::Pausing => None,
+            Stage::Greeting(begun) => Some(begun.as_fd()),
+            Stage::Opening(opening) => Some(opening.client.as_fd()),
+        }
     }
 }
 

@@ -315,7 +315,7 @@ impl ReconnectingClient {
             let mux = self.mux.borrow();
             let mut searching = self.searching.borrow_mut();
             let search = searching.get_or_insert_with(|| Search::new(&self.reconnect));
-            search.step(&mux.address, &mux.line_kinds(), &self.reconnect)
+            search.step(&mux.address, &mux.wanted(), &self.reconnect)
         };
         match found {
             Ok(None) => Ok(false),

@@ -9,7 +9,7 @@ use crate::{client, floor, mixed, reconnect, server};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{BufRead, BufReader, Write};
@@ -203,6 +203,19 @@ impl Process {
         // Its number cannot be another's: it is reaped only by this value.
         let pid = Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).map_err(|e| StressError::os("kill", e))
+    }
+
+    /// Stops it; when this returns it does nothing any more, and has not ended.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if the kernel refuses.
+    pub fn stop(&self) -> Result<(), StressError> {
+        self.signal(Signal::STOP)?;
+        // Its end is not taken note of here.
+        let options = WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+        let stopped = || waitid(WaitId::Pid(Pid::from_child(&self.child)), options);
+        rustix::io::retry_on_intr(stopped).map(drop).map_err(|e| StressError::os("waitid", e))
     }
 
     /// Why it has ended, if it has.

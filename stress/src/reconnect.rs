@@ -15,7 +15,6 @@ use doorbell::{
     CallOptions, ClientConfig, Context, HandlerError, HandlerTable, IpcClient, IpcServer, MessageType,
     Reconnect, ReconnectingClient, Reply, ServerConfig,
 };
-use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -140,7 +139,7 @@ pub fn run(options: &ReconnectOptions, progress: impl Fn(&str)) -> Result<Report
     let mut rounds = Vec::new();
     for number in 1..=options.rounds {
         progress(&format!("reconnect: round {number} of {}", options.rounds));
-        server.signal(Signal::STOP)?;
+        server.stop()?;
         for client in &mut clients {
             client.send(&())?;
         }

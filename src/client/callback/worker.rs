@@ -123,7 +123,7 @@ impl Worker {
         let mut search = Search::new(reconnect);
         loop {
             self.take_commands(mux)?;
-            if let Some(link) = search.step(&mux.address, &mux.line_kinds(), reconnect)? {
+            if let Some(link) = search.step(&mux.address, &mux.wanted(), reconnect)? {
                 mux.attach(link);
                 reconnect.tell(&LinkStatus::Connected);
                 return Ok(());
