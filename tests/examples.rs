@@ -17,9 +17,8 @@ mod testing_kit;
 #[path = "../examples/tokio_client.rs"]
 mod tokio_client;
 
-use common::TestDir;
-use common::eventually;
 use common::process::{ServerProcess, returns};
+use common::{Bystander, TestDir, eventually, stat};
 use std::path::Path;
 use std::time::Duration;
 
@@ -76,15 +75,23 @@ fn r3_4_the_reconnecting_client_outlives_its_server() {
     let mut server = ServerProcess::start(&[]);
     let path = server.path().to_owned();
     let calling =
-        std::thread::spawn(move || reconnecting_client::run(&path, 200, Duration::from_millis(2)).unwrap());
+        std::thread::spawn(move || reconnecting_client::run(&path, 400, Duration::from_millis(2)).unwrap());
     for _ in 0..5 {
-        std::thread::sleep(Duration::from_millis(30));
+        let watcher = Bystander::new(server.path());
+        let connection = watcher.client.open().unwrap();
+        // Its own calls: those of the check, and each look.
+        let mut own = 4;
+        eventually("the client calls", || {
+            own += 1;
+            stat(&connection, "calls") >= own + 10
+        });
+        assert!(!calling.is_finished());
         server.process.kill();
         server.restart(&[]);
     }
     let answered = returns("all calls have an end", move || calling.join().unwrap());
     // One at most was under way at each kill, and half of them are sent again even then.
-    assert!(answered >= 195, "{answered}");
+    assert!(answered >= 395, "{answered}");
 }
 
 /// Goal:   trap 13: two programs that bring their server with them share one, which ends with the last.

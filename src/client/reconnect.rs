@@ -228,7 +228,7 @@ enum Stage {
     /// The server has not answered the hello yet.
     Greeting(Connecting),
     /// There is a session, and some of its connections.
-    Opening(Opening),
+    Opening(Box<Opening>),
 }
 
 /// A session whose connections are being opened.
@@ -296,7 +296,7 @@ impl Search {
                 Stage::Greeting(begun) => begun.finish().map(|client| {
                     let give_up = Instant::now() + address.config.connect_timeout.min(PATIENCE_MAX);
                     let (wanted, connections) = (lines.to_vec(), Vec::new());
-                    Stage::Opening(Opening { client, wanted, connections, asked: None, give_up })
+                    Stage::Opening(Box::new(Opening { client, wanted, connections, asked: None, give_up }))
                 }),
                 Stage::Opening(mut opening) => match opening.step() {
                     Ok(true) => return Ok(Some((opening.client, opening.connections))),
