@@ -1,5 +1,5 @@
 //! What counting costs a reactor, in processor time: other work on the machine is not charged. Calls that come alone pay
-//! for looks at the clock of their own; of many, sixteen share one.
+//! for looks at the clock of their own; of many, thirty-two share one.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use doorbell::StopWatch;

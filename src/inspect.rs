@@ -28,7 +28,7 @@ pub struct Inquiry {
 pub const TRACE_SECONDS: u64 = 5;
 
 /// Traced calls that a reactor keeps until they are asked for; of those beyond, the number is told.
-pub const TRACE_MAX: usize = 4096;
+pub const TRACE_MAX: usize = 1024;
 
 /// What is asked of [`MessageType::END_SESSION`], as JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -129,7 +129,7 @@ fn r1_4_an_unknown_type_is_answered_and_the_connection_goes_on() {
         let server = TestServer::start(policy);
         let client = client(server.path(), policy);
         let connection = client.open().unwrap();
-        for unknown in [0, 4, 17, 255, 319, 320, 1 << 20, u32::MAX].map(MessageType) {
+        for unknown in [0, 6, 17, 255, 319, 320, 1 << 20, u32::MAX].map(MessageType) {
             let error = connection.call(unknown, b"body").unwrap_err();
             assert!(matches!(error, IpcError::UnknownMessageType(t) if t == unknown), "{error}");
             assert!(error.to_string().contains(&unknown.to_string()));

@@ -616,8 +616,9 @@ fn f50_f52_r3_4_a_killed_server_can_be_started_again_at_once() {
 }
 
 /// Goal:   trap 11: no thread per connection, and a server with nothing to do does nothing.
-/// Method: many idle sessions; a thread for each core, that of the providers and the one that watches; nobody asks anything while the server sleeps and wakes for
-///         some sweeps, as its context switches tell; then its own count of wake-ups.
+/// Method: many idle sessions; a thread for each core, that of the providers, the one that watches over reactors and that which
+///         tells of metrics; nobody asks anything while the server sleeps and wakes for some sweeps, as its context
+///         switches tell; then its own count of wake-ups.
 #[test]
 fn trap11_many_idle_sessions_cost_no_thread_and_no_wake_up() {
     let server = ServerProcess::start(&[]);
@@ -625,8 +626,9 @@ fn trap11_many_idle_sessions_cost_no_thread_and_no_wake_up() {
     let connections: Vec<_> = sessions.iter().map(|session| session.open().unwrap().detach()).collect();
     let watcher = Bystander::new(server.path());
     let tasks = || std::fs::read_dir(format!("/proc/{}/task", server.process.0.id())).unwrap();
-    let (providers, watch) = (1, 1);
-    assert_eq!(tasks().count(), std::thread::available_parallelism().unwrap().get() + providers + watch);
+    let (providers, watch, metrics) = (1, 1, 1);
+    let cores = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(tasks().count(), cores + providers + watch + metrics);
     let slept = || {
         let status = |task: std::io::Result<std::fs::DirEntry>| {
             std::fs::read_to_string(task.unwrap().path().join("status")).unwrap()

@@ -200,8 +200,8 @@ pub struct ServerConfig {
     pub cores: Vec<usize>,
     /// Whether each reactor is pinned to its core. Callers hand over their core to pinned ones only.
     pub pinned: bool,
-    /// Whether calls are timed (`ipc_latency_seconds`, requests by type, time by connection): 4 ns for each of many calls,
-    /// up to two looks at the clock (30 ns each) for one that comes alone.
+    /// Whether calls are timed (`ipc_latency_seconds`, requests by type, time by connection): 5 ns for each of many
+    /// calls, two looks at the clock (30 ns each) for one that comes alone.
     pub time_calls: bool,
     /// Whether the pages of the executable that only the start needed are let go of once the server has started, and
     /// used ones come back a few at a time. Costs some dozen page faults of a microsecond each; to be turned off in a

@@ -11,14 +11,24 @@ use crate::MetricsReader;
 use crate::config::{MetricsAddress, MetricsConfig};
 use std::io;
 use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use summary::Summary;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
 
 /// Bytes of the thread's stack.
 const STACK: usize = 256 << 10;
+
+/// A pause of somebody who tells nothing by the clock.
+const NEVER: Duration = Duration::from_secs(1 << 30);
+
+/// Dropped, it ends the thread.
+#[derive(Debug)]
+enum Stop {
+    Thread(#[expect(dead_code, reason = "it is there to be dropped")] mpsc::Sender<()>),
+    Runtime(#[expect(dead_code, reason = "it is there to be dropped")] oneshot::Sender<()>),
+}
 
 /// Why metrics cannot be told.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +59,7 @@ pub enum ExporterError {
 /// Tells what a server counts until it is dropped.
 #[derive(Debug)]
 pub struct Exporter {
-    stop: Option<oneshot::Sender<()>>,
+    stop: Option<Stop>,
     thread: Option<JoinHandle<()>>,
     address: Option<MetricsAddress>,
 }
@@ -71,31 +81,35 @@ impl Exporter {
             textfile::write(path, &reader.export_prometheus())
                 .map_err(|source| ExporterError::Textfile { path: path.clone(), source })?;
         }
-        let mut runtime = tokio::runtime::Builder::new_current_thread();
-        let runtime = runtime.enable_time().enable_io().build().map_err(ExporterError::Thread)?;
-        let (listener, address) = match &config.listen {
-            None => (None, None),
-            Some(address) => {
-                let refused = |source| ExporterError::Listen { address: address.clone(), source };
-                let _entered = runtime.enter();
-                let listener = http::Listener::bind(address).map_err(refused)?;
-                let address = listener.address().map_err(refused)?;
-                tracing::info!(%address, "serving metrics");
-                (Some(listener), Some(address))
-            }
-        };
         let (stop, stopped) = oneshot::channel();
-        let work = async move {
-            let serving = async {
-                match listener {
-                    Some(listener) => listener.serve(reader.clone()).await,
-                    None => std::future::pending().await,
+        let thread = std::thread::Builder::new().name("metrics".into()).stack_size(STACK);
+        let mut teller = Teller { reader, interval, textfile, summary: Summary::default(), is_told: false };
+        let Some(listen) = &config.listen else {
+            // No runtime: it would take more memory than all the rest of this.
+            let (stop, stopped) = mpsc::channel();
+            let work = move || {
+                while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(teller.pause()) {
+                    teller.tell();
                 }
             };
+            let thread = thread.spawn(work).map_err(ExporterError::Thread)?;
+            return Ok(Self { stop: Some(Stop::Thread(stop)), thread: Some(thread), address: None });
+        };
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_time().enable_io().build().map_err(ExporterError::Thread)?;
+        let refused = |source| ExporterError::Listen { address: listen.clone(), source };
+        let listener = {
+            let _entered = runtime.enter();
+            http::Listener::bind(listen).map_err(refused)?
+        };
+        let address = listener.address().map_err(refused)?;
+        tracing::info!(%address, "serving metrics");
+        let work = async move {
+            let serving = listener.serve(teller.reader.clone());
             let telling = async {
-                match interval {
-                    Some(interval) => tell(&reader, interval, textfile).await,
-                    None => std::future::pending().await,
+                loop {
+                    tokio::time::sleep(teller.pause()).await;
+                    teller.tell();
                 }
             };
             tokio::select! {
@@ -104,12 +118,8 @@ impl Exporter {
                 () = telling => {}
             }
         };
-        let thread = std::thread::Builder::new()
-            .name("metrics".into())
-            .stack_size(STACK)
-            .spawn(move || runtime.block_on(work))
-            .map_err(ExporterError::Thread)?;
-        Ok(Self { stop: Some(stop), thread: Some(thread), address })
+        let thread = thread.spawn(move || runtime.block_on(work)).map_err(ExporterError::Thread)?;
+        Ok(Self { stop: Some(Stop::Runtime(stop)), thread: Some(thread), address: Some(address) })
     }
 
     /// Where metrics are served, the port that the kernel chose included.
@@ -132,22 +142,33 @@ impl Drop for Exporter {
     }
 }
 
-/// A line and a text file every `interval`.
-async fn tell(reader: &MetricsReader, interval: Duration, textfile: Option<PathBuf>) {
-    let mut ticks = interval_at(Instant::now() + interval, interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut summary = Summary::default();
-    let mut is_told = false;
-    loop {
-        ticks.tick().await;
-        let metrics = reader.read();
-        summary.log(&metrics, interval);
-        let Some(path) = &textfile else { continue };
+/// What is told every interval: a line and a text file.
+#[derive(Debug)]
+struct Teller {
+    reader: MetricsReader,
+    interval: Option<Duration>,
+    textfile: Option<PathBuf>,
+    summary: Summary,
+    /// That the file cannot be written has been logged.
+    is_told: bool,
+}
+
+impl Teller {
+    /// Until the next time.
+    fn pause(&self) -> Duration {
+        self.interval.unwrap_or(NEVER)
+    }
+
+    fn tell(&mut self) {
+        let Some(interval) = self.interval else { return };
+        let metrics = self.reader.read();
+        self.summary.log(&metrics, interval);
+        let Some(path) = &self.textfile else { return };
         match textfile::write(path, &metrics.export_prometheus()) {
-            Ok(()) => is_told = false,
+            Ok(()) => self.is_told = false,
             // Once, until it has worked again (F30).
-            Err(error) if !is_told => {
-                is_told = true;
+            Err(error) if !self.is_told => {
+                self.is_told = true;
                 tracing::warn!(path = %path.display(), %error, "metrics could not be written, and are kept trying");
             }
             Err(_) => {}

@@ -246,7 +246,7 @@ impl SessionLane {
                 }
             }
             Ok(Ok(Deferral::Inspect(question))) => match bench.exchanges.jobs.ask(e.seat, index, question) {
-                Some(number) => e.work = Work::Deferred(number),
+                Some(number) => (e.work, e.is_question) = (Work::Deferred(number), true),
                 None => e.answer(Answer::busy(), bench.message_max),
             },
             Ok(Ok(Deferral::Question(question))) => self.ask(index, question, e, bench),

@@ -122,6 +122,8 @@ pub(crate) struct Exchange<S> {
     pub queued: bool,
     /// It waits for space in the completion ring.
     pub wants_space: bool,
+    /// It is a question about the server itself.
+    pub is_question: bool,
     /// When its first entry was taken up, ns; 0 if it is not timed.
     pub began_ns: u64,
     /// Something of it has moved since somebody last asked.
@@ -163,6 +165,7 @@ impl<S> Exchange<S> {
             terminal: None,
             queued: false,
             wants_space: false,
+            is_question: false,
             began_ns: 0,
             moved: true,
             stale: 0,
@@ -359,6 +362,9 @@ impl<S> Exchanges<S> {
     /// The exchange is over: its record is free, its memory goes to whoever waits for it.
     pub fn end(&mut self, index: u32, mut record: Box<Exchange<S>>) {
         self.with_deadline -= u32::from(record.call.deadline != 0);
+        if record.is_question {
+            self.jobs.asked_ended();
+        }
         match std::mem::replace(&mut record.work, Work::Answered) {
             Work::Whole(body) => self.give_back(body.reserved),
             Work::Waits(_) => {

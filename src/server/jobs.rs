@@ -75,6 +75,8 @@ pub(crate) struct Jobs {
     /// they count among the jobs.
     questions: VecDeque<(Ticket, Question)>,
     asking: Vec<u64>,
+    /// Calls with such questions, those among them whose answers are still being sent.
+    asked: usize,
 }
 
 impl Jobs {
@@ -92,14 +94,20 @@ impl Jobs {
 
     /// The same for a question about the server itself.
     pub fn ask(&mut self, seat: u32, exchange: u32, question: Question) -> Option<u64> {
-        if self.asking.len() >= INSPECTIONS_MAX {
+        if self.asked >= INSPECTIONS_MAX {
             return None;
         }
+        self.asked += 1;
         self.live += 1;
         self.last += 1;
         self.asking.push(self.last);
         self.questions.push_back((Ticket { seat, exchange, number: self.last }, question));
         Some(self.last)
+    }
+
+    /// A call with a question has ended.
+    pub fn asked_ended(&mut self) {
+        self.asked -= 1;
     }
 
     /// The oldest question that waits.
@@ -183,5 +191,28 @@ mod tests {
         assert_eq!(jobs.take_given_up(), [numbers[1]]);
         assert_eq!(jobs.next().unwrap().ticket.number, numbers[3]);
         assert_eq!(jobs.live(), FILE_READS_MAX - 2);
+    }
+
+    /// Goal:   S12: there are only so many questions about the server whose answers have not been sent, and they take no
+    ///         place of files.
+    #[test]
+    fn s12_there_are_only_so_many_questions() {
+        let mut jobs = Jobs::default();
+        let question = Question::Inspect(Default::default());
+        let numbers: Vec<u64> =
+            (0..INSPECTIONS_MAX as u32).map(|i| jobs.ask(1, i, question).unwrap()).collect();
+        assert_eq!(jobs.ask(1, 99, question), None);
+        assert_eq!(jobs.next_question().unwrap().0.number, numbers[0]);
+        jobs.answered(numbers[0]);
+        assert_eq!(jobs.ask(1, 99, question), None, "its answer is being sent");
+        jobs.asked_ended();
+        assert!(jobs.ask(1, 99, question).is_some());
+        jobs.give_up(numbers[1]);
+        jobs.asked_ended();
+        assert_eq!(jobs.next_question().unwrap().0.number, numbers[2]);
+        for i in 0..FILE_READS_MAX as u32 {
+            assert!(jobs.add(1, i, "f".into(), None).is_some());
+        }
+        assert!(jobs.add(1, 99, "f".into(), None).is_none());
     }
 }

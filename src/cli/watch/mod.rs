@@ -14,7 +14,7 @@ use doorbell::{
 };
 use std::error::Error;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Which server.
 #[derive(Debug, Args)]
@@ -65,7 +65,17 @@ impl Watched {
             ..CallOptions::default()
         };
         let connection = self.client.open()?;
-        match connection.call_with(message_type, body, &options, |reply| reply.to_vec()) {
+        let until = Instant::now() + PATIENCE;
+        let answer = loop {
+            match connection.call_with(message_type, body, &options, |reply| reply.to_vec()) {
+                // Others watch, too, and a server answers few at a time.
+                Err(IpcError::Overloaded { retry_ms }) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(retry_ms));
+                }
+                answer => break answer,
+            }
+        };
+        match answer {
             Ok(answer) => Ok(answer?),
             Err(IpcError::Timeout) => Err("the server does not answer within 3 s: a handler may hold its first reactor \
                                            up; what that runs is also in the metrics, which a thread of their own serves"

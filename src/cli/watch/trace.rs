@@ -25,7 +25,7 @@ pub struct TraceOptions {
     output: Option<PathBuf>,
 }
 
-/// Between two questions. A reactor keeps 4096 calls meanwhile: more than that are counted and not told.
+/// Between two questions. A reactor keeps 1024 calls meanwhile: more than that are counted and not told.
 const PAUSE: Duration = Duration::from_millis(20);
 
 pub fn number(text: &str) -> Result<u32, String> {
