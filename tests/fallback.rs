@@ -82,7 +82,7 @@ fn f38_where_io_uring_is_refused_epoll_serves_and_the_log_says_why() {
     Bystander::new(&directory.join("s")).check("the start");
     server.signal(rustix::process::Signal::TERM);
     assert!(server.wait().success());
-    assert_eq!(said().matches("backend=\"epoll\"").count(), 1, "{}", said());
+    assert_eq!(said().matches("\"backend\":\"epoll\"").count(), 1, "{}", said());
     assert!(said().contains("creating a ring") && said().contains("seccomp"), "{}", said());
 
     let mut server = start("--backend io-uring");
@@ -100,9 +100,9 @@ fn f38_either_backend_can_be_forced() {
     for backend in told {
         let server = ServerProcess::start(&["--backend", backend]);
         Bystander::new(server.path()).check("the start");
-        let line = format!("backend=\"{backend}\"");
+        let line = format!("\"backend\":\"{backend}\"");
         eventually("the backend is named", || server.log().contains(&line));
-        assert_eq!(server.log().matches("backend=").count(), 1, "{}", server.log());
+        assert_eq!(server.log().matches("\"backend\":").count(), 1, "{}", server.log());
     }
     let directory = TestDir::new();
     let log = directory.join("log");
@@ -111,7 +111,7 @@ fn f38_either_backend_can_be_forced() {
     serve.stdin(Stdio::null()).stderr(std::fs::File::create(&log).unwrap());
     let _server = common::process::Process(serve.spawn().unwrap());
     eventually("the backend is named", || {
-        std::fs::read_to_string(&log).unwrap().contains("backend=\"epoll\"")
+        std::fs::read_to_string(&log).unwrap().contains("\"backend\":\"epoll\"")
     });
     assert!("uring".parse::<Backend>().unwrap_err().to_string().contains("io-uring or epoll"));
 }

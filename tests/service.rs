@@ -62,7 +62,7 @@ impl Manager {
         let script = "exec 3<&0 </dev/null; export LISTEN_PID=$$; exec \"$@\"";
         let mut command = Command::new("sh");
         command.args(["-c", script, "sh"]).arg(doorbell().get_program());
-        command.arg("serve").arg("--socket").arg(self.path()).args(arguments);
+        command.args(["serve", "--log-format", "human", "--socket"]).arg(self.path()).args(arguments);
         command.env("NO_COLOR", "1").env("NOTIFY_SOCKET", self.directory.join("notify"));
         command.env("LISTEN_FDNAMES", "doorbell").env("WATCHDOG_USEC", "40000");
         command.env("LISTEN_FDS", if socket.is_some() { "1" } else { "0" });

@@ -14,6 +14,7 @@ use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -198,9 +199,17 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
     let state = State { providers: host.handle(), file_model: file.ai.file_model.clone() };
     let manager = Manager::from_environment()?.map(Arc::new);
     let server = IpcServer::new(&TABLE, state).config(running.server.clone());
+    // Whoever sees the socket may stop the server: that must not kill it before it can be told.
+    let asked_to_stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT] {
+        signal_hook::flag::register(signal, Arc::clone(&asked_to_stop))?;
+    }
     let bound = listen(server, inherited, &path, manager.as_deref(), options.store_socket)?;
-    let _exporter = Exporter::start(bound.metrics(), &file.metrics)?;
     stop_by_signals(&bound, options.config.is_some())?;
+    if asked_to_stop.load(Relaxed) {
+        bound.shutdown_handle().shutdown()?;
+    }
+    let _exporter = Exporter::start(bound.metrics(), &file.metrics)?;
     let steward = Steward {
         signals: Signals::listen(options.config.is_some())?,
         manager: manager.clone(),
