@@ -127,11 +127,11 @@ pub(super) fn serve<S: Send + Sync + 'static>(
             start.send(Crew { own: i + 1, ..crew.clone() }).ok();
         }
         let reactor = plan.reactor(driver, crew.clone(), inbox, Some(home))?;
-        if plan.config.thin_executable {
-            let_go_of_the_start();
-        }
         if let Some(ready) = ready {
             ready();
+        }
+        if plan.config.thin_executable {
+            let_go_of_the_start();
         }
         let result = reactor.run();
         if result.is_err() {

@@ -16,8 +16,9 @@ use rustix::mm::{Advice, madvise};
 /// The length of a piece, bytes, unless there would be too many. Half as much leaves a quarter less resident and
 /// takes twice the kernel memory; twice as much leaves 1.4 times as much (`docs/performance.md`, section Memory).
 const PIECE: usize = 8 << 10;
-/// Most pieces: each takes 192 bytes of kernel memory and some more for the tree that it is found by.
-const PIECES_MAX: usize = 512;
+/// Most pieces: each takes 192 bytes of kernel memory and some more for the tree that it is found by. Executables of up to
+/// 12 MiB have pieces of [`PIECE`].
+const PIECES_MAX: usize = 1536;
 
 /// Bits of an entry of `/proc/PID/pagemap`, Documentation/admin-guide/mm/pagemap.rst.
 mod page {
@@ -35,7 +36,7 @@ mod page {
 /// Shape:  the bytes that were resident and are no more, before those in use come back.
 /// Cost:   about a millisecond; later about 1 µs for each piece that is used again, once: its pages stay cached.
 ///         Nothing else changes: the code stays where it is, and the kernel may take such pages away at any time
-///         anyway. Kernel memory: about 250 bytes a piece, at most 512 pieces.
+///         anyway. Kernel memory: about 250 bytes a piece, at most 1536 pieces.
 /// Source: madvise(2), `MADV_DONTNEED`; `filemap_map_pages` of mm/filemap.c.
 ///
 /// Whoever patches his own code while it runs must not do so during this call.
