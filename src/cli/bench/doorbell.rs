@@ -111,7 +111,7 @@ pub struct DoorbellJob {
 }
 
 /// What a server has for itself at the start, bytes, rounded up.
-const PRIVATE: u64 = 1_400_000;
+const PRIVATE: u64 = 1_700_000;
 /// What each session takes from the budget beside its segment, bytes.
 const PRIVATE_PER_SESSION: u64 = 1536;
 /// Sessions beyond which each adds to the budget, and what it adds, bytes.
