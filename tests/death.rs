@@ -625,7 +625,9 @@ fn f50_f52_r3_4_a_killed_server_can_be_started_again_at_once() {
 #[test]
 fn trap11_many_idle_sessions_cost_no_thread_and_no_wake_up() {
     let server = ServerProcess::start(&[]);
-    let sessions: Vec<_> = (0..50).map(|_| client(server.path(), WaitPolicy::Block)).collect();
+    let config = ClientConfig { policy: WaitPolicy::Block, ..ClientConfig::default() };
+    let sessions: Vec<_> =
+        (0..50).map(|_| IpcClient::connect_with(server.path(), &config).unwrap()).collect();
     let connections: Vec<_> = sessions.iter().map(|session| session.open().unwrap().detach()).collect();
     let watcher = Bystander::new(server.path());
     let tasks = || std::fs::read_dir(format!("/proc/{}/task", server.process.0.id())).unwrap();

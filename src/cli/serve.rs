@@ -205,13 +205,15 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         signal_hook::flag::register(signal, Arc::clone(&asked_to_stop))?;
     }
     let bound = listen(server, inherited, &path, manager.as_deref(), options.store_socket)?;
+    // Before what stops the server: who has to tell of it hears of it first.
+    let signals = Signals::listen(options.config.is_some())?;
     stop_by_signals(&bound, options.config.is_some())?;
     if asked_to_stop.load(Relaxed) {
         bound.shutdown_handle().shutdown()?;
     }
     let _exporter = Exporter::start(bound.metrics(), &file.metrics)?;
     let steward = Steward {
-        signals: Signals::listen(options.config.is_some())?,
+        signals,
         manager: manager.clone(),
         reload: bound.reload_handle(),
         options: options.clone(),

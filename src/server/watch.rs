@@ -179,11 +179,12 @@ pub(super) fn watch(
         let pause = if asleep && !watched.is_empty() { idle.max(busy) } else { busy };
         let pause = interval.map_or(pause, |interval| pause.min(interval));
         let (over, rung) = wait(ended, caretaker.as_deref(), pause)?;
-        if over {
-            return Ok(());
-        }
+        // First: a server that has nothing to finish ends in the same moment.
         if rung && let Some(caretaker) = &mut caretaker {
             caretaker.rung();
+        }
+        if over {
+            return Ok(());
         }
     }
 }
