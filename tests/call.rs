@@ -828,7 +828,9 @@ fn r1_8_fifty_sessions_of_as_many_threads_are_all_answered() {
         for thread in 0..50u64 {
             let (path, barrier) = (server.path(), &all_connected);
             scope.spawn(move || {
-                let client = client(path, WaitPolicy::Block);
+                // Of the usual size: the default budget has room for a hundred of them.
+                let config = ClientConfig { policy: WaitPolicy::Block, ..ClientConfig::default() };
+                let client = IpcClient::connect_with(path, &config).unwrap();
                 let connection = client.open().unwrap();
                 barrier.wait();
                 for call in 0..100u64 {
