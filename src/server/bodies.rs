@@ -2,6 +2,7 @@
 
 use super::deferred::{AsyncCall, DROPPED, Deferred, End, Executor};
 use super::exchange::{Body, Exchange, Frame, LaneExchanges, Plan, Terminal, Work};
+use super::inspect::QUESTION_NS;
 use super::jobs::{Answer, Ticket};
 use super::lane::{Bench, Outcome, Places, SessionLane, Turn, failure};
 use super::table::{
@@ -246,7 +247,13 @@ impl SessionLane {
                 }
             }
             Ok(Ok(Deferral::Inspect(question))) => match bench.exchanges.jobs.ask(e.seat, index, question) {
-                Some(number) => (e.work, e.is_question) = (Work::Deferred(number), true),
+                Some(number) => {
+                    (e.work, e.is_question) = (Work::Deferred(number), true);
+                    if e.call.deadline == 0 {
+                        e.call.deadline = (bench.now_ns)().saturating_add(QUESTION_NS);
+                        bench.exchanges.has_deadline(e.call.deadline);
+                    }
+                }
                 None => e.answer(Answer::busy(), bench.message_max),
             },
             Ok(Ok(Deferral::Question(question))) => self.ask(index, question, e, bench),

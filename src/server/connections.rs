@@ -89,7 +89,11 @@ impl ConnectionPool {
         let index = self.first_free;
         let record = self.records.get_mut(index as usize)?;
         self.first_free = record.key as u32;
-        let uses = record.uses.wrapping_add(1);
+        let mut uses = record.uses.wrapping_add(1);
+        if index | u32::from(uses) << INDEX_BITS == 0 {
+            // No connection has the number 0.
+            uses = uses.wrapping_add(1);
+        }
         let number = index | u32::from(uses) << INDEX_BITS;
         *record =
             Connection { key: key(session, number), bytes: 0, time_ns: 0, requests: 0, uses, codec, bulk };

@@ -7,7 +7,7 @@ use super::crew::{Inbox, Message, Notice};
 use super::deferred::Executor;
 use super::exchange::{Exchanges, Work};
 use super::idle::Seen;
-use super::inspect::{Part, Question};
+use super::inspect::{CALLS_MAX, Part, Question};
 use super::jobs::{Answer, Job, Ticket};
 use super::lane::{Batch, Bench, SessionLane, TurnLimits};
 use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
@@ -400,7 +400,7 @@ impl<S> Core<S> {
     pub fn note_queues(&mut self) {
         let (mut entries, mut answers) = (0, 0);
         for lane in self.seats.iter_mut().filter_map(|seat| seat.lane.as_deref_mut()) {
-            entries += lane.entries_waiting().count() as u64;
+            entries += lane.count_waiting();
             answers += lane.answers_waiting();
         }
         (self.metrics.entries_waiting, self.metrics.answers_waiting) = (entries, answers);
@@ -413,6 +413,14 @@ impl<S> Core<S> {
             if let Some(lane) = &seat.lane {
                 lane.segment().set_state(state::DRAINING, DisconnectReason::Draining as u32);
             }
+        }
+    }
+
+    /// Tells every client that the server has come to an end.
+    #[cold]
+    pub fn close_all(&self) {
+        for lane in self.seats.iter().filter_map(|seat| seat.lane.as_deref()) {
+            lane.segment().set_state(state::CLOSED, DisconnectReason::Draining as u32);
         }
     }
 
@@ -457,6 +465,7 @@ impl<S> Core<S> {
     pub fn adopt(&mut self, limits: &Movable) {
         self.config
             .adopt(&Movable { max_sessions: limits.max_sessions.min(self.most_sessions), ..limits.clone() });
+        self.timing.overrun_ns = self.config.turn_time.as_nanos() as u64;
     }
 
     /// Whether no call of a lane is under way: nothing of it is lost if the lane goes.
@@ -722,12 +731,16 @@ impl<S> Core<S> {
                     ..lane.tell()
                 });
             }
-            if inquiry.calls {
-                part.calls.extend(lane.queued_calls(session, reactor));
-            }
         }
         if inquiry.calls {
-            part.calls.extend(self.exchanges.iter_mut().map(|(_, exchange)| exchange.tell(reactor, now)));
+            // Those that have been begun first: there may be more than can be told.
+            let begun = self.exchanges.iter_mut().map(|(_, exchange)| exchange.tell(reactor, now));
+            part.calls.extend(begun.take(CALLS_MAX));
+            for (index, seat) in self.seats.iter().enumerate() {
+                let Some(lane) = seat.lane.as_deref() else { continue };
+                let room = CALLS_MAX - part.calls.len();
+                part.calls.extend(lane.queued_calls(index as u32, reactor).take(room));
+            }
         }
         part
     }

@@ -113,7 +113,7 @@ pub(crate) struct Exchange<S> {
     /// Bytes of the answer that did not fit into the window, and how many of them have gone since.
     pub spill: Vec<u8>,
     pub spilled: usize,
-    /// Bytes of the answer that waited for room when that was last counted ([`LaneExchanges::unread`]).
+    /// Bytes of an answer that waited for room when that was last counted ([`LaneExchanges::unread`]).
     pub unread: usize,
     /// Bytes of the answer that have been sent.
     pub sent: usize,
@@ -273,9 +273,9 @@ impl<S> Exchange<S> {
         LaneLayout::slot_offset(self.window.slot(self.window.frame))
     }
 
-    /// Counts anew what waits for room, in the sum of its lane.
+    /// Counts anew what waits for room, in the sum of its lane: all of it, since its memory goes back with its last byte.
     pub fn count_unread(&mut self, sum: &mut usize) {
-        let unread = self.spill.len() - self.spilled;
+        let unread = if self.has_spilled() { self.spill.len() } else { 0 };
         *sum = *sum - self.unread + unread;
         self.unread = unread;
     }
@@ -340,10 +340,15 @@ impl<S> Exchanges<S> {
         let mut record = self.spare.pop().unwrap_or_else(|| Box::new(Exchange::new()));
         (record.call, record.ring, record.seat) = (*call, ring, seat);
         if call.deadline != 0 {
-            self.with_deadline += 1;
-            self.next_deadline = self.next_deadline.min(call.deadline);
+            self.has_deadline(call.deadline);
         }
         (index, record)
+    }
+
+    /// One of them has got a deadline.
+    pub fn has_deadline(&mut self, deadline: u64) {
+        self.with_deadline += 1;
+        self.next_deadline = self.next_deadline.min(deadline);
     }
 
     /// Takes a record out to work on it.
@@ -363,7 +368,7 @@ impl<S> Exchanges<S> {
     pub fn end(&mut self, index: u32, mut record: Box<Exchange<S>>) {
         self.with_deadline -= u32::from(record.call.deadline != 0);
         if record.is_question {
-            self.jobs.asked_ended();
+            self.jobs.asked_ended(record.seat);
         }
         match std::mem::replace(&mut record.work, Work::Answered) {
             Work::Whole(body) => self.give_back(body.reserved),
@@ -532,6 +537,18 @@ mod tests {
 
     fn exchange(body_len: u64) -> Exchange<()> {
         Exchange { call: Submission { body_len, slot: 3, ..Submission::default() }, ..Exchange::new() }
+    }
+
+    /// Goal:   S12: an answer of which a byte is unread counts with all the memory that it has.
+    #[test]
+    fn s12_an_answer_counts_until_its_last_byte_has_gone() {
+        let (mut exchange, mut sum) = (exchange(0), 7);
+        exchange.spill = vec![0; 1000];
+        for (spilled, counted) in [(0, 1000), (999, 1000), (1000, 0)] {
+            exchange.spilled = spilled;
+            exchange.count_unread(&mut sum);
+            assert_eq!(sum, 7 + counted);
+        }
     }
 
     /// Goal:   a body that is longer or shorter than announced is found out with the frame that shows it.

@@ -236,7 +236,9 @@ impl Home {
     pub fn due_ns(&self) -> u64 {
         let or_never = |ns| if ns == 0 { u64::MAX } else { ns };
         let room_ns = if self.listener_armed { 0 } else { self.half_open.room_ns() };
-        let others_ns = or_never(self.pause_ends_ns).min(or_never(room_ns)).min(self.linger.due_ns());
+        // While somebody is about to come the server does not end.
+        let linger_ns = if self.half_open.is_empty() { self.linger.due_ns() } else { u64::MAX };
+        let others_ns = or_never(self.pause_ends_ns).min(or_never(room_ns)).min(linger_ns);
         self.half_open.due_ns().min(others_ns)
     }
 
@@ -268,7 +270,7 @@ impl Home {
                 self.listener_armed = false;
                 self.accept(reactor)
             }
-            Source::HalfOpen(id) => self.half_open_spoke(reactor, id),
+            Source::HalfOpen(id) => self.half_open_spoke(reactor, id, result),
             Source::Socket(id) => self.socket_spoke(reactor, id, result),
             Source::Process(id) => match self.member(id) {
                 Some(member) if result != Err(Errno::CANCELED) => {
@@ -406,7 +408,22 @@ impl Home {
     }
 
     /// A half-open socket has something to say: its hello, or its end.
-    fn half_open_spoke<S>(&mut self, reactor: &mut Reactor<S>, id: SessionId) -> Result<()> {
+    fn half_open_spoke<S>(
+        &mut self,
+        reactor: &mut Reactor<S>,
+        id: SessionId,
+        result: std::result::Result<u32, Errno>,
+    ) -> Result<()> {
+        if let Err(errno) = result {
+            let Some(half) = self.half_open.take(id).filter(|_| errno != Errno::CANCELED) else {
+                return Ok(());
+            };
+            // No room to listen to it: to go on as if there were would be a loop.
+            let no_room = Welcome { retry_ms: RETRY_MS, ..Welcome::refusal(code::NO_MEMORY) };
+            refuse(reactor, &half.socket, &no_room);
+            drop(half);
+            return self.resume(reactor);
+        }
         let Some(half) = self.half_open.get(id) else { return Ok(()) };
         let mut bytes = [0u8; size_of::<Hello>() + 1];
         let heard = hear(&half.socket, &mut bytes);

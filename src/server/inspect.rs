@@ -20,6 +20,13 @@ const PATIENCE_NS: u64 = 300_000_000;
 /// Questions of each reactor that have not been answered to the last byte: a report of a thousand connections has 150 KB.
 pub(crate) const INSPECTIONS_MAX: usize = 4;
 
+/// Places beside those for whoever wants a session to end.
+pub(crate) const ENDS_MAX: usize = 4;
+/// How long a call with a question may take, its answer read: it has a place that others wait for.
+pub(crate) const QUESTION_NS: u64 = 5_000_000_000;
+/// Calls that a reactor tells of, at most.
+pub(crate) const CALLS_MAX: usize = 4096;
+
 /// What is asked of a reactor about itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Question {
@@ -71,6 +78,11 @@ impl<S> Reactor<S> {
     }
 
     fn inspect(&mut self, ticket: Ticket, inquiry: Inquiry) -> Result<()> {
+        if self.inspections.0.len() >= INSPECTIONS_MAX {
+            // Of questions that were given up meanwhile, while a reactor is held up.
+            self.answer_question(ticket, Answer::busy());
+            return Ok(());
+        }
         let part = self.tell(&inquiry);
         let wants_parts = inquiry != Inquiry::default();
         let mut missing = Vec::new();

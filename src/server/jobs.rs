@@ -5,7 +5,7 @@
 //!         Its number is never used again, so that an answer that comes late meets nobody (S10).
 //! Bound:  [`FILE_READS_MAX`] jobs that are not over; one more is answered `Overloaded` and never stored.
 
-use super::inspect::{INSPECTIONS_MAX, Question};
+use super::inspect::{ENDS_MAX, INSPECTIONS_MAX, Question};
 use super::table::HandlerError;
 use crate::config::FILE_READS_MAX;
 use doorbell_shm::entry::Status;
@@ -75,8 +75,8 @@ pub(crate) struct Jobs {
     /// they count among the jobs.
     questions: VecDeque<(Ticket, Question)>,
     asking: Vec<u64>,
-    /// Calls with such questions, those among them whose answers are still being sent.
-    asked: usize,
+    /// Seats of the calls with such questions, those among them whose answers are still being sent.
+    asked: Vec<u32>,
 }
 
 impl Jobs {
@@ -94,10 +94,13 @@ impl Jobs {
 
     /// The same for a question about the server itself.
     pub fn ask(&mut self, seat: u32, exchange: u32, question: Question) -> Option<u64> {
-        if self.asked >= INSPECTIONS_MAX {
+        // Whoever does not read his report keeps nobody from ending his session.
+        let ends = matches!(question, Question::End(_));
+        let most = if ends { INSPECTIONS_MAX + ENDS_MAX } else { INSPECTIONS_MAX };
+        if self.asked.len() >= most || !ends && self.asked.contains(&seat) {
             return None;
         }
-        self.asked += 1;
+        self.asked.push(seat);
         self.live += 1;
         self.last += 1;
         self.asking.push(self.last);
@@ -106,8 +109,10 @@ impl Jobs {
     }
 
     /// A call with a question has ended.
-    pub fn asked_ended(&mut self) {
-        self.asked -= 1;
+    pub fn asked_ended(&mut self, seat: u32) {
+        if let Some(at) = self.asked.iter().position(|of| *of == seat) {
+            self.asked.swap_remove(at);
+        }
     }
 
     /// The oldest question that waits.
@@ -167,6 +172,7 @@ impl Jobs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::inspect::EndSession;
 
     /// Goal:   S12: there are only so many jobs, those that the reactor has among them; whoever goes makes room.
     /// Method: as many as may be, then one for each way in which a job ends.
@@ -193,23 +199,31 @@ mod tests {
         assert_eq!(jobs.live(), FILE_READS_MAX - 2);
     }
 
-    /// Goal:   S12: there are only so many questions about the server whose answers have not been sent, and they take no
-    ///         place of files.
+    /// Goal:   S12: there are only so many questions about the server whose answers have not been sent, one of each session,
+    ///         and they take no place of files; whoever reads none of his keeps nobody from ending his session.
     #[test]
     fn s12_there_are_only_so_many_questions() {
         let mut jobs = Jobs::default();
         let question = Question::Inspect(Default::default());
-        let numbers: Vec<u64> =
-            (0..INSPECTIONS_MAX as u32).map(|i| jobs.ask(1, i, question).unwrap()).collect();
-        assert_eq!(jobs.ask(1, 99, question), None);
+        let seats = 0..INSPECTIONS_MAX as u32;
+        let numbers: Vec<u64> = seats.map(|seat| jobs.ask(seat, seat, question).unwrap()).collect();
+        assert_eq!(jobs.ask(99, 99, question), None);
         assert_eq!(jobs.next_question().unwrap().0.number, numbers[0]);
         jobs.answered(numbers[0]);
-        assert_eq!(jobs.ask(1, 99, question), None, "its answer is being sent");
-        jobs.asked_ended();
-        assert!(jobs.ask(1, 99, question).is_some());
+        assert_eq!(jobs.ask(99, 99, question), None, "its answer is being sent");
+        jobs.asked_ended(0);
+        assert_eq!(jobs.ask(1, 99, question), None, "one of a session");
+        assert!(jobs.ask(99, 99, question).is_some());
         jobs.give_up(numbers[1]);
-        jobs.asked_ended();
+        jobs.asked_ended(1);
         assert_eq!(jobs.next_question().unwrap().0.number, numbers[2]);
+        assert!(jobs.ask(98, 98, question).is_some());
+        assert_eq!(jobs.ask(97, 97, question), None);
+        let end = Question::End(EndSession { session: 1, generation: 1 });
+        for seat in 0..ENDS_MAX as u32 {
+            assert!(jobs.ask(seat, 50 + seat, end).is_some());
+        }
+        assert_eq!(jobs.ask(5, 60, end), None);
         for i in 0..FILE_READS_MAX as u32 {
             assert!(jobs.add(1, i, "f".into(), None).is_some());
         }

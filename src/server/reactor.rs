@@ -267,6 +267,19 @@ impl<S> Reactor<S> {
 
     /// Serves until told to stop; returns what this reactor counted.
     pub fn run(mut self) -> Result<Counters> {
+        let served = self.serve().and_then(|()| self.drain());
+        if let Err(error) = served {
+            if self.crew.is_home() {
+                // Before the sockets close: other reactors may take entries until they hear of it, so a client must not
+                // conclude from a socket that is gone that nobody does.
+                self.core.close_all();
+            }
+            return Err(error);
+        }
+        self.stop()
+    }
+
+    fn serve(&mut self) -> Result<()> {
         self.with_home(Home::begin)?;
         let spins = self.core.config().policy == WaitPolicy::Spin;
         let mut idle_rounds = 0u32;
@@ -372,7 +385,7 @@ impl<S> Reactor<S> {
                 self.sleep()?;
             }
         }
-        self.stop()
+        Ok(())
     }
 
     #[inline(always)]
@@ -579,7 +592,8 @@ impl<S> Reactor<S> {
 
     /// The socket of a further lane's bell has something to say (F38): a byte for each ring.
     fn bell_socket_spoke(&mut self, id: SessionId, result: std::result::Result<u32, Errno>) -> Result<()> {
-        let Some(peer) = self.peer(id).filter(|_| result != Err(Errno::CANCELED)) else { return Ok(()) };
+        // No room to listen to it, or not to be listened to: to ask again at once would be a loop. The sweep finds its work.
+        let Some(peer) = self.peer(id).filter(|_| result.is_ok()) else { return Ok(()) };
         let (id, Some(bell)) = (peer.id, &peer.bell) else { return Ok(()) };
         match rendezvous::receive(bell.as_fd(), &mut [0], RecvFlags::DONTWAIT) {
             Ok(packet) if packet.len > 0 => self.socket_rang(id)?,
@@ -799,7 +813,8 @@ impl<S> Reactor<S> {
         let home_waits = self.home.as_ref().is_some_and(Home::waits);
         // A lane may have gone while it rested: the end of its rest is due all the same.
         let nothing_rests = self.rest_ends_ns == 0;
-        if self.core.live() == 0 && nothing_rests && !home_waits && self.desk.due_ns() == u64::MAX {
+        let nobody_asks = self.inspections.due_ns() == u64::MAX && self.desk.due_ns() == u64::MAX;
+        if self.core.live() == 0 && nothing_rests && !home_waits && nobody_asks {
             return Ok(());
         }
         self.trim_files(now)?;
@@ -976,7 +991,8 @@ impl<S> Reactor<S> {
         if self.core.live() > 0 {
             due_ns = due_ns.min(self.next_sweep_ns);
         }
-        if self.memory_is_wanted() {
+        // Who has no lanes has nothing to give back.
+        if self.core.live() > 0 && self.memory_is_wanted() {
             due_ns = due_ns.min(self.memory_tick_ns);
         }
         if self.rest_ends_ns != 0 {
@@ -1035,7 +1051,6 @@ impl<S> Reactor<S> {
 
     /// Takes leave of every client; returns what was counted.
     fn stop(mut self) -> Result<Counters> {
-        self.drain()?;
         let ids: Vec<SessionId> = self.core.ids().collect();
         for id in ids {
             match self.crew.is_home() {
@@ -1068,8 +1083,9 @@ fn ring_socket(socket: &OwnedFd) {
 /// Fewest and most completion entries of a ring: 8 and 64 KiB.
 const COMPLETION_ENTRIES: std::ops::RangeInclusive<u32> = 512..=4096;
 
-/// What a reactor waits with: epoll, or a ring, as large as its sessions need: two of the three things that the home reactor waits for in
-/// each of them may happen at once, when its process dies. A further reactor has nothing but bells to wait for.
+/// What a reactor waits with: epoll, or a ring, as large as its sessions need: two of the three things that the home
+/// reactor waits for in each of them may happen at once, when its process dies. A further reactor has nothing but bells
+/// to wait for.
 pub(crate) fn driver(config: &ServerConfig, home: bool) -> Result<Driver> {
     if config.backend == Backend::Epoll {
         return Ok(Driver::epoll(Source::Mail.token())?);

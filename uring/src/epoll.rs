@@ -410,6 +410,12 @@ impl EpollDriver {
             self.handed_over.push((self.next_job, read.token, read.buffer));
             return;
         }
+        if self.helper.take().is_some() {
+            // It has died, and what it had with it. The next read starts another one.
+            for (_, token, buffer) in std::mem::take(&mut self.handed_over) {
+                self.land(token, buffer, Err(Errno::IO));
+            }
+        }
         let target = &mut read.buffer.whole()[..read.len];
         let result = read_whatever_it_takes(&read.file, read.offset, target);
         self.land(read.token, read.buffer, result);
