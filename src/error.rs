@@ -179,7 +179,7 @@ pub enum IpcError {
         retry_ms: u32,
     },
     /// The server is stopping.
-    #[error("the server is stopping and takes no new sessions: try again in {retry_ms} ms")]
+    #[error("the server is stopping and takes no new sessions or calls: try again in {retry_ms} ms")]
     Draining {
         /// Milliseconds after which to try again.
         retry_ms: u32,

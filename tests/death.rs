@@ -583,11 +583,10 @@ fn r3_7_f49_a_server_told_to_stop_tells_its_clients_and_leaves_nothing() {
         eventually("the busy client is told", || waiting.is_finished());
         let (first, later) = waiting.join().unwrap();
         let draining = DisconnectReason::Draining;
-        // The call under way may have been answered, not started or lost; after it the reason is plain.
-        assert!(
-            matches!(first, IpcError::NotExecuted | IpcError::ConnectionLost | IpcError::Disconnected(_)),
-            "{first}"
-        );
+        // The call under way may have been refused, not started or lost; after it the reason is plain.
+        let refused = matches!(first, IpcError::Draining { .. } | IpcError::NotExecuted);
+        let lost = matches!(first, IpcError::ConnectionLost | IpcError::Disconnected(_));
+        assert!(refused || lost, "{first}");
         assert!(matches!(later, IpcError::Disconnected(r) if r == draining), "{later}");
         returns("the idle client is told", move || {
             idle.attached(id).call(MessageType::PING, b"").unwrap_err();
@@ -632,7 +631,8 @@ fn trap11_many_idle_sessions_cost_no_thread_and_no_wake_up() {
     let watcher = Bystander::new(server.path());
     let tasks = || std::fs::read_dir(format!("/proc/{}/task", server.process.0.id())).unwrap();
     let (providers, watch, metrics) = (1, 1, 1);
-    let cores = std::thread::available_parallelism().unwrap().get();
+    // What reactors are counted by; a quota of time is no core less.
+    let cores = rustix::thread::sched_getaffinity(None).unwrap().count() as usize;
     assert_eq!(tasks().count(), cores + providers + watch + metrics);
     let slept = || {
         let status = |task: std::io::Result<std::fs::DirEntry>| {

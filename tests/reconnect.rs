@@ -89,6 +89,54 @@ fn r3_4_i5_calls_that_were_not_started_are_executed_by_the_next_server() {
     }
 }
 
+/// Goal:   R2.6, R3.4: a call that was cancelled is not sent again, whether its server has heard of that or not.
+/// Method: two calls to a stopped server, idempotent ones; one is cancelled; the server is killed and another one started.
+#[test]
+fn r2_6_r3_4_a_cancelled_call_is_not_sent_again() {
+    let mut server = LogServer::start();
+    let client = connect(server.path(), WaitPolicy::Block, Reconnect::default());
+    let connection = client.open().unwrap();
+    server.stop();
+    let submit = |id: u64| {
+        let options = CallOptions { tag: id, ..idempotent() };
+        connection.submit(LOG, &log_request(id, 0, 12), &options).unwrap()
+    };
+    let (unwanted, _wanted) = (submit(1), submit(2));
+    assert!(!client.wait(Some(Duration::from_millis(1))).unwrap());
+    client.cancel(unwanted);
+    server.kill();
+    server.restart();
+    let ended: HashMap<u64, _> = collect(&client, 2).into_iter().collect();
+    assert!(matches!(ended[&1], Err(IpcError::Cancelled)), "{ended:?}");
+    assert_eq!(*ended[&2].as_ref().unwrap(), log_answer(&log_request(2, 0, 12)));
+    assert_eq!(server.executed(), HashMap::from([(2, 1)]));
+}
+
+/// Goal:   R2.9, R3.4: the deadline of a call counts from when it is made: one that finds no server in time is not executed
+///         when there is one.
+/// Method: the callback client, whose server is killed; a call with a deadline; then the server comes back.
+#[test]
+fn r2_9_r3_4_a_deadline_counts_while_the_server_is_away() {
+    use doorbell::{CallbackClient, CallbackConfig, LinkOptions};
+    let mut server = LogServer::start();
+    let config = CallbackConfig { link: LinkOptions::reconnecting(), ..CallbackConfig::default() };
+    let client = CallbackClient::connect_with(server.path(), &config).unwrap();
+    server.kill();
+    let (tell, told) = std::sync::mpsc::channel();
+    let options = CallOptions { deadline: Some(Duration::from_millis(20)), ..CallOptions::default() };
+    let answered = move |result| tell.send(result).unwrap();
+    client.call_with(LOG, log_request(1, 0, 12), &options, answered).unwrap().detach();
+    let result = told.recv_timeout(Duration::from_secs(30)).unwrap();
+    // Not executed either way: it may have gone into the segment of the server that died.
+    assert!(matches!(result, Err(IpcError::DeadlineExceeded)), "{result:?}");
+    server.restart();
+    let (tell, told) = std::sync::mpsc::channel();
+    let answered = move |result| tell.send(result).unwrap();
+    client.call_with(LOG, log_request(2, 0, 12), &CallOptions::default(), answered).unwrap().detach();
+    told.recv_timeout(Duration::from_secs(30)).unwrap().unwrap();
+    assert_eq!(server.executed(), HashMap::from([(2, 1)]));
+}
+
 /// Goal:   R3.4, I3: a call that was under way when its server died fails as one that may have been executed, unless it is
 ///         idempotent: then the next server executes it.
 /// Method: a handler that hangs until the server is killed, and does not in the next.
@@ -170,11 +218,11 @@ fn r3_4_i5_a_time_out_while_the_server_is_away_means_not_executed() {
     assert_eq!(server.executed(), HashMap::from([(5, 1)]));
 }
 
-/// Goal:   R3.4: a call that waits to be sent again when its caller's time is over is told what it is: not executed, or,
-///         if it was under way once, perhaps.
+/// Goal:   R3.4: a call that waits to be sent again when its caller's time is over is told that it was not executed; one
+///         that has no time-out goes on waiting, and none of them is executed again meanwhile.
 /// Method: one submitted call that was started and one that was not, both idempotent; the server stays away.
 #[test]
-fn r3_4_a_time_out_of_a_call_that_is_to_be_sent_again_says_what_is_known() {
+fn r3_4_a_time_out_of_a_call_that_is_to_be_sent_again_means_not_executed() {
     let mut server = LogServer::start();
     server.let_hang(true);
     let path = server.path().to_owned();
@@ -193,10 +241,8 @@ fn r3_4_a_time_out_of_a_call_that_is_to_be_sent_again_says_what_is_known() {
     });
     eventually("the handler runs", || server.executions() == 1);
     server.kill();
-    let begun = Instant::now();
     kill.send(()).unwrap();
     let (waiting, connected) = returns("the caller is told", move || calling.join().unwrap());
-    assert!(begun.elapsed() < Duration::from_secs(20));
     assert!(!connected);
     assert!(matches!(waiting, Err(IpcError::NotExecuted)), "{waiting:?}");
     assert_eq!(server.executed(), HashMap::from([(1, 1)]));

@@ -23,9 +23,10 @@ use std::path::Path;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
+use std::time::Instant;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Sleep, sleep, sleep_until, timeout};
+use tokio::time::{Sleep, sleep, sleep_until, timeout, timeout_at};
 
 /// A client for tasks of a tokio runtime: cheap to clone, used by any number of tasks and threads at once, one session
 /// for all of them. Calls start in the order in which they are first polled.
@@ -178,8 +179,22 @@ impl AsyncClient {
     /// Submits a call, as soon as it is its turn and there is room.
     async fn begin(&self, message_type: MessageType, request: &[u8], options: &CallOptions) -> Result<Call> {
         let shared = &self.owner.shared;
-        let _turn = shared.turn.lock().await;
-        let key = poll_fn(|cx| shared.poll_submit(cx, message_type, request, options)).await?;
+        // The deadline counts from now, not from when there is room or a server.
+        let start = options.deadline.and_then(|limit| Instant::now().checked_add(limit));
+        let submitted = async {
+            let _turn = shared.turn.lock().await;
+            poll_fn(|cx| {
+                let deadline = start.map(|start| start.saturating_duration_since(Instant::now()));
+                shared.poll_submit(cx, message_type, request, &CallOptions { deadline, ..*options })
+            })
+            .await
+        };
+        let key = match start {
+            Some(start) => {
+                timeout_at(start.into(), submitted).await.unwrap_or(Err(IpcError::DeadlineExceeded))?
+            }
+            None => submitted.await?,
+        };
         Ok(Call { owner: Arc::clone(&self.owner), key, over: false })
     }
 }

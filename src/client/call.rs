@@ -193,7 +193,7 @@ impl Reply<'_> {
         Ok(len)
     }
 
-    /// The answer in memory of its own.
+    /// The answer in memory of its own; of a call that failed, the error's text: [`Reply::result`] says which it is.
     ///
     /// # Errors
     ///

@@ -162,7 +162,8 @@ impl ReconnectingClient {
     /// What ends the client for good; each call says what became of it first.
     pub fn poll(&self) -> Result<Option<Outcome>> {
         let now = Some(Instant::now());
-        let taken = if self.next_ready() { Ok(true) } else { self.turn(now, now) };
+        let taken =
+            if self.next_ready() { Ok(true) } else { self.turn(now, now).and_then(|_| self.look_around()) };
         match (self.take_ready(), taken) {
             (Some(outcome), _) => Ok(Some(outcome)),
             (None, Ok(_) | Err(IpcError::Timeout)) => Ok(None),
@@ -252,6 +253,20 @@ impl ReconnectingClient {
                 self.ready.borrow_mut().push_back(key);
             }
         }
+    }
+
+    /// Nothing has come for somebody who only polls: looks at the socket now and then, and takes what there is.
+    fn look_around(&self) -> Result<bool> {
+        if self.next_ready() {
+            return Ok(true);
+        }
+        let mut mux = self.mux.borrow_mut();
+        let looked = mux.client.as_ref().map_or(Ok(()), |c| c.session.borrow_mut().look_after_server());
+        if looked.is_err() {
+            // The session is over: what it left is taken, and each call told what became of it.
+            self.take_all(&mut mux)?;
+        }
+        Ok(self.next_ready())
     }
 
     /// Looks at the server's socket, and takes what there is.
@@ -381,8 +396,9 @@ impl ReconnectingClient {
             match self.turn(bounds.answer, bounds.away) {
                 Ok(true) => {}
                 Ok(false) | Err(IpcError::Timeout) => {
-                    // The answer, or the end of the session, may have come in the last moment.
-                    self.look()?;
+                    // The answer, or the end of the session, may have come in the last moment. Whatever ended the
+                    // client: the call knows what became of it.
+                    self.look().unwrap_or_default();
                     let next = self.mux.borrow_mut().next(key);
                     return match next {
                         Next::Frame { bytes, last } => Ok((bytes, last)),

@@ -31,6 +31,8 @@ pub(super) struct Again {
     request: Option<Vec<u8>>,
     /// Earlier sessions in which it may have been executed.
     doubts: u32,
+    /// Its answer is not wanted any more.
+    cancelled: bool,
     /// Frames of its answer that have been handed out, and bytes in them.
     frames: u64,
     bytes: u64,
@@ -54,6 +56,7 @@ impl Again {
             len: request.len(),
             request: (!in_slot).then(|| request.to_vec()),
             doubts: 0,
+            cancelled: false,
             frames: 0,
             bytes: 0,
         }
@@ -128,6 +131,13 @@ impl Revival {
             has_request: session.left_requests(),
         };
         let verdict = judge(fate, terms);
+        if again.cancelled && verdict == Verdict::Resend {
+            // The server may not have heard of that, and the next one never would.
+            let error = again.given_up(if started { IpcError::ConnectionLost } else { IpcError::Cancelled });
+            session.release(answered);
+            call.state.end(error);
+            return true;
+        }
         if verdict == Verdict::Resend {
             again.request.get_or_insert_with(|| {
                 let mut request = vec![0; again.len];
@@ -250,6 +260,32 @@ impl<T> Mux<T> {
         }
     }
 
+    /// When the first of the calls that wait to be sent again has to be started.
+    pub fn expires_at(&self) -> Option<Instant> {
+        let queue = &self.revival.as_ref()?.queue;
+        let deadline = |key: &Key| self.calls.get(key.index())?.as_ref()?.again.as_ref()?.deadline;
+        queue.iter().filter_map(deadline).min()
+    }
+
+    /// Ends those whose time to be started is over.
+    pub fn expire(&mut self, now: Instant) {
+        let (calls, Some(revival)) = (&mut self.calls, &mut self.revival) else { return };
+        let Revival { queue, news, .. } = &mut **revival;
+        queue.retain(|key| {
+            let call = calls.get_mut(key.index()).and_then(Option::as_mut).filter(|call| call.key == *key);
+            let Some((call, error)) = call.and_then(|call| {
+                let again = call.again.as_ref().filter(|again| again.deadline.is_some_and(|at| at <= now))?;
+                let error = again.given_up(IpcError::DeadlineExceeded);
+                Some((call, error))
+            }) else {
+                return true;
+            };
+            call.state.end(error);
+            news.push_back(*key);
+            false
+        });
+    }
+
     /// The time of a call is over: forgets it, and says what its caller is told.
     pub fn give_up(&mut self, key: Key) -> IpcError {
         let call = self.calls.get(key.index()).and_then(Option::as_ref).filter(|c| c.key == key);
@@ -267,8 +303,13 @@ impl<T> Mux<T> {
         else {
             return;
         };
-        match (call.id, &self.client, &mut self.revival, &call.again) {
-            (Some(id), Some(client), ..) => client.cancel(id),
+        match (call.id, &self.client, &mut self.revival, &mut call.again) {
+            (Some(id), Some(client), _, again) => {
+                client.cancel(id);
+                if let Some(again) = again {
+                    again.cancelled = true;
+                }
+            }
             (None, _, Some(revival), Some(again)) if revival.queue.contains(&key) => {
                 let error = again.given_up(IpcError::Cancelled);
                 revival.queue.retain(|other| *other != key);

@@ -13,6 +13,7 @@ use crate::protocol::rendezvous;
 use crate::server::open_start_lock;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -21,6 +22,11 @@ use std::time::{Duration, Instant};
 
 /// Longest pause between two looks whether a server listens.
 const PAUSE_MAX: Duration = Duration::from_millis(8);
+/// How often a server is started that ends at once: the one before it may not have given up the path yet.
+const STARTS_MAX: u32 = 3;
+/// How long a server that is of no use has to take leave of others, and how often that is looked at.
+const LEAVE: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(5);
 /// What the thread needs that waits for a server's end.
 const STACK: usize = 64 << 10;
 
@@ -56,7 +62,7 @@ impl IpcClient {
         config: &ClientConfig,
         command: &mut Command,
     ) -> Result<Self> {
-        let mut start = Start { path: path.as_ref(), command, lock: None, started: None };
+        let mut start = Start { path: path.as_ref(), command, lock: None, started: None, starts: 0 };
         let result = start.until_connected(config);
         match (&result, start.started.take()) {
             (Ok(_), Some(Started::Running(child))) => reap_later(child)?,
@@ -79,6 +85,8 @@ struct Start<'a> {
     /// Held while a server is being started, until it has answered.
     lock: Option<Lock>,
     started: Option<Started>,
+    /// How many have been started.
+    starts: u32,
 }
 
 impl Start<'_> {
@@ -121,6 +129,13 @@ impl Start<'_> {
             }
             // It has put a server into the background.
             Some(Started::Ended(status)) if status.success() => Ok(false),
+            // Another one has the path, or is just giving it up or taking it.
+            Some(Started::Ended(_))
+                if !matches!(error, IpcError::NotRunning { .. }) || self.starts < STARTS_MAX =>
+            {
+                self.started = None;
+                Ok(false)
+            }
             Some(Started::Ended(status)) => Err(IpcError::ServerEnded { status: *status }),
             // A server is there, and busy, or on its way out.
             None if !matches!(error, IpcError::NotRunning { .. }) => Ok(false),
@@ -132,6 +147,7 @@ impl Start<'_> {
                 self.command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
                 let child = self.command.spawn().map_err(|e| IpcError::io("starting a server", e))?;
                 self.started = Some(Started::Running(child));
+                self.starts += 1;
                 Ok(false)
             }
         }
@@ -176,7 +192,22 @@ fn reap_later(mut child: Child) -> Result<()> {
         .map_err(|e| IpcError::io("starting the thread that waits for a server's end", e))
 }
 
+/// Ends a server and whatever it was started through. Others may have connected to it meanwhile: it takes leave of them.
 fn kill(mut child: Child) -> Result<()> {
-    child.kill().map_err(|e| IpcError::io("killing a server that is of no use", e))?;
+    let group = Pid::from_child(&child);
+    let signal = |signal| match kill_process_group(group, signal) {
+        Ok(()) | Err(Errno::SRCH) => Ok(()),
+        Err(e) => Err(IpcError::io("stopping a server that is of no use", e)),
+    };
+    signal(Signal::TERM)?;
+    let begun = Instant::now();
+    // Not waited for before the group has been killed: until then its number is nobody else's.
+    let ended = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    while waitid(WaitId::Pid(group), ended).map_err(|e| IpcError::io("waitid of a server", e))?.is_none()
+        && begun.elapsed() < LEAVE
+    {
+        std::thread::sleep(LOOK);
+    }
+    signal(Signal::KILL)?;
     child.wait().map(drop).map_err(|e| IpcError::io("waitpid of a server", e))
 }

@@ -304,8 +304,7 @@ impl Session {
     pub fn look_after_server(&mut self) -> Result<()> {
         if self.end.is_none() {
             let now = Instant::now();
-            let looked_at = *self.looked_at.get_or_insert(now);
-            if now.duration_since(looked_at) < LOOK_INTERVAL {
+            if self.looked_at.is_some_and(|looked_at| now.duration_since(looked_at) < LOOK_INTERVAL) {
                 return Ok(());
             }
             self.looked_at = Some(now);

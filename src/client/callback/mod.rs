@@ -292,7 +292,8 @@ impl CallbackClient {
         let ticket = Ticket::issue(&self.shared, callback).ok_or(IpcError::WouldBlock)?;
         let handle = CallHandle { cancel: Arc::clone(ticket.cancel()), shared: Arc::clone(&self.shared) };
         let due = options.timeout.and_then(|limit| Instant::now().checked_add(limit));
-        let command = Command { ticket, message_type, request, options, core: current_cpu(), due };
+        let start = options.deadline.and_then(|limit| Instant::now().checked_add(limit));
+        let command = Command { ticket, message_type, request, options, core: current_cpu(), due, start };
         // Held for as long as it takes to append to a list.
         let sent = self.commands.lock().unwrap_or_else(PoisonError::into_inner).send(command);
         if let Err(unsent) = sent {

@@ -28,6 +28,8 @@ pub(super) struct Command {
     pub core: u32,
     /// When its time is over.
     pub due: Option<Instant>,
+    /// When it must have been started.
+    pub start: Option<Instant>,
 }
 
 /// A call that has been made.
@@ -165,6 +167,11 @@ impl Worker {
         }
         let now = Instant::now();
         if self.next_due(mux).is_some_and(|due| due <= now) {
+            self.end_expired(now);
+            mux.expire(now);
+            while let Some(key) = mux.take_news() {
+                self.hand_out(mux, key, FRAMES_MAX);
+            }
             self.end_those(mux, |_, due| due.is_some_and(|due| due <= now), || IpcError::Timeout);
         }
         Ok(())
@@ -174,13 +181,16 @@ impl Worker {
     fn submit_waiting(&mut self, mux: &mut Mux<Made>) {
         while let Some(command) = self.waiting.pop_front() {
             mux.keep_off(command.core);
-            let Command { ticket, message_type, request, options, core, due } = command;
+            let Command { ticket, message_type, request, options, core, due, start } = command;
+            let deadline = start.map(|start| start.saturating_duration_since(Instant::now()));
+            let options = CallOptions { deadline, ..options };
             let (streams, timeout) = (options.pieces, options.timeout);
             let made = Made { ticket, streams, timeout, due, paused: false };
             match mux.submit(LINE, message_type, &request, &options, made) {
                 Ok(_) => {}
                 Err((IpcError::WouldBlock, Made { ticket, .. })) => {
-                    self.waiting.push_front(Command { ticket, message_type, request, options, core, due });
+                    let again = Command { ticket, message_type, request, options, core, due, start };
+                    self.waiting.push_front(again);
                     return;
                 }
                 Err((error, made)) => self.deliver(Delivery::end(made.ticket, Err(error))),
@@ -215,6 +225,17 @@ impl Worker {
                     }
                 }
             }
+        }
+    }
+
+    /// Ends the calls that have not been made by when they had to be started.
+    fn end_expired(&mut self, now: Instant) {
+        let is_expired = |command: &Command| command.start.is_some_and(|start| start <= now);
+        let (expired, waiting): (VecDeque<Command>, _) =
+            std::mem::take(&mut self.waiting).into_iter().partition(is_expired);
+        self.waiting = waiting;
+        for command in expired {
+            self.deliver(Delivery::end(command.ticket, Err(IpcError::DeadlineExceeded)));
         }
     }
 
@@ -253,8 +274,9 @@ impl Worker {
     /// When the next of all calls' times is over, or a call that waits for memory begins without it.
     fn next_due(&self, mux: &mut Mux<Made>) -> Option<Instant> {
         let made = mux.all_data().filter_map(Made::clock).min();
-        let waiting = self.waiting.iter().filter_map(|command| command.due).min();
-        made.into_iter().chain(waiting).chain(mux.wakes_at()).min()
+        let waiting =
+            self.waiting.iter().flat_map(|command| command.due.into_iter().chain(command.start)).min();
+        made.into_iter().chain(waiting).chain(mux.wakes_at()).chain(mux.expires_at()).min()
     }
 
     fn sleep(&self, socket: BorrowedFd<'_>, until: Option<Instant>) -> Result<()> {
