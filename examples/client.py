@@ -116,20 +116,37 @@ class Client:
 
     def _frames(self, slot, generation):
         released = 0
-        while True:
-            kind, status, length, _, _ = self._completion(slot, generation)
-            if kind == REPLY:
-                answer = self._finish(slot, status, length)
-                if answer:
-                    yield answer
-                return
-            frame = self._read(slot, length)
-            # Done with: the server may write the next frame into the same slot.
+        try:
+            while True:
+                kind, status, length, _, _ = self._completion(slot, generation)
+                if kind == REPLY:
+                    released = None
+                    answer = self._finish(slot, status, length)
+                    if answer:
+                        yield answer
+                    return
+                frame = self._read(slot, length)
+                # Done with: the server may write the next frame into the same slot.
+                released += 1
+                self._say(slot, generation, released)
+                yield frame
+        finally:
+            if released is not None:
+                self._give_up(slot, generation, released)
+
+    def _say(self, slot, generation, released, cancelled=False):
+        """Says in the slot's word what is wanted of the answer, and hints at it."""
+        self.words[CLIENT_WORDS // 8 + slot] = generation | cancelled << 32 | (released & 0x7FFFFFFF) << 33
+        self._hint(slot)
+        self._ring()
+
+    def _give_up(self, slot, generation, released):
+        """Nobody wants the rest of an answer: its slot is free once its end has come."""
+        self._say(slot, generation, released, cancelled=True)
+        while self._completion(slot, generation)[0] != REPLY:
             released += 1
-            self.words[CLIENT_WORDS // 8 + slot] = generation | released << 33
-            self._hint(slot)
-            self._ring()
-            yield frame
+            self._say(slot, generation, released, cancelled=True)
+        self.free.append(slot)
 
     def _submit(self, kind, message_type, body):
         if len(body) > SLOT:

@@ -3,9 +3,9 @@
 
 use super::notify::{Manager, watchdog_interval};
 use super::serve::ServeOptions;
-use doorbell::config::Ipc;
 use doorbell::config::file::ConfigFile;
 use doorbell::config::reload::{Changes, changes};
+use doorbell::config::{Ipc, MetricsConfig};
 use doorbell::provider::ProvidersConfig;
 use doorbell::{Caretaker, ReloadHandle};
 use rustix::pipe::PipeFlags;
@@ -55,6 +55,7 @@ pub struct Steward {
     /// What the server runs with.
     pub running: Ipc,
     pub providers: ProvidersConfig,
+    pub metrics: MetricsConfig,
     pub set_level: SetLevel,
 }
 
@@ -78,6 +79,9 @@ impl Steward {
         self.running.log_level = wanted.log_level;
         if file.ai != self.providers {
             later.push("ai");
+        }
+        if file.metrics != self.metrics {
+            later.push("metrics");
         }
         let (taken, later) = (taken.join(", "), later.join(", "));
         tracing::info!(taken, "configuration read again");

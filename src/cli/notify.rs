@@ -76,5 +76,6 @@ pub fn watchdog_interval() -> Option<Duration> {
     let for_us = std::env::var("WATCHDOG_PID")
         .map_or(Ok(true), |pid| pid.parse::<u32>().map(|pid| pid == std::process::id()));
     let micros = std::env::var("WATCHDOG_USEC").ok()?.parse::<u64>().ok()?;
-    (for_us == Ok(true) && micros > 0).then(|| Duration::from_micros(micros / 2))
+    (for_us == Ok(true) && micros > 0)
+        .then(|| Duration::from_micros(micros / 2).max(Duration::from_millis(1)))
 }

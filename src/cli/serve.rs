@@ -191,10 +191,11 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         Some(path) => std::path::absolute(path)?,
         None => doorbell::default_socket_path(),
     };
+    // Certificates may lie anywhere, and are read here.
+    let pool = ProviderPool::from_config(&file.ai)?;
     // Before the first thread: those that are started later are restricted with this one.
     #[cfg(feature = "hardening")]
     options.give_up_files(&path, &running.server, &file.metrics);
-    let pool = ProviderPool::from_config(&file.ai)?;
     let host = ProviderHost::start(Arc::new(pool))?;
     let state = State { providers: host.handle(), file_model: file.ai.file_model.clone() };
     let manager = Manager::from_environment()?.map(Arc::new);
@@ -219,6 +220,7 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
         options: options.clone(),
         running,
         providers: file.ai,
+        metrics: file.metrics,
         set_level,
     };
     limit_panic_messages();

@@ -109,10 +109,19 @@ impl Listener {
 fn remove_stale(path: &Path) -> io::Result<()> {
     match std::os::unix::net::UnixStream::connect(path) {
         Ok(_) => Err(io::Error::from(io::ErrorKind::AddrInUse)),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+        // What is no socket refuses, too.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => match is_socket(path)? {
+            true => std::fs::remove_file(path),
+            false => Err(io::Error::from(io::ErrorKind::AlreadyExists)),
+        },
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+fn is_socket(path: &Path) -> io::Result<bool> {
+    use std::os::unix::fs::FileTypeExt;
+    Ok(std::fs::symlink_metadata(path)?.file_type().is_socket())
 }
 
 fn is_ours(stream: &UnixStream) -> bool {

@@ -54,13 +54,16 @@ struct Directory(PathBuf);
 impl Directory {
     fn new() -> Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let name = format!("doorbell-testing-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
-        let path = std::env::temp_dir().join(name);
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .map_err(|e| IpcError::io("mkdir for a test's server", e))?;
-        Ok(Self(path))
+        loop {
+            let name = format!("doorbell-testing-{}-{}", std::process::id(), NEXT.fetch_add(1, Relaxed));
+            let path = std::env::temp_dir().join(name);
+            match std::fs::DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => return Ok(Self(path)),
+                // Left by a process of the same number that was killed.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(IpcError::io("mkdir for a test's server", error)),
+            }
+        }
     }
 
     fn socket(&self) -> PathBuf {

@@ -81,7 +81,9 @@ struct Stage {
 impl Stage {
     fn new(options: &DemoOptions) -> Result<Self, BenchError> {
         use std::os::unix::fs::DirBuilderExt;
-        let directory = std::env::temp_dir().join(format!("doorbell-demo-{}", std::process::id()));
+        // The clock tells it from one that a killed process of the same number has left.
+        let name = format!("doorbell-demo-{}-{}", std::process::id(), now_ns());
+        let directory = std::env::temp_dir().join(name);
         std::fs::DirBuilder::new().mode(0o700).create(&directory).map_err(|e| BenchError::os("mkdir", e))?;
         Ok(Self { directory, processes: options.processes.into(), seconds: options.seconds })
     }

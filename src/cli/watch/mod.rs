@@ -13,8 +13,18 @@ use doorbell::{
     CallOptions, ClientConfig, IpcClient, IpcError, MessageType, WaitPolicy, default_socket_path,
 };
 use std::error::Error;
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+
+/// Prints a text; `false` if whoever reads has had enough.
+fn print(text: &str) -> std::io::Result<bool> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        other => other.map(|()| true),
+    }
+}
 
 /// Which server.
 #[derive(Debug, Args)]

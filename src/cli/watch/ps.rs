@@ -32,7 +32,7 @@ struct Shown<'a> {
 
 impl<'a> Shown<'a> {
     fn of(report: &'a Report, stuck: Option<u64>) -> Self {
-        let least_ns = stuck.unwrap_or(0) * 1_000_000;
+        let least_ns = stuck.unwrap_or(0).saturating_mul(1_000_000);
         let running: Vec<_> = report.running.iter().filter(|r| r.for_ns >= least_ns).copied().collect();
         let is_held_up = |reactor: u32| running.iter().any(|r| r.reactor == reactor);
         let is_shown = |call: &&CallReport| {
@@ -104,9 +104,9 @@ pub fn run(options: &PsOptions) -> Result<(), Box<dyn Error>> {
     let report = watched.ask(&Inquiry { calls: true, ..Inquiry::default() })?;
     let shown = Shown::of(&report, options.stuck);
     match options.json {
-        true => println!("{}", serde_json::to_string(&shown)?),
-        false => print!("{}", shown.text()),
-    }
+        true => super::print(&(serde_json::to_string(&shown)? + "\n"))?,
+        false => super::print(&shown.text())?,
+    };
     Ok(())
 }
 

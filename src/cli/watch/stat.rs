@@ -7,7 +7,6 @@ use doorbell::TypeMetrics;
 use doorbell::inspect::{Inquiry, Report, type_name};
 use std::error::Error;
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::time::Duration;
 
 /// Print what a server has counted.
@@ -34,13 +33,8 @@ pub fn run(options: &StatOptions) -> Result<(), Box<dyn Error>> {
             true => serde_json::to_string(&report)? + "\n",
             false => describe(&report, before.as_ref()),
         };
-        let mut stdout = std::io::stdout().lock();
-        match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-            // Whoever reads has had enough.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
-            other => other?,
-        }
-        let Some(secs) = options.watch else { return Ok(()) };
+        let goes_on = super::print(&text)?;
+        let Some(secs) = options.watch.filter(|_| goes_on) else { return Ok(()) };
         before = Some(report);
         std::thread::sleep(Duration::from_secs(secs));
     }

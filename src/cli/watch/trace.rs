@@ -62,9 +62,11 @@ pub fn run(options: &TraceOptions) -> Result<(), Box<dyn Error>> {
     let text = serde_json::to_string(&events(&calls))? + "\n";
     match &options.output {
         Some(path) => {
-            std::fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))?
+            std::fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
         }
-        None => print!("{text}"),
+        None => {
+            super::print(&text)?;
+        }
     }
     eprintln!("{} calls traced, {untraced} left out because they came too fast", calls.len());
     Ok(())

@@ -9,8 +9,11 @@ use clap::Args;
 use doorbell::inspect::Inquiry;
 use model::{Asked, Model};
 use ratatui::crossterm::event::{self, Event, KeyEventKind};
+use signal_hook::consts::{SIGHUP, SIGTERM};
 use std::error::Error;
 use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// Show a server at work: sessions, connections, message types, memory, reactors. `?` shows the keys.
@@ -22,6 +25,9 @@ pub struct TopOptions {
     #[arg(long, value_name = "SECS", default_value_t = 1.0, value_parser = seconds)]
     interval: f64,
 }
+
+/// How soon a signal is seen that ends it.
+const SIGNALS_EVERY: Duration = Duration::from_millis(200);
 
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
@@ -38,10 +44,16 @@ pub fn run(options: &TopOptions) -> Result<(), Box<dyn Error>> {
     let watched = Watched::connect(&options.at, "top")?;
     let mut model =
         Model::new(watched.ask(&Inquiry { sessions: true, connections: true, ..Inquiry::default() })?);
-    let mut terminal = ratatui::try_init()?;
-    let result = show(&mut terminal, &watched, &mut model, Duration::from_secs_f64(options.interval));
-    ratatui::try_restore()?;
-    result
+    let gone = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&gone))?;
+    }
+    let mut terminal = ratatui::try_init().inspect_err(|_| ratatui::restore())?;
+    let interval = Duration::from_secs_f64(options.interval);
+    let result = show(&mut terminal, &watched, &mut model, interval, &gone);
+    let restored = ratatui::try_restore();
+    result?;
+    Ok(restored?)
 }
 
 fn show(
@@ -49,12 +61,14 @@ fn show(
     watched: &Watched,
     model: &mut Model,
     interval: Duration,
+    gone: &AtomicBool,
 ) -> Result<(), Box<dyn Error>> {
     let inquiry = Inquiry { sessions: true, connections: true, ..Inquiry::default() };
     let mut next = Instant::now() + interval;
-    loop {
+    while !gone.load(Relaxed) {
         terminal.draw(|frame| view::draw(frame, model))?;
-        if event::poll(next.saturating_duration_since(Instant::now()))? {
+        let left = next.saturating_duration_since(Instant::now());
+        if event::poll(left.min(SIGNALS_EVERY))? {
             match event::read()? {
                 Event::Key(key) if key.kind != KeyEventKind::Release => match model.key(key) {
                     Asked::Nothing => {}
@@ -65,7 +79,10 @@ fn show(
             }
             continue;
         }
-        next = Instant::now() + interval;
-        model.update(watched.ask(&inquiry)?);
+        if Instant::now() >= next {
+            next = Instant::now() + interval;
+            model.update(watched.ask(&inquiry)?);
+        }
     }
+    Ok(())
 }
