@@ -1,9 +1,10 @@
 #!/bin/sh
 # Builds the Debian package: the release binary, what it says of itself for shells and readers, units, documents.
-# Needs cargo-deb (`cargo install cargo-deb`). The package lies in target/x86_64-unknown-linux-gnu/debian.
+# Installs cargo-deb if it is not there. The package lies in target/x86_64-unknown-linux-gnu/debian.
 set -eu
 cd "$(dirname "$0")/.."
 target=x86_64-unknown-linux-gnu
+command -v cargo-deb >/dev/null || cargo install cargo-deb --locked
 cargo build --release --bin doorbell
 doorbell=target/$target/release/doorbell
 dist=target/dist

@@ -2,7 +2,7 @@
 # Builds everything, starts a server, answers real requests with it on the screen, and stops it.
 set -eu
 cd "$(dirname "$0")/.."
-ci/setup.sh
+ci/setup.sh build
 cargo build --release --workspace
 
 doorbell=target/x86_64-unknown-linux-gnu/release/doorbell
