@@ -196,7 +196,7 @@ fn r3_7_f49_no_call_is_lost_or_doubled_when_the_server_stops() {
                     Ok(()) => {}
                     Err(IpcError::NotExecuted | IpcError::Draining { .. }) => return,
                     Err(error) => {
-                        assert!(is_told(&error, DisconnectReason::Draining), "{policy:?}: {error}");
+                        assert!(is_told(&error, DisconnectReason::Draining), "{policy:?} {number}: {error}");
                         return;
                     }
                 }

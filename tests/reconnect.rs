@@ -776,6 +776,27 @@ mod tasks {
         check(&tale, &server.executed());
     }
 
+    /// Goal:   R2.9, R3.4: a call that waits to be sent again ends once it can no longer be started in time, whether there is
+    ///         a server by then or not; it may have been executed, and is said to.
+    /// Method: an idempotent call with a deadline hangs in its handler; the server is killed, and none comes after it.
+    #[test]
+    fn r2_9_r3_4_a_call_to_be_sent_again_ends_with_its_deadline() {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let mut server = LogServer::start();
+        server.let_hang(true);
+        let client = runtime.block_on(connect(server.path(), LinkOptions::reconnecting()));
+        // Long enough to be started in.
+        let options = CallOptions { deadline: Some(Duration::from_secs(2)), ..idempotent() };
+        let call =
+            runtime.spawn(async move { client.call_with(HANG, &log_request(1, 0, 12), &options).await });
+        eventually("the handler runs", || server.executions() == 1);
+        server.kill();
+        eventually("the call ends", || call.is_finished());
+        let result = runtime.block_on(call).unwrap();
+        assert!(matches!(result, Err(IpcError::ConnectionLost)), "{result:?}");
+    }
+
     /// Goal:   R3.4: a stream of a client of tasks that the server's death breaks says how far it got; the client goes on.
     ///         Whoever drops all that is left of a client whose server is away ends it.
     /// Method: frames, a kill, the end; another call; then a kill, and the client is dropped: nothing connects any more.

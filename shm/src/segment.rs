@@ -197,10 +197,20 @@ impl Segment {
         let start = LaneLayout::nth(&self.geometry, lane - 1).end;
         self.back(start, lane_bytes(&self.geometry))?;
         let (word, shift) = directory_place(lane);
-        // Written by the home reactor only. Release pairs with the Acquire in `lane`.
-        let entries = self.words[word].load(Relaxed) | ((start / PAGE) as u64) << shift;
-        self.words[word].store(entries, Release);
+        // Release pairs with the Acquire in `lane`. A word is of several lanes, whose reactors let go of them.
+        self.words[word].fetch_or(((start / PAGE) as u64) << shift, Release);
         Ok(layout)
+    }
+
+    /// Server: takes lane `lane` (at least 1) out of the directory. Whoever finds it gone there sees all that its reactor
+    /// has published, and it publishes nothing more.
+    pub fn let_go_lane(&self, lane: u32) {
+        if lane == 0 || lane >= self.lanes {
+            return;
+        }
+        let (word, shift) = directory_place(lane);
+        // Release pairs with the Acquire in `lane`: the last position and completion come before it.
+        self.words[word].fetch_and(!(0xffff << shift), Release);
     }
 
     /// Client: where lane `lane` (at least 1) lies, if the directory has it.
@@ -213,7 +223,7 @@ impl Segment {
             return Ok(None);
         }
         let (word, shift) = directory_place(lane);
-        // Acquire pairs with the Release in `grant_lane`.
+        // Acquire pairs with the Release in `grant_lane` and in `let_go_lane`.
         let theirs = self.words[word].load(Acquire) >> shift & 0xffff;
         let expected = (LaneLayout::nth(&self.geometry, lane - 1).end / PAGE) as u64;
         match theirs {

@@ -284,6 +284,24 @@ fn p6_f34_a_further_lane_is_a_hole_until_it_is_granted() {
     assert_eq!(ours.submissions[0].pop().unwrap().unwrap()[1..], [1, 2, 3, 4, 5, 6, 7]);
 }
 
+/// Goal:   F49, F50: a client can tell which lanes their reactors have let go of: one goes, and no other with it.
+/// Method: lanes whose entries share a word of the directory and lie in the next one; those that there are not.
+#[test]
+fn f49_f50_a_lane_that_was_let_go_is_not_in_the_directory() {
+    let server = Segment::create(Geometry::SMALLEST, 6, IDENTITY).unwrap();
+    let client = Segment::attach(server.memory().unwrap(), Geometry::SMALLEST, 6, IDENTITY).unwrap();
+    for lane in 1..6 {
+        server.grant_lane(lane).unwrap();
+    }
+    let there = || (1..6).filter(|lane| client.lane(*lane).unwrap().is_some()).collect::<Vec<_>>();
+    for (gone, left) in
+        [(0, &[1, 2, 3, 4, 5][..]), (6, &[1, 2, 3, 4, 5]), (2, &[1, 3, 4, 5]), (4, &[1, 3, 5])]
+    {
+        server.let_go_lane(gone);
+        assert_eq!(there(), left);
+    }
+}
+
 /// Goal:   a lane that there is no room for is refused, and so is a directory that says something else.
 /// Method: numbers at both ends; a forged entry.
 #[test]

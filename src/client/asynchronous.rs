@@ -448,16 +448,29 @@ enum Wait {
     Until(std::time::Instant),
     /// The session is over, and another one is to follow.
     Away,
-    Over,
+    /// Nobody can use the client any more.
+    Deserted,
+    /// The client is of no use any more, for that reason.
+    Broken(IpcError),
 }
 
 impl Driver {
     async fn run(mut self) {
-        while self.serve().await && self.come_back().await {}
+        loop {
+            match self.serve().await {
+                Ok(true) if self.come_back().await => {}
+                Ok(_) => return,
+                Err(reason) => {
+                    let tell = |reconnect: &Reconnect| reconnect.tell(&LinkStatus::Disconnected { reason });
+                    self.reconnect.as_ref().map(tell);
+                    return;
+                }
+            }
+        }
     }
 
-    /// Works until the session is over; says whether another one is to follow.
-    async fn serve(&self) -> bool {
+    /// Works until the session is over; says whether another one is to follow, or why none can.
+    async fn serve(&self) -> Result<bool> {
         let mut timer = pin!(None::<Sleep>);
         let mut woken = Vec::new();
         poll_fn(|cx| {
@@ -473,11 +486,12 @@ impl Driver {
                 }
             }
             loop {
-                let wait = self.turn(cx, &mut woken, &socket);
+                let wait = self.turn(cx, &mut woken, std::mem::replace(&mut socket, Ok(())));
                 woken.drain(..).for_each(Waker::wake);
                 match wait {
-                    Wait::Over => return Poll::Ready(false),
-                    Wait::Away => return Poll::Ready(true),
+                    Wait::Deserted => return Poll::Ready(Ok(false)),
+                    Wait::Broken(reason) => return Poll::Ready(Err(reason)),
+                    Wait::Away => return Poll::Ready(Ok(true)),
                     Wait::Woken => timer.set(None),
                     Wait::Until(at) => {
                         timer.set(Some(sleep_until(at.into())));
@@ -497,13 +511,25 @@ impl Driver {
         let Some(reconnect) = self.reconnect.clone() else { return false };
         let found = {
             let mut searching = pin!(search(&self.shared, &reconnect));
+            let mut timer = pin!(None::<Sleep>);
+            let mut woken = Vec::new();
             poll_fn(|cx| {
-                let (deserted, replaced) = {
-                    let mut state = self.shared.lock();
-                    (state.deserted, state.driver.replace(cx.waker().clone()))
-                };
-                drop(replaced);
-                if deserted { Poll::Ready(None) } else { searching.as_mut().poll(cx).map(Some) }
+                loop {
+                    let (deserted, due, replaced) = {
+                        let mut state = self.shared.lock();
+                        state.expire(&mut woken);
+                        (state.deserted, state.mux.expires_at(), state.driver.replace(cx.waker().clone()))
+                    };
+                    drop(replaced);
+                    woken.drain(..).for_each(Waker::wake);
+                    if deserted {
+                        return Poll::Ready(None);
+                    }
+                    timer.set(due.map(|at| sleep_until(at.into())));
+                    if !timer.as_mut().as_pin_mut().is_some_and(|timer| timer.poll(cx).is_ready()) {
+                        return searching.as_mut().poll(cx).map(Some);
+                    }
+                }
             })
             .await
         };
@@ -538,18 +564,13 @@ impl Driver {
     }
 
     /// Takes all that has come, and prepares to be woken for more.
-    fn turn(&self, cx: &mut Context<'_>, woken: &mut Vec<Waker>, socket: &Result<()>) -> Wait {
+    fn turn(&self, cx: &mut Context<'_>, woken: &mut Vec<Waker>, socket: Result<()>) -> Wait {
         let mut state = self.shared.lock();
         if state.deserted {
-            return Wait::Over;
+            return Wait::Deserted;
         }
-        let taken = match socket {
-            Ok(()) => state.take_all(woken),
-            Err(error) => {
-                state.mux.break_off(error);
-                Err(IpcError::ClientClosed)
-            }
-        };
+        state.expire(woken);
+        let taken = socket.and_then(|()| state.take_all(woken));
         if taken.is_ok() && state.mux.is_away() {
             return Wait::Away;
         }
@@ -557,11 +578,11 @@ impl Driver {
         woken.extend(state.room.take());
         if let Err(error) = taken {
             state.break_off(&error, woken);
-            return Wait::Over;
+            return Wait::Broken(error);
         }
         // Dropped later, with the lock free, like all others.
         woken.extend(state.driver.replace(cx.waker().clone()).filter(|old| !old.will_wake(cx.waker())));
-        state.mux.wakes_at().map_or(Wait::Woken, Wait::Until)
+        state.mux.wakes_at().into_iter().chain(state.mux.expires_at()).min().map_or(Wait::Woken, Wait::Until)
     }
 }
 
@@ -596,6 +617,16 @@ impl Drop for Driver {
 }
 
 impl State {
+    /// Ends the calls that wait to be sent again and have not been started by when they had to be.
+    fn expire(&mut self, woken: &mut Vec<Waker>) {
+        if self.mux.expires_at().is_some_and(|at| at <= Instant::now()) {
+            self.mux.expire(Instant::now());
+            while let Some(key) = self.mux.take_news() {
+                woken.extend(self.mux.data_mut(key).and_then(Option::take));
+            }
+        }
+    }
+
     fn take_all(&mut self, woken: &mut Vec<Waker>) -> Result<()> {
         loop {
             while let Some(key) = self.mux.take()? {

@@ -710,8 +710,13 @@ impl Lane {
     }
 
     /// The session is over and every completion has been taken: what is in flight is classified by the server's
-    /// published position (FAULTS §5).
-    pub fn classify(&mut self, witness: Witness, mut lost: impl FnMut(Answered, bool)) -> Result<()> {
+    /// published position (FAULTS §5). `let_go`: its reactor had let go of it before the completions were taken.
+    pub fn classify(
+        &mut self,
+        witness: Witness,
+        let_go: bool,
+        mut lost: impl FnMut(Answered, bool),
+    ) -> Result<()> {
         for ring in [INTERACTIVE, BULK] {
             self.lane.submissions[ring].refresh().map_err(IpcError::ServerFault)?;
         }
@@ -728,7 +733,7 @@ impl Lane {
                         completed: false,
                         position: (call.position != UNPUBLISHED).then_some(call.position),
                         taken: self.lane.submissions[ring].passed(),
-                        at_home: self.index == 0,
+                        let_go,
                     };
                     let started = fate(remains, witness) != Fate::NotExecuted;
                     call.phase = Phase::Answered;

@@ -161,9 +161,8 @@ impl Session {
             (true, None) => return Ok(()),
         };
         let layout = self.segment.lane(grant.lane).map_err(IpcError::ServerFault)?;
-        let Some(layout) = layout else {
-            return Err(IpcError::Handshake("the server granted a lane that its directory does not have"));
-        };
+        // Its reactor has let go of it since: the session is about to end.
+        let Some(layout) = layout else { return Ok(()) };
         let lane = ClientLane::open(self.segment.mapping(), self.segment.geometry(), &layout)?;
         let lane = Lane::new(lane, *self.segment.geometry(), grant.lane, grant.core, doorbell);
         self.kept.reserve(lane.slots());
@@ -485,6 +484,9 @@ impl Session {
     /// Notes that the session is over. Answers that came are still handed out; what is in flight is
     /// classified (FAULTS §5).
     pub fn finish(&mut self, end: End) -> Result<()> {
+        // Before completions are taken: those of a lane that was let go are all there then.
+        let gone = |lane: u32| lane == 0 || matches!(self.segment.lane(lane), Ok(None));
+        let let_go: Vec<bool> = (0..=self.further.len() as u32).map(gone).collect();
         self.stash()?;
         self.end = Some(end);
         let witness = match end {
@@ -492,8 +494,8 @@ impl Session {
             End::Died => Witness::Kernel,
         };
         let Self { home, further, kept, bodies, .. } = self;
-        for lane in std::iter::once(home).chain(further) {
-            lane.classify(witness, |mut lost, is_body| {
+        for (lane, let_go) in std::iter::once(home).chain(further).zip(let_go) {
+            lane.classify(witness, let_go, |mut lost, is_body| {
                 if is_body {
                     lost.tag = bodies.lose(lost.tag as u32);
                 }

@@ -327,6 +327,8 @@ impl<S> Core<S> {
         let home = self.totals.own == 0;
         let seat = self.seats.get_mut(id.index as usize).filter(|seat| seat.generation == id.generation)?;
         let lane = seat.lane.take()?;
+        // From here on its client knows that nothing more is taken from it.
+        lane.segment().let_go_lane(lane.number());
         if seat.hot {
             seat.hot = false;
             self.hot.retain(|i| *i != id.index);

@@ -92,10 +92,10 @@ impl Worker {
     fn work(&mut self, mux: &mut Mux<Made>, reconnect: Option<&Reconnect>) -> IpcError {
         loop {
             let session = self.work_in_session(mux);
-            let (Ok(()), Some(reconnect)) = (&session, reconnect) else {
+            let Some(reconnect) = reconnect else {
                 return session.err().unwrap_or(IpcError::ClientClosed);
             };
-            if let Err(reason) = self.come_back(mux, reconnect) {
+            if let Err(reason) = session.and_then(|()| self.come_back(mux, reconnect)) {
                 let status = LinkStatus::Disconnected { reason };
                 reconnect.tell(&status);
                 let LinkStatus::Disconnected { reason } = status else { return IpcError::ClientClosed };
