@@ -25,6 +25,8 @@ use std::time::Instant;
 
 /// Empty polls between two looks at the clock, for those who never wait.
 const POLLS_PER_LOOK: u32 = 256;
+/// Polls between two looks at calls of several frames, for those whose polls find something each time.
+const POLLS_PER_PUMP: u32 = 16;
 
 /// Where a call goes.
 #[derive(Debug, Clone, Copy)]
@@ -64,6 +66,8 @@ pub(super) struct Session {
     pub(super) max_message: usize,
     /// Calls answered while somebody waited for another one.
     kept: VecDeque<Answered>,
+    /// Polls, for those that find something each time.
+    polls: u32,
     /// Polls that found nothing, and when one of them last looked at the socket.
     empty_polls: u32,
     pub(super) looked_at: Option<Instant>,
@@ -116,6 +120,7 @@ impl Session {
             bodies: Bodies::default(),
             max_message: usize::try_from(max_message).unwrap_or(usize::MAX),
             kept,
+            polls: 0,
             empty_polls: 0,
             looked_at: None,
             closing: Vec::new(),
@@ -349,6 +354,11 @@ impl Session {
     /// The next call whose completion is in a ring, interactive ones first.
     #[inline(always)]
     pub fn next_completed(&mut self) -> Result<Option<Answered>> {
+        self.polls = self.polls.wrapping_add(1);
+        if self.polls.is_multiple_of(POLLS_PER_PUMP) && self.bodies.are_active() {
+            // However quickly short calls are answered, and called again, long ones go on beside them.
+            self.pump()?;
+        }
         for ring in [INTERACTIVE, BULK] {
             for index in 0..=self.further.len() as u32 {
                 while let Some(taken) = self.lane_mut(index).take(ring)? {

@@ -373,10 +373,9 @@ impl SessionLane {
             let most = bench.message_max as u64;
             return self.end_early(index, Status::TooLarge, most, bench);
         }
-        if exchange.queued || exchange.wants_space {
-            return Ok(());
-        }
-        self.step(index, bench)
+        // Its copy takes a while: short calls that lie behind it in the ring come first.
+        self.queue(index, exchange);
+        Ok(())
     }
 
     /// The client has written the word of a call that is under way.
@@ -466,9 +465,10 @@ impl SessionLane {
                 }
             }
         }
+        // One that can go on stands at the end of the queue again, for the next turn: other lanes come before.
+        let ready = self.exchanges.as_ref().map_or(0, |all| all.ready[ring].len() as u32);
         let mut moved = 0;
-        // One that can go on stands at the end of the queue again: they take turns until that of the lane is over.
-        while moved < most && turn.left(bench) > 0 {
+        while moved < ready.min(most) && turn.left(bench) > 0 {
             let next = self.exchanges.as_mut().and_then(|all| all.ready[ring].pop_front());
             let Some(index) = next else { break };
             if let Some(exchange) = bench.exchanges.get_mut(index) {

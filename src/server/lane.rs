@@ -297,21 +297,26 @@ impl SessionLane {
         let mut turn = Turn::begin(bench);
         // Nothing was taken for them, but whoever has cancelled waits for the end.
         turn.taken += answered;
+        // Calls of several frames move a step each; before every step short calls have their turn, and wait for no other.
+        let mut steps = None;
         loop {
             let left = turn.left(bench) as usize;
             if left == 0 {
                 break;
             }
             let filled = self.fill(INTERACTIVE, BATCH.min(left), bench.batch);
-            if filled.len == 0 && filled.fault.is_none() {
+            if filled.len > 0 || filled.fault.is_some() {
+                turn.taken += filled.len as u32;
+                self.run_batch(id, INTERACTIVE, filled, bench)?;
+                continue;
+            }
+            let Some(exchanges) = &self.exchanges else { break };
+            let steps = steps.get_or_insert(exchanges.live);
+            bench.settle_times();
+            if *steps == 0 || self.move_exchanges(INTERACTIVE, 1, &mut turn, bench)? == 0 {
                 break;
             }
-            turn.taken += filled.len as u32;
-            self.run_batch(id, INTERACTIVE, filled, bench)?;
-        }
-        if self.exchanges.is_some() {
-            bench.settle_times();
-            self.move_exchanges(INTERACTIVE, u32::MAX, &mut turn, bench)?;
+            *steps -= 1;
         }
         Ok(turn.taken)
     }

@@ -652,8 +652,25 @@ mod tests {
             simulation.tick(true);
         }
         client.frame(&call, 1, b"late", true);
-        simulation.round();
+        assert!(simulation.settle());
         assert_eq!((client.taken().status, client.read(1, 4)), (Status::Ok as u8, b"late".to_vec()));
+    }
+
+    /// Goal:   R2.8, R5.1: a short call waits for no step of a long one, whose copies take their time: also if frames of it
+    ///         lie before the short call in the ring.
+    /// Method: the last frames of two calls, then a short call, all there when the reactor looks.
+    #[test]
+    fn r2_8_r5_1_a_short_call_comes_before_frames_that_lie_before_it() {
+        let mut simulation = Simulation::new(64, 1 << 20);
+        let mut client = Client::join(&mut simulation, GEOMETRY);
+        let long = [1, 2].map(|slot| client.begin(ECHO, slot, (slot, 1), 0));
+        assert!(simulation.settle());
+        long.iter().for_each(|call| client.frame(call, 1, b"last", true));
+        let short = client.call(ECHO, 3, b"short");
+        client.push(&short);
+        assert!(simulation.settle());
+        let answered: Vec<u32> = std::iter::from_fn(|| client.next()).map(|answer| answer.slot).collect();
+        assert_eq!(answered, [3, 1, 2]);
     }
 
     /// Goal:   R1.5: a handler that takes its request in parts finds it as it came, although its answer lies where the
