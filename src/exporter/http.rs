@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketFlags};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -147,8 +147,8 @@ fn is_socket(path: &Path) -> io::Result<bool> {
 }
 
 fn is_ours(socket: &OwnedFd) -> bool {
-    let peer = rustix::net::sockopt::socket_peercred(socket);
-    peer.is_ok_and(|peer| peer.uid == rustix::process::geteuid())
+    let peer = doorbell_uring::peer_credentials(socket.as_fd());
+    peer.is_ok_and(|peer| peer.uid == rustix::process::geteuid().as_raw())
 }
 
 /// What is being done for a reader.
