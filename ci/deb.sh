@@ -14,4 +14,5 @@ mkdir -p "$dist/man"
 "$doorbell" completions bash >"$dist/doorbell.bash"
 "$doorbell" completions fish >"$dist/doorbell.fish"
 "$doorbell" completions zsh >"$dist/_doorbell"
-cargo deb --no-build --target "$target"
+# Without its debug information, which is four fifths of it.
+cargo deb --no-build --strip --target "$target"

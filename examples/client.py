@@ -5,7 +5,8 @@ It connects, maps the segment, opens a connection, and makes calls whose request
 have any length and come frame by frame. One thread; x86-64, where aligned stores of eight bytes become visible in order.
 
 Usage: examples/client.py SOCKET            echoes, asks for the counters, and reads the words of a model as they come
-       examples/client.py SOCKET TYPE BODY  one call of message type TYPE (a number); prints its answer
+       examples/client.py SOCKET TYPE BODY  one call of message type TYPE (a number); prints its answer. It belongs to
+                                            the trace that the environment names in TRACEPARENT
 """
 import ctypes
 import fcntl
@@ -25,7 +26,8 @@ RAW, JSON = 0, 1  # codecs
 # Layout, version 1: the limits, kinds, flags and codes that are needed here.
 MAGIC = int.from_bytes(b"DOORBELL", "little")
 CALL, FRAME, OPEN, REPLY = 1, 2, 3, 6
-MORE, END = 1, 2
+MORE, END, META = 1, 2, 16
+TRACEPARENT = 1  # an element of metadata
 WAITER_SOCKET = 2
 STATUS = ["Ok", "UnknownType", "TooLarge", "DecodeError", "HandlerPanic", "DeadlineExceeded", "Cancelled",
           "Overloaded", "Internal", "TakenBack", "Upstream"]
@@ -98,13 +100,14 @@ class Client:
         if tuple(self.words[i] for i in (0, 4, 5, 6, 7)) != (MAGIC, *identity, geometry) or geometry != GEOMETRY:
             raise DoorbellError("the segment is not the one that the server promised")
 
-    def call(self, message_type, body):
-        """The whole answer to a request."""
-        return b"".join(self.stream(message_type, body))
+    def call(self, message_type, body, traceparent=None):
+        """The whole answer to a request; `traceparent` is that of W3C Trace Context, version 00."""
+        return b"".join(self.stream(message_type, body, traceparent))
 
-    def stream(self, message_type, body):
+    def stream(self, message_type, body, traceparent=None):
         """The answer frame by frame, each as it comes."""
-        slot, generation = self._submit(CALL, message_type, body)
+        metadata = element(TRACEPARENT, traceparent.encode()) if traceparent else b""
+        slot, generation = self._submit(CALL, message_type, body, metadata)
         return self._frames(slot, generation)
 
     def _open(self):
@@ -148,21 +151,23 @@ class Client:
             self._say(slot, generation, released, cancelled=True)
         self.free.append(slot)
 
-    def _submit(self, kind, message_type, body):
-        if len(body) > SLOT:
-            raise DoorbellError(f"a request of {len(body)} bytes: this client sends {SLOT} at most")
+    def _submit(self, kind, message_type, body, metadata=b""):
+        length = len(metadata) + len(body)
+        if length > SLOT:
+            raise DoorbellError(f"a request of {length} bytes: this client sends {SLOT} at most")
         if not self.free:
             raise DoorbellError("every slot is in use: read the streams that are open, or close them")
         slot = self.free.pop()
         generation = self.generations[slot] = (self.generations[slot] + 1) & 0xFFFFFFFF
-        self.memory[PAYLOAD + slot * SLOT:PAYLOAD + slot * SLOT + len(body)] = body
+        self.memory[PAYLOAD + slot * SLOT:PAYLOAD + slot * SLOT + length] = metadata + body
         call = kind == CALL
+        flags = (END if call else 0) | (META if metadata else 0)
         entry = [
             # word 0 is the one that publishes: lap, kind, flags, codec
-            (self.sent >> RING_ORDER) + 1 & 0xFFFFFFFF | kind << 32 | (END if call else 0) << 40 | self.codec << 56,
+            (self.sent >> RING_ORDER) + 1 & 0xFFFFFFFF | kind << 32 | flags << 40 | self.codec << 56,
             message_type | (self.connection if call else 0) << 32,
             slot | generation << 32,
-            len(body) | (1 if call else 0) << 48,
+            length | len(metadata) << 32 | (1 if call else 0) << 48,
             slot if call else 0,
             len(body) if call else 0,
             0,
@@ -236,6 +241,11 @@ class Client:
         return answer
 
 
+def element(kind, value):
+    """An element of metadata: type, length, value, zeros up to a multiple of four bytes."""
+    return struct.pack("<HH", kind, len(value)) + value + bytes(-len(value) % 4)
+
+
 _lock = threading.Lock()
 
 
@@ -256,7 +266,7 @@ def main():
     if len(sys.argv) == 4:
         message_type = int(sys.argv[2])
         client = Client(sys.argv[1], JSON if message_type in (COMPLETE, CHAT, ANALYZE_FILE) else RAW)
-        sys.stdout.buffer.write(client.call(message_type, sys.argv[3].encode()) + b"\n")
+        sys.stdout.buffer.write(client.call(message_type, sys.argv[3].encode(), os.environ.get("TRACEPARENT")) + b"\n")
         return
     client = Client(sys.argv[1])
     for i in range(50):

@@ -48,7 +48,7 @@ pub use metrics::StopWatch;
 pub use metrics::{
     BOUNDS_NS, BUCKETS, Counters, Metrics, MetricsReader, OTHER_TYPES, ReactorMetrics, TypeMetrics,
 };
-pub use protocol::{MessageType, default_socket_path};
+pub use protocol::{MessageType, TraceParent, TraceParentError, default_socket_path};
 #[cfg(feature = "providers")]
 pub use provider::ProviderPool;
 pub use server::{

@@ -18,6 +18,7 @@ const PLAIN: CallOptions = CallOptions {
     reply_capacity: 0,
     idempotent: false,
     pieces: false,
+    traceparent: None,
 };
 
 fn tagged(tag: u64) -> CallOptions {

@@ -131,6 +131,52 @@ fn r2_11_analyze_prints_facts_and_an_answer() {
     }
 }
 
+/// Goal:   R4.3: a trace that is named on the command line is named in the log of the server where a provider fails, and no
+///         prompt is; a wrong one is refused before anything is sent.
+/// Method: a provider whose server is not there, asked by every command that asks; texts that are no traceparent.
+#[cfg(feature = "openai")]
+#[test]
+fn r4_3_trap21_the_log_names_the_trace_of_a_call_that_fails() {
+    let directory = TestDir::new();
+    let config = directory.join("config.toml");
+    // Bound and not listened at: nobody else gets the port, and nobody answers.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = port.local_addr().unwrap();
+    drop(port);
+    let provider = format!("base_url = \"http://{address}/v1\"\nretry = {{ retries = 0 }}\n");
+    let text = format!(
+        "[ai]\ndefault = \"gone\"\n\n[[ai.providers]]\nname = \"gone\"\nkind = \"openai\"\n{provider}"
+    );
+    std::fs::write(&config, text).unwrap();
+    let server = ServerProcess::start(&["--config", config.to_str().unwrap()]);
+    let trace = |number: u8| format!("00-{number:032x}-00f067aa0ba902b7-01");
+    for (number, command) in [(1, "chat"), (2, "complete")] {
+        let output =
+            ask(&server, command, &["-m", "any", "--traceparent", &trace(number), "secret", "words"]);
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    }
+    let request = directory.join("request.json");
+    std::fs::write(&request, r#"{"messages":[{"role":"user","content":"secret"}],"model":"any"}"#).unwrap();
+    let arguments = ["--type", "chat", "--json", request.to_str().unwrap(), "--traceparent", &trace(3)];
+    assert_eq!(ask(&server, "call", &arguments).status.code(), Some(1));
+    assert_eq!(ask(&server, "chat", &["-m", "any", "x"]).status.code(), Some(1));
+    let lines = || -> Vec<serde_json::Value> {
+        let log = server.log();
+        assert!(!log.contains("secret"), "{log}");
+        let lines = log.lines().map(|line| serde_json::from_str(line).unwrap());
+        lines.filter(|line: &serde_json::Value| line["provider"] == "gone").collect()
+    };
+    eventually("the failures are in the log", || lines().len() == 4);
+    let traces: Vec<_> = lines().iter().map(|line| line["traceparent"].clone()).collect();
+    assert_eq!(traces, [trace(1).into(), trace(2).into(), trace(3).into(), serde_json::Value::Null]);
+    let capital = trace(255).to_uppercase();
+    for wrong in ["", "x", &trace(0), &capital, &format!("{} ", trace(1))] {
+        let output = ask(&server, "chat", &["--traceparent", wrong, "x"]);
+        let said = stderr(&output);
+        assert!(output.status.code() == Some(2) && said.contains("traceparent"), "{wrong}: {said}");
+    }
+}
+
 /// Goal:   R4.1: a file and the environment say what a server does; what is wrong with them is said before it starts;
 ///         `config default` prints a file that is good.
 #[test]

@@ -43,15 +43,17 @@ fn r2_6_an_editor_shows_what_belongs_to_the_last_key() {
 }
 
 /// Goal:   `shm/LAYOUT.md` is all that a client in another language needs.
-/// Method: the one in Python calls, streams a model's answer, and is told what was wrong; it shares no code with the library.
+/// Method: the one in Python calls, streams a model's answer, names a trace, and is told what was wrong; it shares no code
+///         with the library.
 #[test]
 fn r2_5_a_client_of_another_language_talks_to_doorbell_serve() {
     let server = ServerProcess::start(&[]);
+    let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let python = |arguments: &[&str]| {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/client.py");
-        let output =
-            std::process::Command::new("python3").arg(script).arg(server.path()).args(arguments).output();
-        let output = output.expect("python3, which ci/setup.sh installs");
+        let mut command = std::process::Command::new("python3");
+        command.arg(script).arg(server.path()).args(arguments).env("TRACEPARENT", trace);
+        let output = command.output().expect("python3, which ci/setup.sh installs");
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
     };
     let (said, wrong) = python(&[]);
@@ -66,6 +68,12 @@ fn r2_5_a_client_of_another_language_talks_to_doorbell_serve() {
     assert_eq!((said.as_str(), wrong.as_str()), ("", "client.py: UnknownType\n"));
     let (_, wrong) = python(&["17", "{\"messages\":1}"]);
     assert!(wrong.starts_with("client.py: DecodeError: "), "{wrong}");
+    assert_eq!(python(&["2", "hello"]), ("hello\n".to_owned(), String::new()));
+    assert!(!server.log().contains(trace));
+    let (_, wrong) =
+        python(&["17", r#"{"messages":[{"role":"user","content":""}],"model":"loopback-unauthorized"}"#]);
+    assert!(wrong.starts_with("client.py: Upstream: unauthorized"), "{wrong}");
+    assert!(server.log().contains(trace), "{}", server.log());
 }
 
 /// Goal:   R3.4: the reconnecting client gets its answers although the server is killed and started again.

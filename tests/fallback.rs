@@ -10,6 +10,7 @@ use common::{Bystander, COUNT, GATE, TestDir, TestServer, client, eventually, st
 use doorbell::protocol::handshake::{DisconnectReason, LaneChoice, doorbell_kind};
 use doorbell::{Backend, ClientConfig, IpcClient, MessageType, ServerConfig, WaitPolicy};
 use doorbell_shm::lane::INTERACTIVE;
+use rustix::io::Errno;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
@@ -43,8 +44,9 @@ fn child() {
             common::process::ready();
             until_dismissed();
         }
-        arguments => {
-            refuse_io_uring();
+        role => {
+            let (answer, arguments) = role.split_once(' ').unwrap();
+            refuse_io_uring(if answer == "ENOSYS" { Errno::NOSYS } else { Errno::PERM });
             let mut serve = Command::new(env!("CARGO_BIN_EXE_doorbell"));
             serve.arg("serve").arg("--socket").arg(path).args(arguments.split_whitespace());
             let error = std::os::unix::process::CommandExt::exec(serve.env("NO_COLOR", "1"));
@@ -53,11 +55,12 @@ fn child() {
     }
 }
 
-/// Refuses io_uring to this thread with EPERM, as container engines do by default.
-fn refuse_io_uring() {
+/// Refuses io_uring to this thread, as container engines do by default: to what their profiles do not allow they answer
+/// EPERM or ENOSYS.
+fn refuse_io_uring(answer: Errno) {
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
     let calls = [425, 426, 427].map(|call| (call, Vec::new())).into();
-    let refusal = SeccompAction::Errno(rustix::io::Errno::PERM.raw_os_error() as u32);
+    let refusal = SeccompAction::Errno(answer.raw_os_error() as u32);
     let here = std::env::consts::ARCH.try_into().unwrap();
     let filter: BpfProgram =
         SeccompFilter::new(calls, SeccompAction::Allow, refusal, here).unwrap().try_into().unwrap();
@@ -66,7 +69,7 @@ fn refuse_io_uring() {
 
 /// Goal:   F38: where io_uring is refused a server serves with epoll and says so once, with the reason; one that was told
 ///         to use io_uring does not start, and says why.
-/// Method: `doorbell serve` behind a filter with EPERM, with and without `--backend`.
+/// Method: `doorbell serve` behind filters with either answer that container engines give, with and without `--backend`.
 #[test]
 fn f38_where_io_uring_is_refused_epoll_serves_and_the_log_says_why() {
     let directory = TestDir::new();
@@ -77,17 +80,19 @@ fn f38_where_io_uring_is_refused_epoll_serves_and_the_log_says_why() {
         common::process::Process(command.stdin(Stdio::null()).spawn().unwrap())
     };
     let said = || std::fs::read_to_string(&log).unwrap();
-    let mut server = start("--policy block");
-    eventually("the server serves", || said().contains("serving at"));
-    Bystander::new(&directory.join("s")).check("the start");
-    server.signal(rustix::process::Signal::TERM);
-    assert!(server.wait().success());
-    assert_eq!(said().matches("\"backend\":\"epoll\"").count(), 1, "{}", said());
-    assert!(said().contains("creating a ring") && said().contains("seccomp"), "{}", said());
+    for answer in ["EPERM", "ENOSYS"] {
+        let mut server = start(&format!("{answer} --policy block"));
+        eventually("the server serves", || said().contains("serving at"));
+        Bystander::new(&directory.join("s")).check("the start");
+        server.signal(rustix::process::Signal::TERM);
+        assert!(server.wait().success());
+        assert_eq!(said().matches("\"backend\":\"epoll\"").count(), 1, "{answer}: {}", said());
+        assert!(said().contains("creating a ring") && said().contains("seccomp"), "{answer}: {}", said());
 
-    let mut server = start("--backend io-uring");
-    assert_eq!(server.wait().code(), Some(1), "{}", said());
-    assert!(said().contains("creating a ring") && said().contains("seccomp"), "{}", said());
+        let mut server = start(&format!("{answer} --backend io-uring"));
+        assert_eq!(server.wait().code(), Some(1), "{answer}: {}", said());
+        assert!(said().contains("creating a ring") && said().contains("seccomp"), "{answer}: {}", said());
+    }
 }
 
 /// Goal:   F38: either backend can be forced, by the option and by what stands for the file, and is named once.

@@ -215,6 +215,21 @@ fn f13_reserved_bits_unknown_kinds_and_contradictions_end_the_session() {
         wrong_call("a codec that is not the connection's", |e| e.codec = codec::JSON),
         wrong_call("an unknown codec", |e| e.codec = 255),
     ];
+    let blocks: [(&str, &[u8]); 6] = [
+        ("metadata that is cut off", &[1, 0, 0]),
+        ("an element that leaves the metadata", &[1, 0, 55, 0, b'0', b'0', b'-', b'4']),
+        ("an element of 65 535 bytes", &[1, 0, 255, 255, 0, 0, 0, 0]),
+        ("padding that is not zero", &[9, 0, 1, 0, 7, 0, 1, 0]),
+        ("padding that is missing", &[9, 0, 1, 0, 7]),
+        ("a second element that is wrong", &[9, 0, 0, 0, 2, 0, 24, 0]),
+    ];
+    for (name, block) in blocks {
+        attacks.push(attack(name, move |raw| {
+            let entry = raw.entry(COUNT.0, SMALL, &[block, b"body"].concat());
+            let (flags, meta_len) = (flag::END | flag::META, block.len() as u16);
+            raw.push(INTERACTIVE, &Submission { flags, meta_len, body_len: 4, ..entry });
+        }));
+    }
     for bit in [1, 1 << 32, 1 << 63] {
         attacks.push(attack(format!("reserved word {bit:#x}"), move |raw| {
             let mut words = raw.entry(COUNT.0, SMALL, b"x").pack();
@@ -278,7 +293,7 @@ fn f13_s9_r1_4_an_unknown_type_or_a_body_that_goes_on_is_answered_and_the_sessio
 }
 
 /// Goal:   flags that mean something are no violation, and metadata is no part of the body.
-/// Method: HANDOFF, IDEMPOTENT, and a TLV block in front of the body of an echo.
+/// Method: HANDOFF, IDEMPOTENT, and several blocks of metadata in front of the body of an echo.
 #[test]
 fn f13_flags_with_a_meaning_are_accepted_and_metadata_is_left_out_of_the_body() {
     let server = TestServer::start(WaitPolicy::Block);
@@ -288,10 +303,22 @@ fn f13_flags_with_a_meaning_are_accepted_and_metadata_is_left_out_of_the_body() 
         let entry = Submission { flags: flag::END | flags, body_len: 4, ..entry };
         assert_eq!(raw.call(&entry).status, Status::Ok as u8);
     }
-    let entry = raw.entry(ECHO, SMALL, b"\x01\x00\x00\x00the body");
-    let entry = Submission { flags: flag::END | flag::META, meta_len: 4, body_len: 8, ..entry };
-    let answer = raw.call(&entry);
-    assert_eq!((answer.status, raw.slot(SMALL, answer.len as usize)), (0, b"the body".to_vec()));
+    // A traceparent that is none, elements that nobody knows, an idempotency key: passed over.
+    let capital = b"\x01\x00\x37\x0000-4BF92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\x00";
+    let blocks: [&[u8]; 5] = [
+        b"\x01\x00\x00\x00",
+        capital,
+        b"\xff\xff\x05\x00abcde\x00\x00\x00",
+        b"\x00\x00\x00\x00\x00\x00\x00\x00",
+        b"\x02\x00\x18\x00abcdefghijklmnopqrstuvwx",
+    ];
+    for block in blocks {
+        let entry = raw.entry(ECHO, SMALL, &[block, b"the body"].concat());
+        let meta_len = block.len() as u16;
+        let entry = Submission { flags: flag::END | flag::META, meta_len, body_len: 8, ..entry };
+        let answer = raw.call(&entry);
+        assert_eq!((answer.status, raw.slot(SMALL, answer.len as usize)), (0, b"the body".to_vec()));
+    }
 }
 
 /// Goal:   an idempotent call's request stays as it was, so that it can be sent again (DESIGN §3).

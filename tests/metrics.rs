@@ -9,7 +9,7 @@ use doorbell::{
 };
 use std::path::PathBuf;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Takes 3 ms.
 const SLOW: MessageType = MessageType(300);
@@ -79,6 +79,7 @@ fn r4_2_every_call_is_counted_under_its_type_with_its_time() {
         connection.call(SLOW, b"").unwrap();
         assert_eq!(connection.call(MessageType::ECHO, &long).unwrap().len(), long.len());
     }
+    let pinging = Instant::now();
     for _ in 0..300 {
         connection.call(MessageType::PING, b"").unwrap();
     }
@@ -87,6 +88,7 @@ fn r4_2_every_call_is_counted_under_its_type_with_its_time() {
     drop(connection);
     drop(client);
     let (metrics, reader) = server.stop();
+    let pinged_ns = pinging.elapsed().as_nanos() as u64;
     assert_eq!(reader.read(), metrics, "what anybody could read in the end");
     assert_eq!(metrics.types.iter().map(TypeMetrics::calls).sum::<u64>(), metrics.calls_total());
     let calls = |message_type| of(&metrics, message_type).calls();
@@ -99,7 +101,8 @@ fn r4_2_every_call_is_counted_under_its_type_with_its_time() {
     assert_eq!(slow.buckets[from..].iter().sum::<u64>(), 20, "{slow:?}");
     assert!(slow.sum_ns >= 60_000_000 && metrics.busy_ns >= 60_000_000 && metrics.overruns >= 20);
     let quick = of(&metrics, MessageType::PING);
-    assert!(quick.quantile_ns(0.5).unwrap() < 1_000_000, "{quick:?}");
+    // Of the slow calls before it nothing is in this: more than the caller has waited cannot have been spent.
+    assert!(quick.sum_ns <= pinged_ns && quick.longest_ns <= pinged_ns, "{quick:?} in {pinged_ns} ns");
     assert_eq!((metrics.sessions_open, metrics.reactors.len()), (0, 2));
     assert!(metrics.cpu_ns > 0);
 }
@@ -196,10 +199,10 @@ mod exporter {
     use crate::common::process::ServerProcess;
     use crate::common::{self, TestDir, eventually};
     use doorbell::{IpcClient, MessageType};
-    use std::io::{Read, Write};
+    use std::io::{ErrorKind, Read, Write};
     use std::net::TcpStream;
     use std::os::unix::net::UnixStream;
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     /// A server with these lines in its section `metrics`.
     fn start(lines: &str) -> ServerProcess {
@@ -280,15 +283,14 @@ mod exporter {
     }
 
     /// Goal:   S12: slow and hostile readers hold up nobody, and are cut off.
-    /// Method: forty connections that say nothing, or a byte, or a head without end; readers are answered meanwhile; each
-    ///         of the forty ends.
+    /// Method: forty connections that say nothing, or a byte, or a head without end; a reader is answered while some of them
+    ///         are open; each of the forty ends.
     #[test]
     fn s12_slow_readers_of_metrics_hold_up_nobody() {
         let server = start("listen = \"127.0.0.1:0\"");
         let address = address(&server);
-        let begun = Instant::now();
-        let slow: Vec<TcpStream> = (0..40)
-            .map(|i| {
+        let connect = || -> Vec<TcpStream> {
+            let slow = (0..40).map(|i| {
                 let mut stream = TcpStream::connect(&address).unwrap();
                 match i % 3 {
                     0 => {}
@@ -297,16 +299,28 @@ mod exporter {
                     _ => stream.write_all(&[b'x'; 100_000]).unwrap_or_default(),
                 }
                 stream
-            })
-            .collect();
-        assert!(ask(TcpStream::connect(&address).unwrap(), GET).contains("ipc_sessions 0"));
-        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+            });
+            slow.collect()
+        };
+        let is_open = |stream: &TcpStream| {
+            stream.set_nonblocking(true).unwrap();
+            let silent = matches!(stream.peek(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock);
+            stream.set_nonblocking(false).unwrap();
+            silent
+        };
+        // However slow the machine is, it need happen once: somebody held up would be answered after all of them have gone.
+        let mut slow = Vec::new();
+        eventually("a reader is answered while slow ones are connected", || {
+            slow = connect();
+            assert!(ask(TcpStream::connect(&address).unwrap(), GET).contains("ipc_sessions 0"));
+            slow.iter().any(is_open)
+        });
         for mut stream in slow {
             stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
             let mut rest = Vec::new();
             match stream.read_to_end(&mut rest) {
                 Ok(_) => {}
-                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{error}"),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}"),
             }
         }
         assert!(ask(TcpStream::connect(&address).unwrap(), GET).contains("ipc_sessions 0"));

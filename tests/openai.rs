@@ -44,6 +44,37 @@ fn pool(server: &Fake) -> ProviderPool {
     pool_of(vec![config(server.base_url())])
 }
 
+/// Goal:   R2.7, R4.3: the server of a provider is told the trace of the call, as it came, and of no other call.
+/// Method: calls with and without a trace, whole and streamed, on one connection; the heads of the requests.
+#[test]
+fn r2_7_r4_3_the_provider_is_told_the_trace() {
+    let whole =
+        r#"{"choices":[{"index":0,"message":{"role":"assistant","content":"x"},"finish_reason":"stop"}]}"#;
+    let server = Fake::always(vec![Step::Send(answer("200 OK", "", whole)), Step::Next]);
+    let pool = pool(&server);
+    let text = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    run(async {
+        for trace in [None, Some(text.parse().unwrap()), None] {
+            let call = call("m", PROMPT).with_traceparent(trace);
+            pool.answer(&call).await.unwrap();
+            all(pool.stream(&call).await.unwrap()).await;
+        }
+    });
+    let told: Vec<_> = server
+        .requests()
+        .iter()
+        .map(|seen| {
+            seen.head
+                .lines()
+                .filter_map(|line| line.strip_prefix("traceparent: "))
+                .map(str::to_owned)
+                .collect()
+        })
+        .collect::<Vec<Vec<String>>>();
+    let (none, some) = (vec![], vec![text.to_owned()]);
+    assert_eq!(told, [&none, &none, &some, &some, &none, &none].map(Clone::clone));
+}
+
 /// A server that streams these bytes and closes.
 fn streams(body: impl Into<Vec<u8>>) -> Fake {
     Fake::always(vec![Step::Send(stream_head()), Step::Send(body.into())])

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::executed::{self, CODEC, HANG, LOG, LogServer, NUMBERS, log_answer, log_request};
+use common::executed::{self, CODEC, HANG, LOG, LogServer, NUMBERS, TRACED, log_answer, log_request};
 use common::process::{returns, role};
 use common::{eventually, streams};
 use doorbell::protocol::handshake::{Welcome, code};
@@ -86,6 +86,33 @@ fn r3_4_i5_calls_that_were_not_started_are_executed_by_the_next_server() {
         }
         let executed = server.executed();
         assert!((0..3).all(|id| executed[&id] == 1), "{executed:?}");
+    }
+}
+
+/// Goal:   R3.4, R4.3: a call that is sent again has its trace and its request, wherever that lay.
+/// Method: idempotent calls of several lengths, each under way when its server is killed.
+#[test]
+fn r3_4_r4_3_a_call_that_is_sent_again_has_its_trace() {
+    let trace = doorbell::TraceParent::new([4; 16], [2; 8], 0).unwrap();
+    for len in [12, 964, 1000, 5000] {
+        let mut server = LogServer::start();
+        server.let_hang(true);
+        let path = server.path().to_owned();
+        let calling = std::thread::spawn(move || {
+            let client = connect(&path, WaitPolicy::Block, Reconnect::default());
+            let options = CallOptions { traceparent: Some(trace), ..idempotent() };
+            client.open().unwrap().call_with(TRACED, &log_request(7, 0, len), &options)
+        });
+        eventually("the handler runs", || server.executions() == 1);
+        server.kill();
+        server.let_hang(false);
+        server.restart();
+        let answer = returns("the call is answered", move || calling.join().unwrap()).unwrap();
+        assert_eq!(
+            answer,
+            [&log_answer(&log_request(7, 0, len))[..], &trace.to_text()].concat(),
+            "{len} bytes"
+        );
     }
 }
 

@@ -214,3 +214,45 @@ fn every_page_is_in_the_book_and_no_link_is_broken() {
     }
     assert!(links > 10, "only {links} links found");
 }
+
+/// The crates that the library is made of, those of this workspace left out; or only those that these name themselves.
+fn crates_without_default_features(direct: bool) -> BTreeSet<String> {
+    let mut command = std::process::Command::new(env!("CARGO"));
+    command.current_dir(root()).args([
+        "tree",
+        "--offline",
+        "--locked",
+        "--no-default-features",
+        "--prefix",
+        "none",
+    ]);
+    command.args(["--edges", "normal,no-proc-macro", "--no-dedupe", "--format", "{p}"]);
+    if direct {
+        command.args([
+            "--depth",
+            "1",
+            "--package",
+            "doorbell",
+            "--package",
+            "doorbell-shm",
+            "--package",
+            "doorbell-uring",
+        ]);
+    }
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let name = |line: &str| line.split(' ').next().unwrap_or_default().to_owned();
+    lines.lines().map(name).filter(|name| !name.is_empty() && !name.starts_with("doorbell")).collect()
+}
+
+/// Goal:   the library alone stays small: whoever links it gets few crates that he has not asked for.
+/// Method: cargo's own account without default features; procedural macros are not linked. A number that grows is to be
+///         justified where it is written.
+#[test]
+fn the_library_alone_needs_few_crates() {
+    let (direct, all) = (crates_without_default_features(true), crates_without_default_features(false));
+    assert!(direct.len() <= 12, "{direct:?}");
+    // Seven of them are SHA-256, five are serde_json with what it needs.
+    assert!(all.len() <= 28, "{all:?}");
+}

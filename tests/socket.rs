@@ -453,6 +453,36 @@ fn f55_r3_6_a_client_of_another_user_is_refused() {
     assert!(bystander.stat("sessions_refused") >= 10);
 }
 
+/// Goal:   F55: who cannot see the other's process, as between a container and the machine, is told by his user all the same:
+///         a server in a pid namespace of its own serves clients outside of it, and those of another one.
+/// Method: as root: `doorbell serve` in such a namespace; calls from here, and by `doorbell call` in a third one.
+#[test]
+fn f55_a_client_in_another_pid_namespace_is_served() {
+    if !is_root("pid namespaces") {
+        return;
+    }
+    let unshare = || {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc", env!("CARGO_BIN_EXE_doorbell")]);
+        command.stdin(Stdio::null());
+        command
+    };
+    if !unshare().arg("--version").output().is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped, for there are no pid namespaces here: clients of another one");
+        return;
+    }
+    let directory = TestDir::new();
+    let (path, log) = (directory.join("s"), directory.join("log"));
+    let mut serve = unshare();
+    serve.args(["serve", "--socket"]).arg(&path).stderr(std::fs::File::create(&log).unwrap());
+    let _server = Process(serve.spawn().unwrap());
+    let said = || std::fs::read_to_string(&log).unwrap();
+    eventually("the server serves", || said().contains("serving at"));
+    Bystander::new(&path).check("the start");
+    let output = unshare().args(["call", "--type", "ping", "--socket"]).arg(&path).output().unwrap();
+    assert!(output.status.success(), "{} {}", stderr(&output), said());
+}
+
 /// Goal:   a client sends nothing to a server of another user (F54).
 /// Method: as root: a server as another uid, in a directory of its own; the library and the command.
 #[test]

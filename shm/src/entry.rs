@@ -64,9 +64,9 @@ pub mod codec {
     pub const RKYV: u8 = 2;
 }
 
-/// TLV types of the metadata block at the start of a slot: u16 type, u16 length, value, padded to 4.
+/// Types of the elements of the metadata at the start of a slot ([`crate::meta`]).
 pub mod tlv {
-    /// W3C traceparent, 55 bytes of ASCII.
+    /// `traceparent` of W3C Trace Context, version 00: 55 bytes of ASCII.
     pub const TRACEPARENT: u16 = 1;
     /// Idempotency key: 16 bytes of client id, u64 call number.
     pub const IDEMPOTENCY: u16 = 2;

@@ -76,6 +76,12 @@ pub enum PeerFault {
         /// The kind read.
         kind: u8,
     },
+    /// Metadata that is no sequence of elements (F13).
+    #[error("the metadata of a call is no sequence of elements: wrong at byte {at}")]
+    Metadata {
+        /// Where the element begins that is wrong, bytes.
+        at: u32,
+    },
     /// A connection number that this session did not open.
     #[error("connection {connection:#x} is not open in this session")]
     Connection {

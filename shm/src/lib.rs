@@ -20,6 +20,7 @@ pub mod lane;
 pub mod layout;
 pub mod lease;
 pub mod map;
+pub mod meta;
 pub mod pipe;
 pub mod ring;
 pub mod segment;

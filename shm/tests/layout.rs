@@ -6,6 +6,7 @@ use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::entry::{Completion, Status, Submission, codec, flag, kind, tlv};
 use doorbell_shm::layout::{self, Geometry, LaneLayout, header, state};
 use doorbell_shm::map::{Mapping, PAGE};
+use doorbell_shm::meta;
 use doorbell_shm::ring::{self, Entry, LAP_MASK, Producer};
 use doorbell_shm::segment::{Identity, Segment};
 use doorbell_shm::slots::{ClientWord, ServerWord};
@@ -65,7 +66,7 @@ impl Golden {
             let block = block.split_once("```").expect("a fence is closed").0;
             let (what, body) = block.split_once('\n').expect("a block has lines");
             let of = what.split_whitespace().next().expect("a block has a kind");
-            let known = ["submission", "completion", "client_word", "server_word", "header"];
+            let known = ["submission", "completion", "metadata", "client_word", "server_word", "header"];
             // The handshake's are read by the test of the code that writes them.
             assert!(
                 known.contains(&of)
@@ -231,6 +232,21 @@ fn trap20_golden_slot_words_are_what_the_code_writes_and_reads() {
     let word = ServerWord { generation: g.get("generation") as u32, taken: g.get("taken") as u32 };
     assert_eq!(word.pack().to_le_bytes().as_slice(), g.bytes);
     assert_eq!(ServerWord::unpack(words_of::<1>(&g.bytes)[0]), word);
+}
+
+/// Goal:   metadata is what the document says (trap 20).
+/// Method: the golden block is written and read; its value is the text above it.
+#[test]
+fn trap20_golden_metadata_is_what_the_code_writes_and_reads() {
+    let g = &Golden::named("metadata")[0];
+    let text = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    assert!(DOC.contains(&format!("with the traceparent `{text}`")));
+    assert_eq!((g.get("type"), g.get("len")), (u64::from(tlv::TRACEPARENT), text.len() as u64));
+    let mut block = vec![0xff; meta::element_len(text.len())];
+    meta::put(&mut block, tlv::TRACEPARENT, text.as_bytes());
+    assert_eq!(block, g.bytes);
+    let elements: Vec<_> = meta::Elements::new(&g.bytes).collect();
+    assert_eq!(elements, [Ok((tlv::TRACEPARENT, text.as_bytes()))]);
 }
 
 /// Goal:   the header is what the document says, all 256 bytes of it (trap 20).

@@ -1,7 +1,9 @@
 //! `doorbell call`: one request, one answer.
 
 use clap::Args;
-use doorbell::{ClientConfig, IpcClient, IpcError, MessageType, WaitPolicy, default_socket_path};
+use doorbell::{
+    ClientConfig, IpcClient, IpcError, MessageType, TraceParent, WaitPolicy, default_socket_path,
+};
 use std::error::Error;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -22,6 +24,9 @@ pub struct CallOptions {
     /// Give up after so many milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 5000)]
     timeout_ms: u64,
+    /// The trace that the call belongs to, as in the header of W3C Trace Context: 00-<32 hex digits>-<16>-<2>.
+    #[arg(long, value_name = "TRACEPARENT")]
+    traceparent: Option<TraceParent>,
 }
 
 /// Sends the request; prints the answer and a line end.
@@ -46,6 +51,7 @@ pub fn run(options: &CallOptions) -> Result<(), Box<dyn Error>> {
     let call = doorbell::CallOptions {
         timeout: Some(timeout),
         reply_capacity: client.max_message_size(),
+        traceparent: options.traceparent,
         ..doorbell::CallOptions::default()
     };
     let answer = connection.call_with(options.message_type, &body, &call, |reply| reply.to_vec())??;

@@ -186,7 +186,7 @@ pub fn run(options: &ServeOptions) -> Result<(), Box<dyn Error>> {
     survive_a_file_size_limit()?;
     let file = ConfigFile::load(options.config.as_deref())?;
     let running = options.apply(file.ipc)?;
-    let (log, set_level) = Log::start(options.log_format, options.level(running.log_level));
+    let (log, set_level) = Log::start(options.log_format, options.level(running.log_level))?;
     let path = match &running.socket_path {
         Some(path) => std::path::absolute(path)?,
         None => doorbell::default_socket_path(),

@@ -10,11 +10,11 @@ use super::call::{CallId, CallOptions, SlotWriter};
 use super::lane::{Answered, BODY, Lane, Outcome, Piece};
 use super::session::{Session, Target};
 use crate::error::{IpcError, Result};
-use crate::protocol::MessageType;
+use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::Published;
 use doorbell_shm::entry::{Status, Submission, flag, kind};
-use doorbell_shm::layout::{SLOT_LARGE, SLOT_MEDIUM, SLOT_SMALL};
+use doorbell_shm::layout::{LaneLayout, SLOT_LARGE, SLOT_MEDIUM, SLOT_SMALL};
 use doorbell_shm::lease::Run;
 use doorbell_shm::slots::{ClientWord, Grant, ServerWord};
 use std::collections::VecDeque;
@@ -74,6 +74,7 @@ pub(super) struct Body {
     target: Target,
     /// What its first entry says, but for slots and flags.
     entry: Submission,
+    traceparent: Option<TraceParent>,
     tag: u64,
     stage: Stage,
     /// Bytes of the whole request, where they are known.
@@ -196,7 +197,8 @@ impl Session {
             None => (0, 0),
             Some(_) => self.choose_lane(target)?,
         };
-        let wanted = capacity.max(options.reply_capacity);
+        let meta_len = options.meta_len();
+        let wanted = capacity.saturating_add(meta_len).max(options.reply_capacity);
         let in_one_slot = !options.idempotent && !options.pieces;
         if wanted <= SLOT_LARGE && in_one_slot && !self.bodies.are_active() {
             let offset = self.clock_offset_ns;
@@ -205,11 +207,12 @@ impl Session {
             let run = name.and_then(|_| lane.take_run(wanted, 1));
             if let (Some(name), Some(run)) = (name, run) {
                 let mut writer = lane.writer_at(run.first, run.bytes as usize);
-                let written = write(&mut writer);
-                let len = writer.len as u32;
+                let written = writer.write_metadata(options).and_then(|()| write(&mut writer));
+                let len = writer.len;
                 let mut entry = call_entry(target, message_type, flags | flag::END | flag::LEASED);
                 (entry.slot, entry.generation) = (name.slot, name.generation);
-                (entry.len, entry.body_len) = (len, len.into());
+                (entry.len, entry.body_len) = (len as u32, len.saturating_sub(meta_len) as u64);
+                add_metadata(&mut entry, meta_len);
                 (entry.response_slot, entry.payload_slot, entry.lease_epoch) =
                     (run.first, run.first, run.epoch);
                 super::session::add_deadline(&mut entry, options, offset);
@@ -253,21 +256,23 @@ impl Session {
         write: impl FnOnce(&mut SlotWriter<'_>) -> Result<()>,
     ) -> Result<CallId> {
         let offset = self.clock_offset_ns;
+        let meta_len = options.meta_len();
         let lane = self.lane_mut(lane_index);
         if lane.lane.slots.free() < 2 || !lane.has_entry(target.bulk)? {
             return Err(IpcError::WouldBlock);
         }
-        let Some(name) = lane.lane.slots.take(capacity.max(options.reply_capacity)) else {
+        let Some(name) = lane.lane.slots.take((capacity + meta_len).max(options.reply_capacity)) else {
             return Err(IpcError::WouldBlock);
         };
         let mut writer = lane.writer(&name);
-        if let Err(error) = write(&mut writer) {
+        if let Err(error) = writer.write_metadata(options).and_then(|()| write(&mut writer)) {
             lane.lane.slots.put_back(name.slot);
             return Err(error);
         }
         let mut entry = call_entry(target, message_type, flags | flag::END);
         (entry.slot, entry.generation, entry.response_slot) = (name.slot, name.generation, name.slot);
-        (entry.len, entry.body_len) = (writer.len as u32, writer.len as u64);
+        (entry.len, entry.body_len) = (writer.len as u32, (writer.len - meta_len) as u64);
+        add_metadata(&mut entry, meta_len);
         super::session::add_deadline(&mut entry, options, offset);
         let index = self.bodies.vacancy();
         let mut body = Body::new(lane_index, name, target, entry, Some(entry.body_len), options);
@@ -634,6 +639,14 @@ fn call_entry(target: Target, message_type: MessageType, flags: u16) -> Submissi
     }
 }
 
+/// So many bytes of metadata go before the request.
+fn add_metadata(entry: &mut Submission, meta_len: usize) {
+    if meta_len != 0 {
+        entry.flags |= flag::META;
+        entry.meta_len = meta_len as u16;
+    }
+}
+
 impl Body {
     fn new(
         lane: u32,
@@ -648,6 +661,7 @@ impl Body {
             name,
             target,
             entry,
+            traceparent: options.traceparent,
             tag: options.tag,
             stage: Stage::Queued(Instant::now()),
             total,
@@ -694,12 +708,19 @@ impl Body {
         (class, slots(request), slots(answer))
     }
 
-    /// Publishes the first entry, with an empty frame; the windows are the call's from here on.
+    /// Publishes the first entry, with an empty frame behind the metadata, if there is any; the windows are the call's from here on.
     fn begin(&mut self, lane: &mut Lane, answers: Window, requests: Option<Window>) -> Result<bool> {
         let mut entry = self.entry;
         let empty = self.total == Some(0) || self.cancelled;
         entry.flags |= if empty { flag::END } else { flag::MORE };
         entry.body_len = if empty { 0 } else { entry.body_len };
+        if let Some(traceparent) = self.traceparent {
+            let block = traceparent.to_block();
+            // Any slot has room for it.
+            lane.lane.common.payload.write(LaneLayout::slot_offset(self.name.slot), &block);
+            entry.len = block.len() as u32;
+            add_metadata(&mut entry, block.len());
+        }
         entry.response_slot = answers.first;
         entry.response_count = answers.count as u16;
         if let Some(epoch) = answers.epoch {

@@ -3,7 +3,8 @@
 use super::IpcClient;
 use super::lane::{Answered, Outcome};
 use crate::error::{IpcError, Result};
-use crate::protocol::MessageType;
+use crate::protocol::traceparent::BLOCK_LEN;
+use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::entry::Status;
 use std::time::Duration;
@@ -42,6 +43,17 @@ pub struct CallOptions {
     /// one being the one that [`Reply::is_last`]; the server sends more as frames are dropped. Otherwise an answer of
     /// several frames is put together in memory of the client's own first.
     pub pieces: bool,
+    /// The trace that the call belongs to: its handler sees it, and a provider's server behind that. Takes 60 bytes of the
+    /// request's slot.
+    pub traceparent: Option<TraceParent>,
+}
+
+impl CallOptions {
+    /// Bytes of metadata that go before the request.
+    #[inline(always)]
+    pub(super) fn meta_len(&self) -> usize {
+        if self.traceparent.is_some() { BLOCK_LEN } else { 0 }
+    }
 }
 
 /// Writes a request into the slot that carries it.
@@ -74,6 +86,15 @@ impl<'a> SlotWriter<'a> {
         self.payload.write(self.offset + self.len, bytes);
         self.len += bytes.len();
         Ok(())
+    }
+
+    /// Writes what goes before the request; there is room for it.
+    #[inline(always)]
+    pub(super) fn write_metadata(&mut self, options: &CallOptions) -> Result<()> {
+        match options.traceparent {
+            Some(traceparent) => self.write(&traceparent.to_block()),
+            None => Ok(()),
+        }
     }
 
     #[cold]

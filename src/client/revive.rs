@@ -141,7 +141,7 @@ impl Revival {
         if verdict == Verdict::Resend {
             again.request.get_or_insert_with(|| {
                 let mut request = vec![0; again.len];
-                session.read_request(answered, &mut request);
+                session.read_request(answered, &again.options, &mut request);
                 request
             });
             again.doubts += u32::from(started);

@@ -211,7 +211,9 @@ impl Session {
             None => (0, 0),
             Some(_) => self.choose_lane(target)?,
         };
-        let wanted = if options.idempotent { capacity } else { capacity.max(options.reply_capacity) };
+        let meta_len = options.meta_len();
+        let request = capacity.saturating_add(meta_len);
+        let wanted = if options.idempotent { request } else { request.max(options.reply_capacity) };
         let offset = self.clock_offset_ns;
         let lane = self.lane_mut(index);
         let in_slot = wanted.max(options.reply_capacity) <= lane.lane.slots.largest();
@@ -223,25 +225,25 @@ impl Session {
         }
         let Some(grant) = lane.lane.slots.take(wanted) else { return Err(IpcError::WouldBlock) };
         let mut writer = lane.writer(&grant);
-        if let Err(error) = write(&mut writer) {
+        if let Err(error) = writer.write_metadata(options).and_then(|()| write(&mut writer)) {
             lane.lane.slots.put_back(grant.slot);
             return Err(error);
         }
         let len = writer.len as u32;
         let mut entry = Submission {
             kind: kind::CALL,
-            flags: flag::END | flags,
+            flags: flag::END | flags | if meta_len == 0 { 0 } else { flag::META },
             codec: target.codec,
             message_type: message_type.0,
             connection: target.connection,
             slot: grant.slot,
             generation: grant.generation,
             len,
-            meta_len: 0,
+            meta_len: meta_len as u16,
             response_count: 1,
             response_slot: grant.slot,
             frame: 0,
-            body_len: u64::from(len),
+            body_len: (writer.len - meta_len) as u64,
             deadline: 0,
             payload_slot: 0,
             lease_epoch: 0,
@@ -518,7 +520,8 @@ impl Session {
     /// Whether the request of such a call lies whole in a base slot of its own, where it stays as it is until the call
     /// has been started; that of an idempotent one until it has been answered.
     pub fn keeps_request(&self, len: usize, options: &CallOptions) -> bool {
-        !options.pieces && len.max(options.reply_capacity) <= self.home.lane.slots.largest()
+        let in_slot = (len + options.meta_len()).max(options.reply_capacity);
+        !options.pieces && in_slot <= self.home.lane.slots.largest()
     }
 
     /// Of a session that is over: whether what lies in its slots is what the client wrote there. From a client that did
@@ -529,8 +532,8 @@ impl Session {
     }
 
     /// Copies the request of a call that a session which is over has lost, and that [kept](Session::keeps_request) it.
-    pub fn read_request(&self, lost: &Answered, target: &mut [u8]) {
-        self.payload(lost.lane).read(LaneLayout::slot_offset(lost.slot), target);
+    pub fn read_request(&self, lost: &Answered, options: &CallOptions, target: &mut [u8]) {
+        self.payload(lost.lane).read(LaneLayout::slot_offset(lost.slot) + options.meta_len(), target);
     }
 
     /// The error for whoever wants something of a session that is over.

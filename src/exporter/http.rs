@@ -1,28 +1,22 @@
-//! The text of Prometheus by HTTP, at `/metrics`. It is read on this machine only, by whoever can connect.
+//! The text of Prometheus by HTTP/1.1, at `/metrics`. It is read on this machine only, by whoever can connect.
 //!
 //! Bound:  [`CONNECTIONS_MAX`] connections, the oldest of which makes room for the next; [`HEADER_TIME`] for a request,
-//!         whose head has at most [`HEAD_MAX`] bytes and whose body is not read; [`TOTAL_TIME`] for all; one request each.
-//!         So whoever is slow, or opens many, holds up nobody else.
+//!         whose head has at most [`HEAD_MAX`] bytes and whose body is not read; [`TOTAL_TIME`] for all; one request each,
+//!         one read of it in a turn. So whoever is slow, or opens many, holds up nobody else.
+//! Memory: by hand, for what a server library touches once somebody has asked stays resident: 0.9 MiB of code and heap,
+//!         as measured (`docs/performance.md`, section Memory), for one request and three answers.
 
 use crate::MetricsReader;
 use crate::config::MetricsAddress;
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketFlags};
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use std::time::{Duration, Instant};
 
 /// Connections at a time.
 const CONNECTIONS_MAX: usize = 16;
@@ -30,77 +24,105 @@ const CONNECTIONS_MAX: usize = 16;
 const HEADER_TIME: Duration = Duration::from_secs(2);
 /// From the beginning of a connection to its end.
 const TOTAL_TIME: Duration = Duration::from_secs(5);
-/// Bytes that are buffered for a connection: the head of a request must fit. The least that hyper takes.
+/// Bytes of the head of a request.
 const HEAD_MAX: usize = 8 << 10;
 /// Before the next try when the kernel gives no connection.
 const PAUSE: Duration = Duration::from_millis(100);
 
-pub enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener, MetricsAddress),
+/// Takes connections at an address, and answers them.
+#[derive(Debug)]
+pub struct Server {
+    listener: OwnedFd,
+    address: MetricsAddress,
+    reader: MetricsReader,
+    /// The oldest first.
+    connections: VecDeque<Connection>,
+    /// No connection is taken before.
+    rests_until: Option<Instant>,
 }
 
-impl Listener {
-    /// Takes an address; from here on readers queue. To be called within a runtime.
+impl Server {
+    /// Takes an address; from here on readers queue.
     ///
     /// # Errors
     ///
     /// What the kernel refuses; `AddrInUse` if somebody serves there.
-    pub fn bind(address: &MetricsAddress) -> io::Result<Self> {
-        match address {
+    pub fn bind(address: &MetricsAddress, reader: MetricsReader) -> io::Result<Self> {
+        let (listener, address) = match address {
             MetricsAddress::Tcp(at) => {
                 let listener = std::net::TcpListener::bind(at)?;
                 listener.set_nonblocking(true)?;
-                Ok(Self::Tcp(TcpListener::from_std(listener)?))
+                // With the port that the kernel chose.
+                let address = MetricsAddress::Tcp(listener.local_addr()?);
+                (OwnedFd::from(listener), address)
             }
             MetricsAddress::Unix(path) => {
                 remove_stale(path)?;
                 let listener = std::os::unix::net::UnixListener::bind(path)?;
                 std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
                 listener.set_nonblocking(true)?;
-                Ok(Self::Unix(UnixListener::from_std(listener)?, address.clone()))
+                (OwnedFd::from(listener), address.clone())
             }
-        }
+        };
+        let connections = VecDeque::with_capacity(CONNECTIONS_MAX);
+        Ok(Self { listener, address, reader, connections, rests_until: None })
     }
 
     /// The address, with the port that the kernel chose.
-    ///
-    /// # Errors
-    ///
-    /// What the kernel refuses.
-    pub fn address(&self) -> io::Result<MetricsAddress> {
-        match self {
-            Self::Tcp(listener) => Ok(MetricsAddress::Tcp(listener.local_addr()?)),
-            Self::Unix(_, address) => Ok(address.clone()),
+    pub fn address(&self) -> &MetricsAddress {
+        &self.address
+    }
+
+    /// Adds what is to be waited for.
+    pub fn watch<'a>(&'a self, waiting: &mut Vec<PollFd<'a>>) {
+        // Not listened to while it rests: it would wake us at once.
+        let listens = if self.rests_until.is_none() { PollFlags::IN } else { PollFlags::empty() };
+        waiting.push(PollFd::new(&self.listener, listens));
+        for connection in &self.connections {
+            waiting.push(PollFd::new(&connection.socket, connection.waits_for()));
         }
     }
 
-    /// Serves for ever.
-    pub async fn serve(self, reader: MetricsReader) {
-        let mut connections: VecDeque<JoinHandle<()>> = VecDeque::with_capacity(CONNECTIONS_MAX);
-        loop {
-            let connection = match &self {
-                Self::Tcp(listener) => {
-                    listener.accept().await.map(|(stream, _)| tokio::spawn(answer(stream, reader.clone())))
+    /// When something is to be done whatever comes.
+    pub fn due(&self) -> Option<Instant> {
+        self.connections.iter().map(Connection::ends_at).chain(self.rests_until).min()
+    }
+
+    /// Does what there is to do; `came` says of what [`Server::watch`] added whether anything has come.
+    pub fn go_on(&mut self, came: &[bool]) {
+        let now = Instant::now();
+        let Self { connections, reader, .. } = self;
+        let mut came = came.iter().copied();
+        let listener_came = came.next().unwrap_or_default();
+        connections.retain_mut(|connection| {
+            let came = came.next().unwrap_or_default();
+            now < connection.ends_at() && (!came || connection.go_on(reader))
+        });
+        if self.rests_until.is_some_and(|until| until <= now) {
+            self.rests_until = None;
+        }
+        if listener_came && self.rests_until.is_none() {
+            self.accept(now);
+        }
+    }
+
+    /// Takes one connection.
+    fn accept(&mut self, now: Instant) {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        match rustix::net::accept_with(&self.listener, flags) {
+            Ok(socket) => {
+                if matches!(self.address, MetricsAddress::Unix(_)) && !is_ours(&socket) {
+                    return;
                 }
-                Self::Unix(listener, _) => match listener.accept().await {
-                    Ok((stream, _)) if !is_ours(&stream) => continue,
-                    Ok((stream, _)) => Ok(tokio::spawn(answer(stream, reader.clone()))),
-                    Err(error) => Err(error),
-                },
-            };
-            let Ok(connection) = connection else {
-                // No descriptors, or a reader that is gone already: neither ends the server.
-                tokio::time::sleep(PAUSE).await;
-                continue;
-            };
-            connections.retain(|connection| !connection.is_finished());
-            if connections.len() >= CONNECTIONS_MAX
-                && let Some(oldest) = connections.pop_front()
-            {
-                oldest.abort();
+                if self.connections.len() >= CONNECTIONS_MAX {
+                    self.connections.pop_front();
+                }
+                self.connections.push_back(Connection::new(socket, now));
             }
-            connections.push_back(connection);
+            // A reader that is gone already.
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+            // No descriptors, say: that does not end the server.
+            Err(_) => self.rests_until = Some(now + PAUSE),
         }
     }
 }
@@ -124,46 +146,191 @@ fn is_socket(path: &Path) -> io::Result<bool> {
     Ok(std::fs::symlink_metadata(path)?.file_type().is_socket())
 }
 
-fn is_ours(stream: &UnixStream) -> bool {
-    stream.peer_cred().is_ok_and(|peer| peer.uid() == rustix::process::geteuid().as_raw())
+fn is_ours(socket: &OwnedFd) -> bool {
+    let peer = doorbell_uring::peer_credentials(socket.as_fd());
+    peer.is_ok_and(|peer| peer.uid == rustix::process::geteuid().as_raw())
+}
+
+/// What is being done for a reader.
+#[derive(Debug)]
+enum Stage {
+    /// Its request comes; so much of the head is there.
+    Head(Vec<u8>),
+    /// It is answered: the answer, and how much of it has gone.
+    Answer(Vec<u8>, usize),
+    /// It has its answer. What it still sends is read and dropped, until it closes: to close before would take the answer
+    /// away from it (RFC 9112, section 9.6).
+    Over,
 }
 
 /// One connection, from beginning to end.
-async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin, reader: MetricsReader) {
-    let service = service_fn(|request: Request<Incoming>| {
-        let response = respond(&request, &reader);
-        async { Ok::<_, Infallible>(response) }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIME)
-        .max_buf_size(HEAD_MAX)
-        .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), service);
-    // Whatever a reader does wrong ends its connection, and is nobody's else business.
-    if let Ok(Err(error)) = timeout(TOTAL_TIME, connection).await {
-        tracing::debug!(%error, "a reader of the metrics");
+#[derive(Debug)]
+struct Connection {
+    socket: OwnedFd,
+    begun: Instant,
+    stage: Stage,
+}
+
+impl Connection {
+    fn new(socket: OwnedFd, begun: Instant) -> Self {
+        Self { socket, begun, stage: Stage::Head(Vec::new()) }
+    }
+
+    fn ends_at(&self) -> Instant {
+        self.begun + if matches!(self.stage, Stage::Head(_)) { HEADER_TIME } else { TOTAL_TIME }
+    }
+
+    fn waits_for(&self) -> PollFlags {
+        if matches!(self.stage, Stage::Answer(..)) { PollFlags::OUT } else { PollFlags::IN }
+    }
+
+    /// One read, or as much of the answer as there is room for; whether the connection goes on.
+    fn go_on(&mut self, reader: &MetricsReader) -> bool {
+        match &mut self.stage {
+            Stage::Head(head) => {
+                let mut bytes = [0; 1024];
+                let Some(read) = receive(&self.socket, &mut bytes) else { return false };
+                head.extend_from_slice(&bytes[..read]);
+                let Some(answer) = answer(head, reader) else { return true };
+                self.stage = Stage::Answer(answer, 0);
+                self.send()
+            }
+            Stage::Answer(..) => self.send(),
+            Stage::Over => receive(&self.socket, &mut [0; 1024]).is_some(),
+        }
+    }
+
+    /// Sends what there is room for.
+    fn send(&mut self) -> bool {
+        let Stage::Answer(answer, sent) = &mut self.stage else { return true };
+        while *sent < answer.len() {
+            match rustix::net::send(&self.socket, &answer[*sent..], SendFlags::NOSIGNAL) {
+                Ok(more) => *sent += more,
+                Err(Errno::AGAIN | Errno::INTR) => return true,
+                Err(_) => return false,
+            }
+        }
+        self.stage = Stage::Over;
+        rustix::net::shutdown(&self.socket, Shutdown::Write).is_ok()
     }
 }
 
-fn respond(request: &Request<Incoming>, reader: &MetricsReader) -> Response<Full<Bytes>> {
-    let text = |status, text: String| {
-        let mut response = Response::new(Full::new(Bytes::from(text)));
-        *response.status_mut() = status;
-        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-        response
+/// Reads what has come, if anything has; `None` at the end of the connection.
+fn receive(socket: &OwnedFd, bytes: &mut [u8]) -> Option<usize> {
+    match rustix::net::recv(socket, bytes, RecvFlags::empty()) {
+        Ok((0, _)) => None,
+        Ok((read, _)) => Some(read),
+        Err(Errno::AGAIN | Errno::INTR) => Some(0),
+        Err(_) => None,
+    }
+}
+
+/// The answer to a request, once its head is complete, or can be none.
+fn answer(head: &[u8], reader: &MetricsReader) -> Option<Vec<u8>> {
+    let end = head.windows(4).position(|bytes| bytes == b"\r\n\r\n");
+    if end.is_none_or(|end| end > HEAD_MAX) {
+        let too_long = head.len() > HEAD_MAX;
+        return too_long
+            .then(|| respond("431 Request Header Fields Too Large", "", "The request is too long.\n", true));
+    }
+    let line = head.split(|byte| *byte == b'\r').next().unwrap_or_default();
+    let line = std::str::from_utf8(line).unwrap_or_default();
+    let mut words = line.split(' ');
+    let (method, target, version) = (words.next(), words.next(), words.next());
+    let (Some(method), Some(target), Some("HTTP/1.1" | "HTTP/1.0"), None) =
+        (method, target, version, words.next())
+    else {
+        return Some(respond("400 Bad Request", "", "This is no request of HTTP/1.\n", true));
     };
-    if request.method() != Method::GET && request.method() != Method::HEAD {
-        let mut response =
-            text(StatusCode::METHOD_NOT_ALLOWED, "Only GET and HEAD are answered.\n".to_owned());
-        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-        return response;
+    if method != "GET" && method != "HEAD" {
+        let allow = "allow: GET, HEAD\r\n";
+        return Some(respond("405 Method Not Allowed", allow, "Only GET and HEAD are answered.\n", true));
     }
-    if request.uri().path() != "/metrics" {
-        return text(StatusCode::NOT_FOUND, "Metrics are at /metrics.\n".to_owned());
+    let has_body = method == "GET";
+    if path(target) != "/metrics" {
+        return Some(respond("404 Not Found", "", "Metrics are at /metrics.\n", has_body));
     }
-    let mut response = text(StatusCode::OK, reader.export_prometheus());
-    let prometheus = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    response.headers_mut().insert(CONTENT_TYPE, prometheus);
-    response
+    Some(respond("200 OK", "", &reader.export_prometheus(), has_body))
+}
+
+/// The path of what is asked for: without a query, and without a server's name, which a proxy may send.
+fn path(target: &str) -> &str {
+    let target = target.split(['?', '#']).next().unwrap_or_default();
+    match target.strip_prefix("http://") {
+        Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]),
+        None => target,
+    }
+}
+
+fn respond(status: &str, headers: &str, body: &str, has_body: bool) -> Vec<u8> {
+    // The version of the format is that of the text; the other answers are text, too.
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\ncontent-length: {}\r\n\
+         {headers}connection: close\r\n\r\n",
+        body.len()
+    );
+    let mut answer = head.into_bytes();
+    if has_body {
+        answer.extend_from_slice(body.as_bytes());
+    }
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+
+    fn reader() -> MetricsReader {
+        MetricsReader::default()
+    }
+
+    fn asked(request: &str) -> Option<String> {
+        answer(request.as_bytes(), &reader()).map(|answer| String::from_utf8(answer).unwrap())
+    }
+
+    /// Goal:   R4.6, S12: a request is answered when its head is complete and not before, by what it asks for; what is none
+    ///         is told so, and nobody can have us keep more than the head of a request.
+    /// Method: requests as browsers, proxies and curl send them, cut at every byte; wrong ones; heads of every length
+    ///         about the limit.
+    #[test]
+    fn r4_6_s12_requests_are_answered_by_their_heads() {
+        let whole = "GET /metrics?x=1 HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n";
+        for end in 0..whole.len() {
+            assert_eq!(asked(&whole[..end]), None, "{end}");
+        }
+        let text = Metrics::default().export_prometheus();
+        let (head, body) =
+            asked(whole).unwrap().split_once("\r\n\r\n").map(|(h, b)| (h.to_owned(), b.to_owned())).unwrap();
+        assert!(
+            head.starts_with("HTTP/1.1 200 OK\r\n")
+                && head.contains(&format!("content-length: {}\r\n", text.len()))
+        );
+        assert_eq!(body, text);
+        let head_only = asked("HEAD http://localhost:9/metrics HTTP/1.0\r\n\r\n").unwrap();
+        assert!(
+            head_only.ends_with("\r\n\r\n")
+                && head_only.contains(&format!("content-length: {}\r\n", text.len()))
+        );
+        for (request, status) in [
+            ("GET / HTTP/1.1\r\n\r\n", "404 "),
+            ("GET http://localhost HTTP/1.1\r\n\r\n", "404 "),
+            ("GET /metrics/ HTTP/1.1\r\n\r\n", "404 "),
+            ("PUT /metrics HTTP/1.1\r\n\r\n", "405 "),
+            ("GET /metrics\r\n\r\n", "400 "),
+            ("GET  /metrics HTTP/1.1\r\n\r\n", "400 "),
+            ("GET /metrics HTTP/1.1 \r\n\r\n", "400 "),
+            ("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "400 "),
+            ("\r\n\r\n", "400 "),
+            ("\u{16}\u{3}\u{1}\r\n\r\n", "400 "),
+        ] {
+            let answer = asked(request).unwrap();
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{request:?}: {answer}");
+        }
+        for len in HEAD_MAX - 4..HEAD_MAX + 4 {
+            let endless = "x".repeat(len);
+            assert_eq!(asked(&endless).is_some(), len > HEAD_MAX, "{len}");
+            assert!(asked(&format!("{endless}\r\n\r\n")).unwrap().starts_with("HTTP/1.1 4"));
+        }
+    }
 }

@@ -1,7 +1,5 @@
 //! Tells others what a server counts: a line in the log and a text file now and then, and the text of Prometheus by HTTP
-//! (R4.6). On a thread of its own: no reactor is disturbed.
-//!
-//! HTTP is hyper's, which is part of the command anyway (`openai`); what it does not bound is bounded in `http.rs`.
+//! (R4.6). On a thread of its own, which sleeps in poll(2): no reactor is disturbed.
 
 mod http;
 mod summary;
@@ -9,26 +7,17 @@ mod textfile;
 
 use crate::MetricsReader;
 use crate::config::{MetricsAddress, MetricsConfig};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use summary::Summary;
-use tokio::sync::oneshot;
 
 /// Bytes of the thread's stack.
 const STACK: usize = 256 << 10;
-
-/// A pause of somebody who tells nothing by the clock.
-const NEVER: Duration = Duration::from_secs(1 << 30);
-
-/// Dropped, it ends the thread.
-#[derive(Debug)]
-enum Stop {
-    Thread(#[expect(dead_code, reason = "it is there to be dropped")] mpsc::Sender<()>),
-    Runtime(#[expect(dead_code, reason = "it is there to be dropped")] oneshot::Sender<()>),
-}
 
 /// Why metrics cannot be told.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +48,8 @@ pub enum ExporterError {
 /// Tells what a server counts until it is dropped.
 #[derive(Debug)]
 pub struct Exporter {
-    stop: Option<Stop>,
+    /// The end of a pipe: dropped, it ends the thread.
+    stop: Option<OwnedFd>,
     thread: Option<JoinHandle<()>>,
     address: Option<MetricsAddress>,
 }
@@ -81,45 +71,23 @@ impl Exporter {
             textfile::write(path, &reader.export_prometheus())
                 .map_err(|source| ExporterError::Textfile { path: path.clone(), source })?;
         }
-        let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("metrics".into()).stack_size(STACK);
-        let mut teller = Teller { reader, interval, textfile, summary: Summary::default(), is_told: false };
-        let Some(listen) = &config.listen else {
-            // No runtime: it would take more memory than all the rest of this.
-            let (stop, stopped) = mpsc::channel();
-            let work = move || {
-                while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(teller.pause()) {
-                    teller.tell();
-                }
-            };
-            let thread = thread.spawn(work).map_err(ExporterError::Thread)?;
-            return Ok(Self { stop: Some(Stop::Thread(stop)), thread: Some(thread), address: None });
-        };
-        let mut runtime = tokio::runtime::Builder::new_current_thread();
-        let runtime = runtime.enable_time().enable_io().build().map_err(ExporterError::Thread)?;
-        let refused = |source| ExporterError::Listen { address: listen.clone(), source };
-        let listener = {
-            let _entered = runtime.enter();
-            http::Listener::bind(listen).map_err(refused)?
-        };
-        let address = listener.address().map_err(refused)?;
-        tracing::info!(%address, "serving metrics");
-        let work = async move {
-            let serving = listener.serve(teller.reader.clone());
-            let telling = async {
-                loop {
-                    tokio::time::sleep(teller.pause()).await;
-                    teller.tell();
-                }
-            };
-            tokio::select! {
-                _ = stopped => {}
-                () = serving => {}
-                () = telling => {}
+        let http = match &config.listen {
+            Some(listen) => {
+                let refused = |source| ExporterError::Listen { address: listen.clone(), source };
+                Some(http::Server::bind(listen, reader.clone()).map_err(refused)?)
             }
+            None => None,
         };
-        let thread = thread.spawn(move || runtime.block_on(work)).map_err(ExporterError::Thread)?;
-        Ok(Self { stop: Some(Stop::Runtime(stop)), thread: Some(thread), address: Some(address) })
+        let address = http.as_ref().map(|http| http.address().clone());
+        if let Some(address) = &address {
+            tracing::info!(%address, "serving metrics");
+        }
+        let pipe = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        let (stopped, stop) = pipe.map_err(|error| ExporterError::Thread(error.into()))?;
+        let teller = Teller { reader, interval, textfile, summary: Summary::default(), is_told: false };
+        let thread = std::thread::Builder::new().name("metrics".into()).stack_size(STACK);
+        let thread = thread.spawn(move || tell(teller, http, &stopped)).map_err(ExporterError::Thread)?;
+        Ok(Self { stop: Some(stop), thread: Some(thread), address })
     }
 
     /// Where metrics are served, the port that the kernel chose included.
@@ -142,6 +110,40 @@ impl Drop for Exporter {
     }
 }
 
+/// Tells by the clock, and whoever asks, until the other end of the pipe is closed.
+fn tell(mut teller: Teller, mut http: Option<http::Server>, stopped: &OwnedFd) {
+    let mut due = teller.next();
+    loop {
+        let mut waiting = vec![PollFd::new(stopped, PollFlags::IN)];
+        if let Some(http) = &http {
+            http.watch(&mut waiting);
+        }
+        let until = [due, http.as_ref().and_then(http::Server::due)].into_iter().flatten().min();
+        match poll(&mut waiting, until.map(timeout).as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return tracing::error!(%error, "metrics are told no more"),
+        }
+        let came: Vec<bool> = waiting.iter().map(|fd| !fd.revents().is_empty()).collect();
+        drop(waiting);
+        if came[0] {
+            return;
+        }
+        if let Some(http) = &mut http {
+            http.go_on(&came[1..]);
+        }
+        if due.is_some_and(|due| due <= Instant::now()) {
+            teller.tell();
+            due = teller.next();
+        }
+    }
+}
+
+/// From now until then.
+fn timeout(until: Instant) -> Timespec {
+    let left = until.saturating_duration_since(Instant::now());
+    Timespec { tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() }
+}
+
 /// What is told every interval: a line and a text file.
 #[derive(Debug)]
 struct Teller {
@@ -154,9 +156,9 @@ struct Teller {
 }
 
 impl Teller {
-    /// Until the next time.
-    fn pause(&self) -> Duration {
-        self.interval.unwrap_or(NEVER)
+    /// The next time; `None` of somebody who tells nothing by the clock.
+    fn next(&self) -> Option<Instant> {
+        Instant::now().checked_add(self.interval?)
     }
 
     fn tell(&mut self) {

@@ -9,6 +9,8 @@ pub mod handshake;
 mod message_type;
 pub mod records;
 pub(crate) mod rendezvous;
+pub(crate) mod traceparent;
 
 pub use message_type::MessageType;
 pub use rendezvous::default_socket_path;
+pub use traceparent::{TraceParent, TraceParentError};

@@ -168,9 +168,9 @@ pub(crate) fn send(
 
 /// The uid of the process at the other end.
 pub(crate) fn peer_uid(socket: impl AsFd) -> Result<u32> {
-    let credentials = rustix::net::sockopt::socket_peercred(socket)
+    let credentials = doorbell_uring::peer_credentials(socket.as_fd())
         .map_err(|e| IpcError::io("getsockopt(SO_PEERCRED)", e))?;
-    Ok(credentials.uid.as_raw())
+    Ok(credentials.uid)
 }
 
 /// CLOCK_MONOTONIC, ns.

@@ -5,7 +5,7 @@
 //! Errors: a body that makes no sense is answered at once, with field and place. What a provider fails with before its
 //!         first chunk is the status of the call ([`HandlerError::Upstream`]); later it is the chunk `error`, then `end`.
 
-use super::{ChunkSink, Gone, HostHandle, Kind, ProviderError};
+use super::{Call, ChunkSink, Gone, HostHandle, Kind, ProviderError};
 use crate::codec::{Codec, Json, codec_of};
 use crate::messages::{AIRequest, AIResponse, Message, MessageRole, StreamChunk};
 use crate::protocol::MessageType;
@@ -87,7 +87,8 @@ fn submit<S: HasProviders>(
     let codec = codec_of(context.codec()).unwrap_or(&JSON);
     let request = codec.decode_request(body)?.into_owned();
     let sink = AnswerSink { ticket, codec, bytes: Vec::new() };
-    context.state().providers().submit(request, kind, Box::new(sink));
+    let call = Call::new(kind, request).with_traceparent(context.traceparent());
+    context.state().providers().submit_call(call, Box::new(sink));
     Ok(())
 }
 
@@ -112,7 +113,8 @@ fn answer_about_file<S: HasProviders>(
         system_prompt: Some("You answer a question about a file, which follows the question.".to_owned()),
         ..AIRequest::default()
     };
-    context.state().providers().submit(request, Kind::Chat, Box::new(FileSink { ticket, facts }));
+    let call = Call::new(Kind::Chat, request).with_traceparent(context.traceparent());
+    context.state().providers().submit_call(call, Box::new(FileSink { ticket, facts }));
     Ok(())
 }
 

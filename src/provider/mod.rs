@@ -44,6 +44,7 @@ pub use pool::{Health, ProviderPool, ProviderPoolBuilder};
 pub use stream::Answer;
 
 use crate::messages::{AIRequest, AIResponse, StreamChunk};
+use crate::protocol::TraceParent;
 use futures_core::Stream;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -72,12 +73,19 @@ pub struct Call {
     pub request: Arc<AIRequest>,
     /// Ends the call early.
     pub cancel: CancelToken,
+    /// The trace that it belongs to; passed on to a service on the network as it came.
+    pub traceparent: Option<TraceParent>,
 }
 
 impl Call {
-    /// A call with a token of its own.
+    /// A call with a token of its own, of no trace.
     pub fn new(kind: Kind, request: AIRequest) -> Self {
-        Self { kind, request: Arc::new(request), cancel: CancelToken::new() }
+        Self { kind, request: Arc::new(request), cancel: CancelToken::new(), traceparent: None }
+    }
+
+    /// The same call as part of a trace.
+    pub fn with_traceparent(self, traceparent: Option<TraceParent>) -> Self {
+        Self { traceparent, ..self }
     }
 }
 

@@ -142,7 +142,7 @@ impl ProviderPool {
             let member = &self.members[index];
             match self.ask_member(member, call, begun, once).await {
                 Err(error) if error.is_of_this_provider() => {
-                    self.log(member.provider.name(), &error);
+                    self.log(member.provider.name(), call, &error);
                     last = Some(error);
                 }
                 done => return done,
@@ -152,9 +152,10 @@ impl ProviderPool {
     }
 
     /// A line for the operator; few of them, however many calls fail (F30).
-    fn log(&self, provider: &str, error: &ProviderError) {
+    fn log(&self, provider: &str, call: &Call, error: &ProviderError) {
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        log.warn(|| tracing::warn!(provider, code = error.code(), "no answer: {error}"));
+        let traceparent = call.traceparent.map(tracing::field::display);
+        log.warn(|| tracing::warn!(provider, code = error.code(), traceparent, "no answer: {error}"));
     }
 
     fn unknown(&self, call: &Call) -> ProviderError {

@@ -12,7 +12,7 @@ use super::table::{
 use super::tickets::Look;
 use crate::inspect::TracedCall;
 use crate::metrics::{Counters, Ended, Totals};
-use crate::protocol::MessageType;
+use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
 use doorbell_shm::lane::Drain;
@@ -65,13 +65,14 @@ impl SessionLane {
             Plan::Whole(_) | Plan::Pieces(_) => {}
         }
         let (index, mut exchange) = bench.begin(call, ring, id);
+        exchange.traceparent = places.traceparent;
         exchange.window = window(call, places);
         exchange.next_frame = 1;
         let meta = u32::from(call.meta_len);
         exchange.parked.push_back(Frame { slot: places.payload, len: call.len, at: meta });
         let counted = exchange.count(call.len - meta, call.flags & flag::END != 0);
         bench.pulse.runs(call.message_type);
-        let context = context(bench.state, bench.metrics, bench.totals, call);
+        let context = context(bench.state, bench.metrics, bench.totals, call, places.traceparent);
         let announced = (call.body_len != 0).then_some(call.body_len);
         match plan {
             Plan::Whole(most) => exchange.work = Work::Waits(announced.map_or(most, |len| len as usize)),
@@ -103,6 +104,7 @@ impl SessionLane {
     ) -> Result<(), PeerFault> {
         let (index, mut exchange) = bench.begin(call, ring, id);
         self.give_back_request(call, places);
+        exchange.traceparent = places.traceparent;
         exchange.window = window(call, places);
         exchange.ended = true;
         exchange.filled = outcome.len as u32;
@@ -134,6 +136,7 @@ impl SessionLane {
         let deferral = catch_unwind(AssertUnwindSafe(|| defer(call.codec, request)));
         let (index, mut exchange) = bench.begin(call, ring, id);
         self.give_back_request(call, places);
+        exchange.traceparent = places.traceparent;
         exchange.window = window(call, places);
         exchange.ended = true;
         bench.metrics.bytes_in += u64::from(call.len);
@@ -160,6 +163,7 @@ impl SessionLane {
         request.resize(call.len as usize, 0);
         self.lane().common.payload.read(LaneLayout::slot_offset(places.payload), &mut request);
         self.give_back_request(call, places);
+        exchange.traceparent = places.traceparent;
         exchange.window = window(call, places);
         exchange.ended = true;
         bench.metrics.bytes_in += u64::from(call.len);
@@ -208,13 +212,14 @@ impl SessionLane {
                 return e.answer(Answer::busy(), bench.message_max);
             }
             Err(error) => {
-                tracing::warn!(%error, "no memory for an answer that is deferred");
+                let traceparent = e.traceparent.map(tracing::field::display);
+                tracing::warn!(%error, traceparent, "no memory for an answer that is deferred");
                 return e.answer(Answer::busy(), bench.message_max);
             }
         };
         e.work = Work::Ticket(number);
         bench.pulse.runs(e.call.message_type);
-        let context = context(bench.state, bench.metrics, bench.totals, &e.call);
+        let context = context(bench.state, bench.metrics, bench.totals, &e.call, e.traceparent);
         let executor = bench.executor;
         let begun = catch_unwind(AssertUnwindSafe(|| begin(&context, ticket, executor)));
         if !matches!(begun, Ok(Ok(()))) {
@@ -559,7 +564,8 @@ impl SessionLane {
                     match Body::new(bytes) {
                         Ok(body) => e.work = Work::Whole(body),
                         Err(error) => {
-                            tracing::warn!(%error, bytes, "no memory to put a request together");
+                            let traceparent = e.traceparent.map(tracing::field::display);
+                            tracing::warn!(%error, bytes, traceparent, "no memory to put a request together");
                             bench.exchanges.give_back(bytes);
                             e.work = Work::Answered;
                             e.terminal = Some(Terminal { status: Status::Overloaded, detail: 10 });
@@ -827,7 +833,7 @@ impl SessionLane {
         bench: &mut Bench<'_, S>,
     ) {
         bench.pulse.runs(e.call.message_type);
-        let context = context(bench.state, bench.metrics, bench.totals, &e.call);
+        let context = context(bench.state, bench.metrics, bench.totals, &e.call, e.traceparent);
         prepare(bench.rest, e, 0, bench.message_max);
         let payload = &self.lane().common.payload;
         let mut reply = Reply::new(payload, e.offset(), e.window.capacity as usize, 0, bench.rest);
@@ -862,7 +868,7 @@ impl SessionLane {
         let given = there.min(room.max(SLOT_SMALL));
         let last = e.ended && e.parked.len() <= 1 && given == there;
         bench.pulse.runs(e.call.message_type);
-        let context = context(bench.state, bench.metrics, bench.totals, &e.call);
+        let context = context(bench.state, bench.metrics, bench.totals, &e.call, e.traceparent);
         // Copied once: a byte that the handler has taken is never looked at again (S3, F15).
         let shared = e.parked.front().is_some_and(|frame| frame.slot == e.window.first);
         let all = bench.staging.take(if shared { there } else { given });
@@ -1059,6 +1065,7 @@ fn context<'a, S>(
     metrics: &'a Counters,
     totals: &'a Totals,
     call: &Submission,
+    traceparent: Option<TraceParent>,
 ) -> Context<'a, S> {
     Context {
         state,
@@ -1067,6 +1074,7 @@ fn context<'a, S>(
         message_type: MessageType(call.message_type),
         connection: call.connection,
         codec: call.codec,
+        traceparent,
     }
 }
 

@@ -11,6 +11,7 @@ use super::jobs::{Answer, Jobs};
 use super::table::{Defer, Elsewhere, MakePieces, Pieces, RELEASED_MASK, Window};
 use super::tickets::Tickets;
 use crate::inspect::{CallReport, CallState};
+use crate::protocol::TraceParent;
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Status, Submission};
 use doorbell_shm::layout::{LaneLayout, SLOT_SMALL};
@@ -91,6 +92,8 @@ impl Body {
 /// A call of several frames, or whose answer has several.
 pub(crate) struct Exchange<S> {
     pub call: Submission,
+    /// The trace that it belongs to.
+    pub traceparent: Option<TraceParent>,
     pub ring: usize,
     /// Its lane is seated there.
     pub seat: u32,
@@ -147,6 +150,7 @@ impl<S> Exchange<S> {
     fn new() -> Self {
         Self {
             call: Submission::default(),
+            traceparent: None,
             ring: 0,
             seat: 0,
             next_frame: 0,

@@ -17,7 +17,7 @@ use super::trace::Trace;
 use super::watch::Pulse;
 use crate::inspect::{CallReport, CallState, LaneReport, TracedCall};
 use crate::metrics::{Counters, Ended, Timing, Totals};
-use crate::protocol::MessageType;
+use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Completion, Status, Submission, codec, flag, kind};
 use doorbell_shm::lane::{BULK, Drain, INTERACTIVE, ServerLane};
@@ -216,6 +216,8 @@ pub(super) struct Places {
     pub count: u32,
     /// Bytes that each of them holds.
     pub capacity: u32,
+    /// The trace that the call belongs to.
+    pub traceparent: Option<TraceParent>,
 }
 
 /// What one turn has used.
@@ -631,7 +633,7 @@ impl SessionLane {
         connection.bytes += u64::from(call.len);
         if PLAIN {
             let (capacity, hinted) = self.lane.slots.lend(call.slot, call.generation, call.len)?;
-            let places = Places { payload: call.slot, count: 1, capacity };
+            let places = Places { payload: call.slot, count: 1, capacity, traceparent: None };
             let outcome = match self.refusal(call, hinted, bench) {
                 Some(refusal) => refusal,
                 None => match self.run(call, places, bench) {
@@ -665,7 +667,10 @@ impl SessionLane {
             return self.complete_now(id, ring, call, record, Outcome::of(Status::TakenBack, 0), bench);
         }
         self.leases.used |= leased;
-        let places = self.lend_places(call, leased)?;
+        let mut places = self.lend_places(call, leased)?;
+        if call.meta_len != 0 {
+            places.traceparent = self.traceparent(call, places, bench)?;
+        }
         let more = call.flags & flag::MORE != 0;
         let outcome = match self.refusal(call, hinted, bench) {
             Some(refusal) => refusal,
@@ -735,7 +740,21 @@ impl SessionLane {
             let capacity = self.lane.slots.capacity(payload)?;
             return Err(PeerFault::Length { len: call.len, slot: payload, capacity });
         }
-        Ok(Places { payload, count, capacity })
+        Ok(Places { payload, count, capacity, traceparent: None })
+    }
+
+    /// What the metadata of a call says of its trace.
+    #[cold]
+    fn traceparent<S>(
+        &self,
+        call: &Submission,
+        places: Places,
+        bench: &mut Bench<'_, S>,
+    ) -> Result<Option<TraceParent>, PeerFault> {
+        // Copied once, as the body is: what is judged is what is used (S3, F15).
+        let block = bench.staging.take(call.meta_len.into());
+        self.lane.common.payload.read(LaneLayout::slot_offset(places.payload), block);
+        TraceParent::in_block(block)
     }
 
     pub(super) fn give_back_places(&mut self, call: &Submission, places: Places) {
@@ -787,6 +806,7 @@ impl SessionLane {
             message_type,
             connection: call.connection,
             codec: call.codec,
+            traceparent: places.traceparent,
         };
         bench.pulse.runs(message_type.0);
         // A handler owns nothing of ours that its unwinding could leave half done (F43).

@@ -860,8 +860,8 @@ impl<S> Reactor<S> {
     /// Home: the process of a session, as the kernel names it for us; 0 where it cannot be told.
     pub(super) fn pid_of(&self, id: SessionId) -> u32 {
         let peer = self.peers.get(id.index as usize).and_then(Option::as_ref).filter(|peer| peer.id == id);
-        let credentials = peer.and_then(|peer| rustix::net::sockopt::socket_peercred(&*peer.socket).ok());
-        credentials.map_or(0, |of| of.pid.as_raw_nonzero().get() as u32)
+        let credentials = peer.and_then(|peer| doorbell_uring::peer_credentials(peer.socket.as_fd()).ok());
+        credentials.map_or(0, |of| of.pid)
     }
 
     /// Shows the counters to the other reactors.

@@ -3,7 +3,7 @@
 use super::deferred::{AsyncHandler, Deferred, DeferredHandler};
 use super::files::FileFacts;
 use crate::metrics::{Counters, Metrics, Totals};
-use crate::protocol::MessageType;
+use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::entry::Status;
 use doorbell_shm::layout::{LaneLayout, SLOT_SMALL};
@@ -307,6 +307,7 @@ pub struct Context<'a, S> {
     pub(crate) message_type: MessageType,
     pub(crate) connection: u32,
     pub(crate) codec: u8,
+    pub(crate) traceparent: Option<TraceParent>,
 }
 
 impl<'a, S> Context<'a, S> {
@@ -334,6 +335,12 @@ impl<'a, S> Context<'a, S> {
     /// The codec that the client named for the body, one of [`doorbell_shm::entry::codec`].
     pub fn codec(&self) -> u8 {
         self.codec
+    }
+
+    /// The trace that the caller has named as the call's
+    /// ([`CallOptions::traceparent`](crate::CallOptions::traceparent)).
+    pub fn traceparent(&self) -> Option<TraceParent> {
+        self.traceparent
     }
 }
 

@@ -20,6 +20,8 @@ pub const LOG: MessageType = MessageType(290);
 pub const HANG: MessageType = MessageType(291);
 /// Writes down the number, then answers with the bytes of [`pattern`] without end.
 pub const NUMBERS: MessageType = MessageType(292);
+/// As [`HANG`], and answers with the trace of the call behind that.
+pub const TRACED: MessageType = MessageType(294);
 /// Answers with the codec of the connection.
 pub const CODEC: MessageType = MessageType(293);
 
@@ -77,6 +79,11 @@ fn hang(context: &Context<'_, State>, request: &[u8], reply: &mut Reply<'_>) -> 
     reply.write(&log_answer(request))
 }
 
+fn traced(context: &Context<'_, State>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
+    hang(context, request, reply)?;
+    context.traceparent().map_or(Ok(()), |trace| reply.write(&trace.to_text()))
+}
+
 fn codec(context: &Context<'_, State>, _: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
     reply.write(&[context.codec()])
 }
@@ -108,8 +115,12 @@ fn numbers(_: &Context<'_, State>, _: Option<u64>) -> Result<Box<dyn Pieces<Stat
     Ok(Box::<Numbers>::default())
 }
 
-static TABLE: HandlerTable<State> =
-    HandlerTable::with_builtins().on(LOG, log).on(HANG, hang).on_pieces(NUMBERS, numbers).on(CODEC, codec);
+static TABLE: HandlerTable<State> = HandlerTable::with_builtins()
+    .on(LOG, log)
+    .on(HANG, hang)
+    .on_pieces(NUMBERS, numbers)
+    .on(CODEC, codec)
+    .on(TRACED, traced);
 
 /// In the server's process: serves until it is killed.
 pub fn serve(path: &Path) {

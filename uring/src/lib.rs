@@ -36,8 +36,8 @@
 //! # Unsafe
 //!
 //! Six files: `ring.rs` (pushing entries, reading the kernel's flags), `buffers.rs` (memory that the kernel
-//! reads files into), `peer.rs` (one socket option that no kept crate offers), `cpu.rs` (two scheduler calls,
-//! likewise), `memory.rs` (the two mappings the self-test works on) and `resident.rs` (letting go of memory that
+//! reads files into), `peer.rs` (two socket options: one that no kept crate offers, one that rustix misreads),
+//! `cpu.rs` (two scheduler calls that no kept crate offers), `memory.rs` (the two mappings the self-test works on) and `resident.rs` (letting go of memory that
 //! a process which mostly waits need not have).
 
 mod buffers;
@@ -68,7 +68,7 @@ pub use epoll::{EpollDriver, ring_eventfd};
 pub use error::{DriverError, SetupError, Step};
 pub use inherited::inherited_descriptors;
 pub use op::{Completion, Token};
-pub use peer::peer_process;
+pub use peer::{PeerCredentials, peer_credentials, peer_process};
 pub use resident::{thin_executable, trim_heap};
 pub use ring_driver::RingDriver;
 pub use rustix::event::PollFlags;

@@ -50,11 +50,8 @@ pub fn run(options: &AnalyzeOptions) -> Result<(), Box<dyn Error>> {
         return Err(IpcError::MessageTooLarge(client.max_message_size()).into());
     }
     let connection = client.open_with(codec::JSON, false)?;
-    let call = CallOptions {
-        deadline: options.server.deadline(),
-        reply_capacity: client.max_message_size().min(16 << 10),
-        ..CallOptions::default()
-    };
+    let call =
+        CallOptions { reply_capacity: client.max_message_size().min(16 << 10), ..options.server.options() };
     let answer = connection.call_with(MessageType::ANALYZE_FILE, &body, &call, |reply| reply.to_vec())??;
     if options.json {
         return write(&answer);

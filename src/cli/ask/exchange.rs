@@ -11,7 +11,6 @@ use signal_hook::consts::SIGINT;
 use std::collections::VecDeque;
 use std::error::Error;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
 
 /// Ctrl-C, once; the second ends the program as ever.
 pub struct Interrupt {
@@ -53,14 +52,14 @@ impl<'c> Exchange<'c> {
         client: &'c IpcClient,
         message_type: MessageType,
         body: &[u8],
-        deadline: Option<Duration>,
+        options: &CallOptions,
     ) -> Result<Self, Box<dyn Error>> {
         if body.len() > client.max_message_size() {
             return Err(IpcError::MessageTooLarge(client.max_message_size()).into());
         }
         // Closed with the session, which ends with this program.
         let connection = client.attached(client.open_with(codec::JSON, false)?.detach());
-        let options = CallOptions { deadline, pieces: true, ..CallOptions::default() };
+        let options = CallOptions { pieces: true, ..*options };
         let id = connection.submit(message_type, body, &options)?;
         let (records, chunks) = (RecordReader::default(), VecDeque::new());
         let codec = Json::new();

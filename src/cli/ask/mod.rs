@@ -9,7 +9,9 @@ pub use analyze::{AnalyzeOptions, run as analyze};
 use clap::Args;
 use doorbell::codec::{Codec, Json};
 use doorbell::messages::{AIRequest, Message, MessageRole};
-use doorbell::{ClientConfig, IpcClient, IpcError, MessageType, WaitPolicy, default_socket_path};
+use doorbell::{
+    CallOptions, ClientConfig, IpcClient, IpcError, MessageType, TraceParent, WaitPolicy, default_socket_path,
+};
 use exchange::{Exchange, Interrupt};
 use std::error::Error;
 use std::io::{IsTerminal, Read};
@@ -54,6 +56,9 @@ struct Server {
     /// The server gives up on an answer that is not complete after so many milliseconds [default: never]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout_ms: Option<u64>,
+    /// The trace that the call belongs to, as in the header of W3C Trace Context: 00-<32 hex digits>-<16>-<2>.
+    #[arg(long, value_name = "TRACEPARENT")]
+    traceparent: Option<TraceParent>,
 }
 
 impl Server {
@@ -70,8 +75,10 @@ impl Server {
         IpcClient::connect_with(self.socket.clone().unwrap_or_else(default_socket_path), &config)
     }
 
-    fn deadline(&self) -> Option<Duration> {
-        self.timeout_ms.map(Duration::from_millis)
+    /// What a call says beside its request.
+    fn options(&self) -> CallOptions {
+        let deadline = self.timeout_ms.map(Duration::from_millis);
+        CallOptions { deadline, traceparent: self.traceparent, ..CallOptions::default() }
     }
 }
 
@@ -98,7 +105,7 @@ pub fn run(options: &AskOptions, message_type: MessageType, name: &str) -> Resul
     Json::new().encode_request(&request, &mut body);
     let interrupt = Interrupt::listen()?;
     let client = options.server.connect(name)?;
-    let mut exchange = Exchange::begin(&client, message_type, &body, options.server.deadline())?;
+    let mut exchange = Exchange::begin(&client, message_type, &body, &options.server.options())?;
     let mut printer = print::Printer::new(options.json);
     while let Some(chunk) = exchange.next(&interrupt)? {
         printer.chunk(&chunk)?;

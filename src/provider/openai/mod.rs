@@ -21,9 +21,12 @@ use fault::Asked;
 use http::{Body, Http};
 use http_body_util::Full;
 use hyper::body::Bytes;
-use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue, USER_AGENT};
+use hyper::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, USER_AGENT};
 use hyper::{Method, Request, Response, StatusCode};
 use std::fmt;
+
+/// The trace that a request belongs to, as W3C Trace Context has it.
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Most bytes of a body that explains an error.
 const ERROR_BODY_MAX: usize = 64 << 10;
@@ -98,7 +101,13 @@ impl OpenAi {
         };
         let body = request::body(&call.request, wire);
         let accept = if stream { "text/event-stream" } else { "application/json" };
-        let answer = self.http.send(self.request(Method::POST, "/chat/completions", accept, body)).await?;
+        let mut request = self.request(Method::POST, "/chat/completions", accept, body);
+        if let Some(traceparent) = call.traceparent {
+            // Hexadecimal digits and hyphens: any header may have them.
+            let value = HeaderValue::from_bytes(&traceparent.to_text());
+            request.headers_mut().extend(value.ok().map(|value| (TRACEPARENT, value)));
+        }
+        let answer = self.http.send(request).await?;
         if answer.status() == StatusCode::OK {
             Ok(answer)
         } else {
