@@ -12,7 +12,7 @@ use doorbell_shm::layout::{Geometry, LANES_MAX};
 use doorbell_shm::segment::Segment;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SocketAddrUnix, SocketFlags};
+use rustix::net::{SocketAddrUnix, SocketFlags};
 use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -366,7 +366,7 @@ fn receive_answer(
     let mut bytes = [0u8; size_of::<Welcome>() + 1];
     let mut reset = false;
     let mut packet = loop {
-        match rendezvous::receive(socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
+        match rendezvous::receive_last_word(socket.as_fd(), &mut bytes) {
             Ok(packet) => break packet,
             Err(Errno::AGAIN) => {
                 let left = give_up.saturating_duration_since(Instant::now());

@@ -19,7 +19,6 @@ use doorbell_shm::layout::state;
 use doorbell_uring::{current_cpu, futex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
@@ -346,7 +345,7 @@ impl Session {
     /// Takes one packet from the socket, if there is one.
     fn hear(&self) -> Result<Heard> {
         let mut bytes = [0u8; size_of::<Goodbye>()];
-        Ok(match rendezvous::receive(self.socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
+        Ok(match rendezvous::receive_last_word(self.socket.as_fd(), &mut bytes) {
             Err(Errno::AGAIN) => Heard::Nothing,
             Ok(mut packet) if packet.len > 0 => {
                 let bytes = &bytes[..packet.len];
