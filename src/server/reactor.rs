@@ -947,6 +947,12 @@ impl<S> Reactor<S> {
         if !self.core.touched().is_empty() {
             self.ring_clients()?;
         }
+        if self.parting.iter().any(|parting| !parting.bell_armed) {
+            // Submitted, the last wakes of clients that have gone are done with. What comes next may be long in coming: the
+            // memory of their sessions does not wait for it.
+            self.submit()?;
+            self.parting.retain(|parting| parting.bell_armed);
+        }
         self.trim();
         self.arm_timer()?;
         self.core.pulse.sleeps(true);
