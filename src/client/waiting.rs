@@ -15,6 +15,7 @@ use crate::error::{IpcError, Result};
 use crate::protocol::handshake::{DisconnectReason, Goodbye, LaneChoice, LaneGrant, LaneRequest};
 use crate::protocol::rendezvous;
 use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET};
+use doorbell_shm::kill_point;
 use doorbell_shm::layout::state;
 use doorbell_uring::{current_cpu, futex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -219,6 +220,7 @@ impl Session {
         // Mark, fence, look again (P5): pairs with publish, fence, look at the bell in the server.
         let bell = &self.lane(lane).lane.common.client_bell;
         let value = bell.mark(WAITER_FUTEX);
+        kill_point!("client.wait.marked");
         let woken = if self.is_ready() || self.segment.state().0 == state::CLOSED {
             futex::Woken::TimedOut
         } else {
@@ -269,7 +271,7 @@ impl Session {
     #[cold]
     pub fn request_lane(&mut self, choice: LaneChoice) -> Result<u32> {
         match rendezvous::send(self.socket.as_fd(), LaneRequest::new(choice).as_bytes(), None) {
-            Ok(()) => {}
+            Ok(()) => kill_point!("client.lane.asked"),
             // Full, or over: whoever waits for an answer finds out.
             Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET) => return Ok(0),
             Err(e) => return Err(IpcError::io("send of a wish for a lane", e)),
