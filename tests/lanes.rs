@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::process::ServerProcess;
 use common::raw::{Raw, SMALL};
 use common::{Bystander, COUNT, GATE, TestServer, client, eventually, stat};
 use doorbell::protocol::handshake::{DisconnectReason, LaneChoice};
@@ -57,6 +58,27 @@ fn settle(connection: &Connection<'_>, core: usize) {
         id.lane()
     };
     eventually("the lane of this core is used", || lane_of() != 0);
+}
+
+/// Goal:   P6, I2: a session that has ended leaves nothing, at a reactor either that had one lane of it and has nothing else
+///         to do.
+/// Method: a server that polls, so that no bell is armed when the lane goes; a client that takes a lane of the other reactor,
+///         and leaves; the segments that the server's process has mapped.
+#[test]
+fn p6_i2_a_further_reactor_without_work_keeps_no_segment() {
+    let Some((home, other)) = two_cores() else { return };
+    let cores = format!("{home},{other}");
+    let server = ServerProcess::start(&["--policy", "spin", "--reactors", "2", "--cores", &cores]);
+    // A client that spins on the core of its home reactor takes a lane elsewhere.
+    pin(home);
+    for _ in 0..3 {
+        let client = client(server.path(), WaitPolicy::Spin);
+        let connection = client.open().unwrap();
+        settle(&connection, home);
+        drop(connection);
+        drop(client);
+        eventually("no segment is mapped", || server.process.segments() == 0);
+    }
 }
 
 /// Goal:   P6, R1.3: calls are made on the core that the caller runs on, whichever that is at the moment, and

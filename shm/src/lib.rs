@@ -16,6 +16,7 @@ pub mod entry;
 pub mod error;
 #[cfg(fuzzing)]
 pub mod hooked;
+pub mod kill;
 pub mod lane;
 pub mod layout;
 pub mod lease;

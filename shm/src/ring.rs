@@ -12,6 +12,7 @@
 //! read only by a producer that would otherwise think the ring full.
 
 use crate::error::PeerFault;
+use crate::kill_point;
 use crate::sync::{
     AtomicU32,
     Ordering::{Acquire, Release},
@@ -163,6 +164,8 @@ where
         for (word, value) in entry.words[1..].iter().zip(&words[1..]) {
             word.set(*value);
         }
+        // Both directions are written here: entries of eight words are a client's.
+        kill_point!(W == crate::entry::SUBMISSION_WORDS => "client.entry.half", "server.completion.half");
         entry.words[0].publish(words[0] & !LAP_MASK | u64::from(lap(self.next, self.order)));
         self.next += 1;
         Ok(true)

@@ -5,6 +5,7 @@
 //! grant is backed by `fallocate`, so a shortage is an error here and never a SIGBUS later (F34).
 
 use crate::error::{PeerFault, SegmentError};
+use crate::kill_point;
 use crate::layout::{self, Geometry, HEADER_LEN, LaneLayout, MAGIC, VERSION, header};
 use crate::map::{Mapping, PAGE, Shared};
 use crate::sync::{
@@ -57,11 +58,14 @@ impl Segment {
         let fd = rustix::fs::memfd_create("doorbell-session", flags)
             .map_err(|e| SegmentError::os("memfd_create", len, e))?;
         rustix::fs::ftruncate(&fd, len as u64).map_err(|e| SegmentError::os("ftruncate", len, e))?;
+        kill_point!("server.memory.sized");
         let base_end = layout.slots + geometry.base_pages() as usize * PAGE;
         allocate(&fd, FallocateFlags::empty(), 0, base_end)
             .map_err(|e| SegmentError::os("fallocate", base_end, e))?;
+        kill_point!("server.memory.backed");
         rustix::fs::fcntl_add_seals(&fd, SEALS)
             .map_err(|e| SegmentError::os("fcntl(F_ADD_SEALS)", len, e))?;
+        kill_point!("server.memory.sealed");
         let map = Mapping::of_file(map_shared(fd.as_fd(), len)?);
         let segment = Self { memory: Some(fd), ..Self::on(map, geometry, lanes)? };
         segment.write_header(identity);
@@ -149,6 +153,7 @@ impl Segment {
     /// [`SegmentError::Os`] if the kernel refuses; the range still counts as granted.
     pub fn give_back(&self, offset: usize, len: usize) -> Result<(), SegmentError> {
         self.punch(offset, len)?;
+        kill_point!("server.lease.punched");
         self.granted.fetch_sub(len as u64, Relaxed);
         Ok(())
     }
@@ -196,6 +201,7 @@ impl Segment {
         let layout = LaneLayout::nth(&self.geometry, lane);
         let start = LaneLayout::nth(&self.geometry, lane - 1).end;
         self.back(start, lane_bytes(&self.geometry))?;
+        kill_point!("server.lane.backed");
         let (word, shift) = directory_place(lane);
         // Release pairs with the Acquire in `lane`. A word is of several lanes, whose reactors let go of them.
         self.words[word].fetch_or(((start / PAGE) as u64) << shift, Release);

@@ -14,6 +14,7 @@ use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::Published;
 use doorbell_shm::entry::{Status, Submission, flag, kind};
+use doorbell_shm::kill_point;
 use doorbell_shm::layout::{LaneLayout, SLOT_LARGE, SLOT_MEDIUM, SLOT_SMALL};
 use doorbell_shm::lease::Run;
 use doorbell_shm::slots::{ClientWord, Grant, ServerWord};
@@ -738,6 +739,7 @@ impl Body {
             lane.put_back_window(requests.iter().flat_map(Window::slots), self.name.slot);
             return Ok(false);
         }
+        kill_point!("client.body.begun");
         self.stage = Stage::Begun;
         self.finished = empty;
         self.has_news = self.owned.is_none() && !self.finishing && !self.cancelled;
@@ -806,6 +808,7 @@ impl Body {
         let capacity = u64::from(window.capacity).min(left) as usize;
         let mut writer = lane.writer_at(slot, capacity);
         write(&mut writer)?;
+        kill_point!("client.frame.written");
         let len = writer.len as u32;
         let ends = match self.total {
             Some(total) => self.sent + u64::from(len) == total,
@@ -831,6 +834,7 @@ impl Body {
         if !lane.send_bare(&entry, self.target.bulk)? {
             return Ok(false);
         }
+        kill_point!("client.frame.published");
         self.free.pop_front();
         self.untaken.push_back(slot);
         self.next_frame = self.next_frame.wrapping_add(1);
@@ -938,7 +942,9 @@ impl Body {
         if let Some(shared) = lane.lane.common.client_words.get(self.name.slot as usize) {
             // Published by the Release of the hint.
             shared.store(word.pack(), Relaxed);
+            kill_point!("client.credit.written");
             lane.lane.common.hints.set(self.name.slot);
+            kill_point!("client.credit.hinted");
             lane.unrung = Some(Published::Submissions);
         }
     }

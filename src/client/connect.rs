@@ -8,11 +8,12 @@ use crate::protocol::handshake::{
     Answer, DisconnectReason, Hello, Scope, VERSION_MAX, Welcome, code, doorbell_kind,
 };
 use crate::protocol::rendezvous::{self, monotonic_ns};
+use doorbell_shm::kill_point;
 use doorbell_shm::layout::{Geometry, LANES_MAX};
 use doorbell_shm::segment::Segment;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SocketAddrUnix, SocketFlags};
+use rustix::net::{SocketAddrUnix, SocketFlags};
 use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -223,6 +224,7 @@ impl Connecting {
         loop {
             let (answer, memory) =
                 receive_answer(&self.path, &self.socket, self.give_up, self.config.connect_timeout)?;
+            kill_point!("client.welcome.received");
             let why = match (answer, memory) {
                 (Answer::Granted(welcome), Some(memory)) => return self.join(&welcome, memory),
                 (Answer::Granted(_), None) => {
@@ -248,6 +250,7 @@ impl Connecting {
     fn join(self, welcome: &Welcome, memory: OwnedFd) -> Result<Session> {
         let granted = Geometry::unpack(welcome.geometry);
         let segment = Segment::attach(memory.as_fd(), granted, welcome.lanes, welcome.identity())?;
+        kill_point!("client.segment.mapped");
         let took_ns = monotonic_ns() - self.sent_ns;
         let clock_offset_ns = clock_offset(welcome.clock_offset_ns, took_ns);
         let (home_core, reactors, policy) = (welcome.home_core, welcome.reactors, self.config.policy);
@@ -275,6 +278,7 @@ fn say_hello(
     backoff: &mut Backoff,
 ) -> Result<(OwnedFd, u64)> {
     let socket = connect_socket(path, backoff)?;
+    kill_point!("client.socket.connected");
     let uid = rendezvous::peer_uid(&socket)?;
     if uid != rustix::process::geteuid().as_raw() {
         return Err(IpcError::WrongServer { path: path.to_owned(), uid });
@@ -284,7 +288,10 @@ fn say_hello(
     let hello = Hello { lanes: config.lanes, ..hello };
     match rendezvous::send(socket.as_fd(), hello.as_bytes(), None) {
         // Refused before it was heard: the answer says why.
-        Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => Ok((socket, sent_ns)),
+        Ok(()) | Err(Errno::PIPE | Errno::CONNRESET) => {
+            kill_point!("client.hello.sent");
+            Ok((socket, sent_ns))
+        }
         Err(e) => Err(IpcError::io("send of the hello", e)),
     }
 }
@@ -366,7 +373,7 @@ fn receive_answer(
     let mut bytes = [0u8; size_of::<Welcome>() + 1];
     let mut reset = false;
     let mut packet = loop {
-        match rendezvous::receive(socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
+        match rendezvous::receive_last_word(socket.as_fd(), &mut bytes) {
             Ok(packet) => break packet,
             Err(Errno::AGAIN) => {
                 let left = give_up.saturating_duration_since(Instant::now());

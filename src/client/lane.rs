@@ -10,6 +10,7 @@ use crate::error::{IpcError, Result};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{AWAKE, Published, fence_before_bell};
 use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
+use doorbell_shm::kill_point;
 use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE};
 use doorbell_shm::layout::{Geometry, LaneLayout};
 use doorbell_shm::lease::Run;
@@ -229,6 +230,7 @@ impl Lane {
             }
             return Err(IpcError::WouldBlock);
         }
+        kill_point!("client.entry.published");
         self.lane.slots.advance(grant);
         let is_call = entry.kind == kind::CALL;
         self.calls[grant.slot as usize] = Call {
@@ -311,6 +313,7 @@ impl Lane {
         let first = !self.lane.leases.in_use();
         if first {
             words.enter();
+            kill_point!("client.lease.entered");
         }
         let run = self.lane.leases.take(bytes, count, |epoch| !words.is_void(epoch));
         if first && run.is_none() {
@@ -387,6 +390,7 @@ impl Lane {
             Err(IpcError::WouldBlock) => return Ok(false),
             Err(error) => return Err(error),
         }
+        kill_point!("client.lease.asked");
         self.calls[name.slot as usize].response_slot = LEASE;
         self.controls += 1;
         self.wish = Some((bytes as u32, now));
@@ -414,6 +418,7 @@ impl Lane {
                 ..Submission::default()
             };
             self.send(name, &entry, 0, false)?;
+            kill_point!("client.lease.returned");
             self.controls += 1;
             self.calls[name.slot as usize].response_slot = LEASE;
             self.orphan(name.slot);
@@ -449,6 +454,7 @@ impl Lane {
     /// this client having seen it: that one is forgotten, or, if answers in it have not been done with, the new one is
     /// given back.
     fn granted(&mut self, first: u32, slots: u32, bytes: u32, epoch: u32) -> Result<()> {
+        kill_point!("client.lease.granted");
         let words = &self.lane.common.leases;
         while self.lane.leases.drop_void(|old| words.is_gone(old)).is_some() {}
         match self.lane.leases.add(&self.geometry, first, slots, bytes, epoch) {
@@ -582,12 +588,16 @@ impl Lane {
 
     #[cold]
     fn wake_server(&self) -> Result<()> {
-        if let Doorbell::Socket(socket) = &self.doorbell {
-            return ring_socket(socket);
+        kill_point!("client.bell.taken");
+        match &self.doorbell {
+            Doorbell::Socket(socket) => ring_socket(socket)?,
+            // Every waiter: waits of a ring that is gone still absorb wakes for some milliseconds.
+            Doorbell::Futex => {
+                doorbell_uring::futex::wake(&self.lane.common.server_bell.0, i32::MAX as u32)
+                    .map_err(|e| IpcError::io("futex(FUTEX_WAKE) towards the server", e))?;
+            }
         }
-        // Every waiter: waits of a ring that is gone still absorb wakes for some milliseconds.
-        doorbell_uring::futex::wake(&self.lane.common.server_bell.0, i32::MAX as u32)
-            .map_err(|e| IpcError::io("futex(FUTEX_WAKE) towards the server", e))?;
+        kill_point!("client.bell.rung");
         Ok(())
     }
 
@@ -609,7 +619,9 @@ impl Lane {
         let Some(words) = self.lane.completions[ring].pop().map_err(IpcError::ServerFault)? else {
             return Ok(None);
         };
+        kill_point!("client.answer.taken");
         self.lane.completions[ring].publish();
+        kill_point!("client.answer.passed");
         self.unrung.get_or_insert(Published::Consumed);
         self.prefetch_next(ring);
         self.complete(words).map(Some)
@@ -674,6 +686,7 @@ impl Lane {
     /// The slot of an answered call is free again.
     #[inline(always)]
     pub fn release(&mut self, slot: u32) {
+        kill_point!("client.answer.read");
         let call = &mut self.calls[slot as usize];
         call.phase = Phase::Free;
         let response_slot = call.response_slot;
@@ -693,7 +706,9 @@ impl Lane {
         if let Some(shared) = self.lane.common.client_words.get(id.slot as usize) {
             // Published by the Release of the hint.
             shared.store(word.pack(), Relaxed);
+            kill_point!("client.cancel.written");
             self.lane.common.hints.set(id.slot);
+            kill_point!("client.cancel.hinted");
             self.unrung = Some(Published::Submissions);
         }
     }

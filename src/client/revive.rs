@@ -14,6 +14,7 @@ use super::mux::{Call, Frame, Key, Mux, State};
 use super::reconnect::{ends_soon, is_loss};
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
+use doorbell_shm::kill_point;
 use std::collections::VecDeque;
 use std::time::Instant;
 
@@ -196,6 +197,7 @@ impl<T> Mux<T> {
     /// The session is over and all that it left has been taken. `Err` if there will be no other one.
     pub fn lose(&mut self, error: IpcError) -> Result<()> {
         let Some(revival) = self.revival.as_mut().filter(|_| is_loss(&error)) else { return Err(error) };
+        kill_point!("client.session.lost");
         for call in self.calls.iter_mut().flatten() {
             // None is left: whoever waited for it would wait for ever.
             if call.id.take().is_some() {
@@ -240,6 +242,7 @@ impl<T> Mux<T> {
                 };
                 match sent {
                     Ok(id) => {
+                        kill_point!("client.call.resent");
                         call.id = Some(id);
                         let in_slot = client.session.borrow().keeps_request(request.len(), &again.options);
                         again.request = (!in_slot).then_some(request);

@@ -12,6 +12,7 @@ use crate::error::{IpcError, Result};
 use crate::protocol::CONNECTION_INDEX_BITS;
 use crate::protocol::handshake::{LaneChoice, NO_CORE};
 use doorbell_shm::entry::{Submission, flag, kind};
+use doorbell_shm::kill_point;
 use doorbell_uring::current_cpu;
 
 /// Calls in flight from which on a client does not wait for one of them, but keeps a reactor busy: on another core.
@@ -104,6 +105,7 @@ impl Routes {
             if !session.lane_mut(lane).send_bare(&entry, target.bulk)? {
                 return Err(IpcError::WouldBlock);
             }
+            kill_point!("client.lane.attached");
             record.attached |= 1 << lane;
         }
         let hands_over = self.policy == WaitPolicy::Handoff && session.lane(lane).core == cpu;

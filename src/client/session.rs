@@ -14,6 +14,7 @@ use crate::protocol::rendezvous::monotonic_ns;
 use doorbell_shm::bell::fence_before_bell;
 use doorbell_shm::bytes::SharedBytes;
 use doorbell_shm::entry::{Submission, flag, kind};
+use doorbell_shm::kill_point;
 use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE};
 use doorbell_shm::layout::{LaneLayout, state};
 use doorbell_shm::segment::Segment;
@@ -169,6 +170,7 @@ impl Session {
         // Its reactor has let go of it since: the session is about to end.
         let Some(layout) = layout else { return Ok(()) };
         let lane = ClientLane::open(self.segment.mapping(), self.segment.geometry(), &layout)?;
+        kill_point!("client.lane.mapped");
         let lane = Lane::new(lane, *self.segment.geometry(), grant.lane, grant.core, doorbell);
         self.kept.reserve(lane.slots());
         self.further.push(lane);
@@ -224,11 +226,13 @@ impl Session {
             return self.submit_in_pieces(index, flags, target, message_type, capacity, options, write);
         }
         let Some(grant) = lane.lane.slots.take(wanted) else { return Err(IpcError::WouldBlock) };
+        kill_point!("client.slot.taken");
         let mut writer = lane.writer(&grant);
         if let Err(error) = writer.write_metadata(options).and_then(|()| write(&mut writer)) {
             lane.lane.slots.put_back(grant.slot);
             return Err(error);
         }
+        kill_point!("client.request.written");
         let len = writer.len as u32;
         let mut entry = Submission {
             kind: kind::CALL,
@@ -283,7 +287,9 @@ impl Session {
         if self.segment.state().0 != state::RUNNING {
             self.look_at_state()?;
         }
-        self.home.submit_control(kind::OPEN, 0, codec, flags, false)
+        let slot = self.home.submit_control(kind::OPEN, 0, codec, flags, false)?;
+        kill_point!("client.open.sent");
+        Ok(slot)
     }
 
     /// Closes a connection now or, if all slots are in use or calls of it are in flight on another lane, with a
@@ -305,6 +311,7 @@ impl Session {
         }
         match self.home.submit_control(kind::CLOSE, connection, 0, 0, bulk) {
             Ok(slot) => {
+                kill_point!("client.close.sent");
                 self.home.orphan(slot);
                 true
             }

@@ -15,11 +15,11 @@ use crate::error::{IpcError, Result};
 use crate::protocol::handshake::{DisconnectReason, Goodbye, LaneChoice, LaneGrant, LaneRequest};
 use crate::protocol::rendezvous;
 use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET};
+use doorbell_shm::kill_point;
 use doorbell_shm::layout::state;
 use doorbell_uring::{current_cpu, futex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
@@ -220,6 +220,7 @@ impl Session {
         // Mark, fence, look again (P5): pairs with publish, fence, look at the bell in the server.
         let bell = &self.lane(lane).lane.common.client_bell;
         let value = bell.mark(WAITER_FUTEX);
+        kill_point!("client.wait.marked");
         let woken = if self.is_ready() || self.segment.state().0 == state::CLOSED {
             futex::Woken::TimedOut
         } else {
@@ -270,7 +271,7 @@ impl Session {
     #[cold]
     pub fn request_lane(&mut self, choice: LaneChoice) -> Result<u32> {
         match rendezvous::send(self.socket.as_fd(), LaneRequest::new(choice).as_bytes(), None) {
-            Ok(()) => {}
+            Ok(()) => kill_point!("client.lane.asked"),
             // Full, or over: whoever waits for an answer finds out.
             Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET) => return Ok(0),
             Err(e) => return Err(IpcError::io("send of a wish for a lane", e)),
@@ -346,7 +347,7 @@ impl Session {
     /// Takes one packet from the socket, if there is one.
     fn hear(&self) -> Result<Heard> {
         let mut bytes = [0u8; size_of::<Goodbye>()];
-        Ok(match rendezvous::receive(self.socket.as_fd(), &mut bytes, RecvFlags::DONTWAIT) {
+        Ok(match rendezvous::receive_last_word(self.socket.as_fd(), &mut bytes) {
             Err(Errno::AGAIN) => Heard::Nothing,
             Ok(mut packet) if packet.len > 0 => {
                 let bytes = &bytes[..packet.len];

@@ -15,6 +15,7 @@ use crate::metrics::{Counters, Ended, Totals};
 use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
+use doorbell_shm::kill_point;
 use doorbell_shm::lane::Drain;
 use doorbell_shm::layout::{LaneLayout, SLOT_SMALL};
 use doorbell_shm::slots::ServerWord;
@@ -374,6 +375,7 @@ impl SessionLane {
         exchange.moved = true;
         exchange.count(len, entry.flags & flag::END != 0)?;
         exchange.parked.push_back(Frame { slot: place, len, at: 0 });
+        kill_point!("server.frame.parked");
         if exchange.received > bench.message_max as u64 {
             let most = bench.message_max as u64;
             return self.end_early(index, Status::TooLarge, most, bench);
@@ -403,6 +405,7 @@ impl SessionLane {
             return Ok(());
         };
         if word.cancelled {
+            kill_point!("server.cancel.heard");
             return self.end_early(index, Status::Cancelled, 0, bench);
         }
         let Some(exchange) = bench.exchanges.get_mut(index) else { return Ok(()) };
@@ -719,6 +722,7 @@ impl SessionLane {
     fn send_frame<S>(&mut self, e: &mut Exchange<S>) -> Result<(), PeerFault> {
         let len = e.filled;
         self.push_frame(e, e.window.frame, len)?;
+        kill_point!("server.frame.sent");
         e.window.frame = e.window.frame.wrapping_add(1);
         e.filled = 0;
         Ok(())
@@ -778,6 +782,7 @@ impl SessionLane {
         }
         e.taken = e.taken.wrapping_add(1);
         e.moved = true;
+        kill_point!("server.frame.taken");
         let word = ServerWord { generation: e.call.generation, taken: e.taken };
         if let Some(shared) = self.lane().common.server_words.get(e.call.slot as usize) {
             word.publish(shared);
@@ -1008,6 +1013,7 @@ impl SessionLane {
         }
         bench.exchanges.end(index, e);
         bench.metrics.count_call(terminal.status);
+        kill_point!("server.exchange.ended");
         self.use_terminal(ring);
         self.lane_mut().slots.give_back(call.slot);
         let completion = Completion {

@@ -19,6 +19,7 @@ use crate::protocol::handshake::{
 };
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::SegmentError;
+use doorbell_shm::kill_point;
 use doorbell_shm::layout::{Geometry, LaneLayout, state};
 use doorbell_shm::segment::{Identity, Segment, granted_bytes, lane_bytes};
 use doorbell_uring::PollFlags;
@@ -357,6 +358,7 @@ impl Home {
 
     /// Takes a new socket: with its hello if that has come already, as it usually has.
     fn greet<S>(&mut self, reactor: &mut Reactor<S>, socket: OwnedFd) -> Result<()> {
+        kill_point!("server.socket.accepted");
         if !is_ours(&socket) {
             refuse(reactor, &socket, &Welcome::refusal(code::NOT_PERMITTED));
             return Ok(());
@@ -452,6 +454,7 @@ impl Home {
         process: OwnedFd,
         packet: Option<&[u8]>,
     ) -> Result<()> {
+        kill_point!("server.hello.heard");
         let verdict = match packet {
             Some(hello) => reactor.core.judge(hello, monotonic_ns()),
             None => Verdict::Refuse(Box::new(Welcome::refusal(code::BAD_HELLO))),
@@ -499,6 +502,7 @@ impl Home {
             refuse(reactor, &socket, &Welcome { retry_ms: 100, limit, ..Welcome::refusal(code::NO_MEMORY) });
             return Ok(());
         }
+        kill_point!("server.budget.taken");
         let segment = match Segment::create(geometry, welcome.lanes, identity) {
             Ok(made) => Arc::new(made),
             Err(error) => {
@@ -508,6 +512,7 @@ impl Home {
                 return Ok(());
             }
         };
+        kill_point!("server.segment.made");
         match rendezvous::send(socket.as_fd(), welcome.as_bytes(), segment.memory()) {
             Ok(()) => {}
             // Killed after its hello: the segment goes with this scope (F2).
@@ -522,7 +527,9 @@ impl Home {
                 return Ok(());
             }
         }
+        kill_point!("server.welcome.sent");
         let id = reactor.core.open(SessionLane::new(Arc::clone(&segment), 0)?);
+        kill_point!("server.session.opened");
         let socket = Arc::new(socket);
         reactor.add_peer(id, Arc::clone(&socket), None);
         reactor.listen(id)?;
@@ -545,6 +552,7 @@ impl Home {
             idle_lanes: 0,
             quiet_lanes: 0,
         });
+        kill_point!("server.session.listed");
         tracing::debug!(session = id.index, "session opened");
         Ok(())
     }
@@ -675,6 +683,7 @@ impl Home {
             reactor.log.warn(|| tracing::warn!(%error, "no memory for a further lane"));
             return Ok(false);
         }
+        kill_point!("server.lane.granted");
         let segment = Arc::clone(lane.segment());
         lane.add_further();
         let address = &reactor.crew.addresses[at];
@@ -700,8 +709,10 @@ impl Home {
     ) -> Result<()> {
         let Some(lane) = reactor.core.lane(id) else { return Ok(()) };
         lane.segment().set_state(state::CLOSED, reason as u32);
+        kill_point!("server.session.closed");
         reactor.core.metrics.count_end(reason);
         reactor.let_go(id)?;
+        kill_point!("server.session.unseated");
         let Some(member) = self.members.get_mut(id.index as usize).and_then(Option::take) else {
             return Ok(());
         };
@@ -743,6 +754,7 @@ impl Home {
         reactor.driver.cancel(Source::Socket(id).token())?;
         reactor.driver.cancel(Source::Process(id).token())?;
         tracing::debug!(session = id.index, %reason, "session ended");
+        kill_point!("server.session.released");
         drop((member.socket, member.process));
         self.resume(reactor)
     }

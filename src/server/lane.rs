@@ -20,6 +20,7 @@ use crate::metrics::{Counters, Ended, Timing, Totals};
 use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::{Completion, Status, Submission, codec, flag, kind};
+use doorbell_shm::kill_point;
 use doorbell_shm::lane::{BULK, Drain, INTERACTIVE, ServerLane};
 use doorbell_shm::layout::{LaneLayout, SLOT_LARGE, SLOT_MEDIUM, SLOT_SMALL};
 use doorbell_shm::lease::LEASE_SLOTS_MAX;
@@ -380,6 +381,7 @@ impl SessionLane {
                     self.lane.completions[ring].prefetch(filled.len as u64);
                     *entry = words;
                     filled.len += 1;
+                    kill_point!("server.entry.copied");
                 }
                 Ok(None) => break,
                 Err(fault) => return Filled { fault: Some(fault), ..filled },
@@ -426,6 +428,7 @@ impl SessionLane {
             // Published before the entry is run: after our death the client knows which calls were not
             // started (FAULTS §5).
             self.lane.submissions[ring].publish_at(filled.first + i as u64 + 1);
+            kill_point!("server.position.published");
             self.behind = (filled.len - i - 1) as u64;
             let words = bench.batch.entries[i];
             flags_seen |= words[0];
@@ -590,6 +593,7 @@ impl SessionLane {
                 of_calls.push((slot, generation));
             }
         })?;
+        kill_point!("server.hints.taken");
         for (slot, generation) in of_calls.drain(..) {
             self.hinted(id, slot, generation, bench)?;
         }
@@ -795,6 +799,7 @@ impl SessionLane {
         // Copied once: from here on the client can change the slot but not the request (S3, F15).
         let request = bench.staging.take(call.len as usize);
         payload.read(LaneLayout::slot_offset(places.payload), request);
+        kill_point!("server.request.staged");
         let request = &request[call.meta_len as usize..];
         let offset = LaneLayout::slot_offset(call.response_slot);
         let capacity = (places.capacity as usize).min(bench.message_max);
@@ -811,6 +816,7 @@ impl SessionLane {
         bench.pulse.runs(message_type.0);
         // A handler owns nothing of ours that its unwinding could leave half done (F43).
         let result = catch_unwind(AssertUnwindSafe(|| handler(&context, request, &mut reply)));
+        kill_point!("server.handler.returned");
         if let Ok(Ok(())) = result
             && !reply.is_too_large()
         {
@@ -834,6 +840,7 @@ impl SessionLane {
         let bulk = entry.flags & flag::BULK != 0;
         let outcome = match bench.connections.open(id, entry.codec, bulk) {
             Some(number) => {
+                kill_point!("server.connection.opened");
                 bench.metrics.connections_opened += 1;
                 if self.further > 0 {
                     (bench.announce)(id, Notice::Opened { number, codec: entry.codec, bulk });
@@ -861,6 +868,7 @@ impl SessionLane {
         if !bench.connections.close(id, entry.connection) {
             return Err(PeerFault::Connection { connection: entry.connection });
         }
+        kill_point!("server.connection.closed");
         if self.further > 0 {
             (bench.announce)(id, Notice::Closed { number: entry.connection });
         }
@@ -989,6 +997,7 @@ impl SessionLane {
     /// Publishes a completion for which there is space.
     pub(super) fn push(&mut self, ring: usize, completion: &Completion) -> Result<(), PeerFault> {
         if self.lane.completions[ring].push(completion.pack())? {
+            kill_point!("server.completion.published");
             return Ok(());
         }
         // Excluded by admission: should it ever happen, this session ends and no other notices (F47).

@@ -2,6 +2,7 @@
 
 use crate::error::{IpcError, Result};
 use crate::protocol::rendezvous::{Place, SOCKET_PATH_MAX, check_length, packet_socket};
+use doorbell_shm::kill_point;
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags};
 use rustix::net::SocketFlags;
 use std::ffi::OsString;
@@ -32,6 +33,7 @@ impl Listener {
         prepare_default_directory(path)?;
         let place = Place::open(path)?;
         let lock = take_lock(&place)?;
+        kill_point!("server.lock.taken");
         refuse_what_is_not_stale(&place)?;
         let (socket, inode) = listen_beside_and_rename(&place)?;
         let spare = Some(spare().map_err(|e| IpcError::io("eventfd for the spare descriptor", e))?);
@@ -344,8 +346,11 @@ fn listen_beside_and_rename(place: &Place) -> Result<(OwnedFd, u64)> {
     })?;
     let stat = rustix::fs::statat(&place.directory, &temporary, AtFlags::SYMLINK_NOFOLLOW)
         .map_err(|e| IpcError::io("stat of the new socket", e))?;
+    kill_point!("server.socket.bound");
     rustix::net::listen(&socket, BACKLOG).map_err(|e| IpcError::io("listen", e))?;
+    kill_point!("server.socket.listening");
     rustix::fs::renameat(&place.directory, &temporary, &place.directory, &place.name)
         .map_err(|e| IpcError::io("rename of the new socket", e))?;
+    kill_point!("server.socket.renamed");
     Ok((socket, stat.st_ino))
 }

@@ -8,6 +8,7 @@ use super::leases::Verdict;
 use crate::error::{IpcError, Result};
 use doorbell_shm::PeerFault;
 use doorbell_shm::entry::Status;
+use doorbell_shm::kill_point;
 use doorbell_shm::layout::{LaneLayout, SLOTS_PER_PAGE};
 use doorbell_shm::lease::{Granted, NoRoom};
 use doorbell_shm::map::PAGE;
@@ -58,7 +59,9 @@ impl SessionLane {
             budget.give(len as u64);
             return Err(Shortage::Kernel);
         }
+        kill_point!("server.lease.backed");
         self.lane_mut().leases.grant(page, bytes, got);
+        kill_point!("server.lease.granted");
         Ok(Some(Grant { slot: page * SLOTS_PER_PAGE, slots: got, bytes: len as u32 }))
     }
 
@@ -121,6 +124,7 @@ impl<S> Core<S> {
         while let Some(giving) = self.leases.next_giving() {
             let Some((id, lane)) = self.seated_mut(giving.seat) else { continue };
             let bytes = lane.give_back_memory(giving.lease)?;
+            kill_point!("server.lease.gone");
             let answer = lane.answer_control(giving.ring, giving.slot, giving.generation, Status::Ok, 0);
             self.memory_is_free(bytes);
             self.answered(id, answer);
@@ -140,6 +144,7 @@ impl<S> Core<S> {
                 Err(Shortage::Kernel) => (Status::Overloaded, 10),
             };
             let answer = lane.answer_control(wish.ring, wish.slot, wish.generation, answer.0, answer.1);
+            kill_point!("server.lease.told");
             if let Ok(Some(grant)) = granted {
                 self.metrics.leases_granted += 1;
                 self.metrics.leased_bytes += u64::from(grant.bytes);

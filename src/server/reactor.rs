@@ -22,6 +22,7 @@ use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::{self, monotonic_ns};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{self, WAITER_FUTEX, WAITER_SOCKET, fence_before_bell};
+use doorbell_shm::kill_point;
 use doorbell_shm::segment::Segment;
 use doorbell_uring::{Completion, Driver, PollFlags, SetupError, Step, Token, Wait};
 use rustix::io::Errno;
@@ -504,6 +505,7 @@ impl<S> Reactor<S> {
                 awake += 1;
                 continue;
             }
+            kill_point!("server.bell.taken");
             if waiters & WAITER_FUTEX != 0 {
                 self.driver.futex_wake(&bell.0, CLIENT_WAKES)?;
             }
@@ -518,6 +520,7 @@ impl<S> Reactor<S> {
         metrics.wakes_rung += rung;
         metrics.wakes_suppressed += awake;
         metrics.wakes_in_one_enter_max = metrics.wakes_in_one_enter_max.max(rung);
+        kill_point!("server.clients.rung");
         self.core.untouch();
         Ok(())
     }
@@ -760,6 +763,7 @@ impl<S> Reactor<S> {
         let (ours, theirs) = bell.map_or((None, None), |bell| (Some(bell.ours), Some(bell.theirs)));
         let grant = LaneGrant::new(number, self.crew.core());
         self.core.seat(id, SessionLane::new(segment, number)?);
+        kill_point!("server.lane.seated");
         self.core.metrics.further_lanes += 1;
         // A client that is gone or does not listen finds out by itself.
         if let Err(error) =
@@ -947,6 +951,12 @@ impl<S> Reactor<S> {
         if !self.core.touched().is_empty() {
             self.ring_clients()?;
         }
+        if self.parting.iter().any(|parting| !parting.bell_armed) {
+            // Submitted, the last wakes of clients that have gone are done with. What comes next may be long in coming: the
+            // memory of their sessions does not wait for it.
+            self.submit()?;
+            self.parting.retain(|parting| parting.bell_armed);
+        }
         self.trim();
         self.arm_timer()?;
         self.core.pulse.sleeps(true);
@@ -1014,6 +1024,7 @@ impl<S> Reactor<S> {
         let state = lane.asleep_state();
         // Mark, fence, look again (P5): pairs with publish, fence, look at the bell in the client.
         lane.lane().common.server_bell.mark(state);
+        kill_point!("server.sleep.marked");
         let found = lane.has_work();
         let Some(Some(peer)) = self.peers.get_mut(id.index as usize) else { return Ok(()) };
         if worked {

@@ -5,6 +5,7 @@ use crate::error::StressError;
 use crate::gallery::{self, GalleryOptions};
 use crate::kills::{self, KillsOptions};
 use crate::machine::{Cores, Machine};
+use crate::points::{self, PointsOptions};
 use crate::processes::{self, ChildOptions};
 use crate::reconnect::{self, ReconnectOptions};
 use crate::report::Report;
@@ -52,6 +53,8 @@ enum Command {
     Gallery(GalleryOptions),
     /// Clients killed at random moments, while one that means well calls on.
     Kills(KillsOptions),
+    /// Every labelled point of client and server, suffered by real processes (built with `--features kill-points`).
+    KillPoints(PointsOptions),
     #[command(name = "without-io-uring")]
     Without(WithoutOptions),
 }
@@ -150,6 +153,9 @@ pub fn run() -> ExitCode {
             return run_gallery(&options).unwrap_or_else(|error| failed(&error));
         }
         Some(Command::Kills(options)) => return run_kills(&options).unwrap_or_else(|error| failed(&error)),
+        Some(Command::KillPoints(options)) => {
+            return run_points(&options).unwrap_or_else(|error| failed(&error));
+        }
         None => {}
     }
     match run_suite(&cli.suite) {
@@ -197,6 +203,20 @@ fn run_gallery(options: &GalleryOptions) -> Result<ExitCode, StressError> {
 fn run_kills(options: &KillsOptions) -> Result<ExitCode, StressError> {
     scratch::remove_on_signals()?;
     let counts = kills::run(options, &Cores::plan()?, random_seed()?)?;
+    print!("{counts}");
+    Ok(if counts.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_points(options: &PointsOptions) -> Result<ExitCode, StressError> {
+    if !cfg!(feature = "kill-points") {
+        eprintln!(
+            "doorbell-stress: this one was built without kill points: \
+             cargo run --release -p doorbell-stress --features kill-points -- kill-points"
+        );
+        return Ok(ExitCode::from(2));
+    }
+    scratch::remove_on_signals()?;
+    let counts = points::run(options, &Cores::plan()?, random_seed()?, progress)?;
     print!("{counts}");
     Ok(if counts.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -71,6 +71,9 @@ pub enum StressError {
     /// The providers cannot be had.
     #[error("the providers cannot be had: {0}")]
     Providers(String),
+    /// A client got an answer that is not its own.
+    #[error("a wrong answer: {0}")]
+    Wrong(String),
     /// A child was not started by its parent.
     #[error("this subcommand is for this program's own processes")]
     NotAChild,

@@ -2,18 +2,23 @@
 //! calls on (FAULTS T8). A run can be cut into pieces: what has been done is kept in a file, and added to.
 //!
 //! After each batch the server has to be the same process (I1), without a descriptor, a mapping or a session more than before
-//! (I2, I8), and the bystander has to have been answered right, never later than it may be (I1, I6). At the end its private
-//! memory has to be what it was (I11).
+//! (I2, I8), its private memory what it was (I11), and the bystander has to have been answered right, never later than it may
+//! be (I1, I6). The server notes what it executes, and a victim each call that was answered: none may be executed twice (I3),
+//! none answered that was not executed (I4), no answer may be another call's (I7). What only a client says who lives on, that
+//! a call was not executed (I5), is for those of `points/`, whose server dies.
 
 use crate::clock::now_ns;
 use crate::content;
 use crate::error::StressError;
 use crate::machine::{self, Cores};
+use crate::points::ledger::{
+    LOGGED, LedgerJob, Log, Numbers, VICTIMS, VictimsLedger, WRONG, is_right, mix, request,
+};
 use crate::processes::{self, Process, Role};
 use crate::scratch::Directory;
-use crate::server::{self, MASKED_ECHO, ServerJob};
+use crate::server::MASKED_ECHO;
 use clap::Args;
-use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, WaitPolicy};
+use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, WaitPolicy};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -63,6 +68,9 @@ pub struct Counts {
     pub stopped: u64,
     /// Those that had connected by then.
     pub connected: u64,
+    /// Calls of victims that were answered right.
+    #[serde(default)]
+    pub answered: u64,
     /// Calls of the bystander that were answered right.
     pub bystander_calls: u64,
     /// Calls that were not.
@@ -105,10 +113,19 @@ impl Counts {
 pub struct KillsJob {
     /// Where the server listens.
     path: PathBuf,
+    /// Where victims note what was answered.
+    answered: PathBuf,
     /// The core to run on.
     core: usize,
     /// What to do: which policy, which sizes.
     number: u64,
+}
+
+impl KillsJob {
+    /// That of a bystander.
+    pub fn bystander(path: &Path, core: usize) -> Self {
+        Self { path: path.to_owned(), answered: PathBuf::new(), core, number: 0 }
+    }
 }
 
 /// Runs it.
@@ -120,42 +137,41 @@ pub fn run(options: &KillsOptions, cores: &Cores, random: u64) -> Result<Counts,
     let mut counts = Counts::load(options, random)?;
     let directory = Directory::new("kills")?;
     let path = directory.path().join("s");
+    let (log, answered) = (directory.path().join("log"), directory.path().join("answered"));
     let core = cores.clients[0];
-    let job = ServerJob {
-        path: path.clone(),
-        core: cores.server,
-        connections: 256,
-        sessions: 64,
-        ..ServerJob::default()
-    };
-    let mut server = server::start(&job)?;
-    let job = KillsJob { path: path.clone(), core, number: 0 };
+    let job = LedgerJob { path: path.clone(), log: log.clone(), cores: vec![cores.server, core] };
+    let mut server = processes::spawn(Role::LedgerServer, &job, Stdio::null())?;
+    let () = server.receive(PATIENCE)?;
+    let mut ledger = VictimsLedger::new(&log, &answered);
+    let job = KillsJob { answered, ..KillsJob::bystander(&path, core) };
     let mut bystander = processes::spawn(Role::Watcher, &job, Stdio::piped())?;
     let () = bystander.receive(PATIENCE)?;
     let mut baseline = None;
     let mut batch = 0;
     while counts.kills < options.count && counts.violations.is_empty() {
-        kill_batch(&path, core, &mut counts, options.count)?;
+        kill_batch(&job, &mut counts, options.count)?;
         batch += 1;
         if let Some(how) = server.has_ended() {
             counts.violations.push(format!("I1: the server ended: {how}"));
             break;
         }
         match baseline {
-            None if batch == WARM_UP => baseline = Some(settled(&server, None)?.0),
+            None if batch == WARM_UP => baseline = Some(settled(&server, None, OTHERS)?.0),
             None => {}
             Some(before) => {
-                if let (_, Some(wrong)) = settled(&server, Some(before))? {
+                if let (_, Some(wrong)) = settled(&server, Some(before), OTHERS)? {
                     counts.violations.push(format!("after {} kills: {wrong}", counts.kills));
                 }
             }
         }
         if batch.is_multiple_of(BATCHES_PER_LOOK) {
+            compare(&server, &mut ledger, &mut counts)?;
             look(&mut bystander, &mut counts)?;
             counts.keep(options)?;
         }
     }
     if counts.violations.is_empty() || server.has_ended().is_none() {
+        compare(&server, &mut ledger, &mut counts)?;
         look(&mut bystander, &mut counts)?;
         bystander.end()?;
     }
@@ -164,12 +180,12 @@ pub fn run(options: &KillsOptions, cores: &Cores, random: u64) -> Result<Counts,
 }
 
 /// Starts some clients, and kills each at a moment of its own.
-fn kill_batch(path: &Path, core: usize, counts: &mut Counts, most: u64) -> Result<(), StressError> {
+fn kill_batch(job: &KillsJob, counts: &mut Counts, most: u64) -> Result<(), StressError> {
     let begun_ns = now_ns();
     let mut victims = Vec::new();
     for _ in 0..BATCH.min(most - counts.kills) {
         let number = counts.kills + victims.len() as u64;
-        let job = KillsJob { path: path.to_owned(), core, number };
+        let job = KillsJob { number, ..job.clone() };
         let dice = mix(counts.seed ^ number);
         victims.push((
             begun_ns + dice % LIFE_NS,
@@ -192,21 +208,50 @@ fn kill_batch(path: &Path, core: usize, counts: &mut Counts, most: u64) -> Resul
     Ok(())
 }
 
-/// What a server holds: descriptors and segments.
+/// Sessions that stay: the bystander's.
+const OTHERS: usize = 1;
+
+/// When the server has done with all victims: what they noted against what was executed.
+fn compare(server: &Process, ledger: &mut VictimsLedger, counts: &mut Counts) -> Result<(), StressError> {
+    if let (_, Some(wrong)) = settled(server, None, OTHERS)? {
+        counts.violations.push(format!("after {} kills: {wrong}", counts.kills));
+    }
+    let (answered, violations) = ledger.compare()?;
+    counts.answered += answered;
+    counts.violations.extend(violations);
+    Ok(())
+}
+
+/// What a process holds: descriptors and segments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Held {
+pub struct Held {
     descriptors: usize,
     segments: usize,
     anonymous: u64,
 }
 
-/// Waits until the server holds no more than `before`; says what is wrong if it goes on holding it.
-fn settled(server: &Process, before: Option<Held>) -> Result<(Held, Option<String>), StressError> {
+impl Held {
+    /// The same where private memory may grow.
+    pub fn without_memory(self) -> Self {
+        Self { anonymous: u64::MAX - MEMORY_DIFFERS, ..self }
+    }
+}
+
+/// Waits until the process holds no more than `before`, or, without that, no more than `others` segments; says what is wrong
+/// if it goes on holding more.
+///
+/// # Errors
+///
+/// [`StressError::Os`] if it cannot be looked at.
+pub fn settled(
+    process: &Process,
+    before: Option<Held>,
+    others: usize,
+) -> Result<(Held, Option<String>), StressError> {
     let give_up = Instant::now() + SETTLED;
     loop {
-        let now = held(server.pid())?;
-        // Without a baseline: until only the bystander's segment is left.
-        let goal = before.unwrap_or(Held { segments: 1, ..now });
+        let now = held(process.pid())?;
+        let goal = before.unwrap_or(Held { segments: others, ..now });
         let fits = now.descriptors <= goal.descriptors && now.segments <= goal.segments;
         if fits && now.anonymous <= goal.anonymous + MEMORY_DIFFERS {
             return Ok((now, None));
@@ -250,10 +295,13 @@ fn look(bystander: &mut Process, counts: &mut Counts) -> Result<(), StressError>
 
 /// What the bystander has seen since it was last asked.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-struct Watched {
-    calls: u64,
-    errors: u64,
-    max_ns: u64,
+pub struct Watched {
+    /// Calls that were answered right.
+    pub calls: u64,
+    /// Calls that were not.
+    pub errors: u64,
+    /// The longest, ns.
+    pub max_ns: u64,
 }
 
 /// The bystander: calls now and then, and says when asked what came of it.
@@ -307,7 +355,9 @@ pub fn be_killed(job: &KillsJob) -> Result<(), StressError> {
     let config = ClientConfig { policy, lanes: 1 + (dice >> 8) as u32 % 2, ..ClientConfig::default() };
     let client = IpcClient::connect_with(&job.path, &config).map_err(StressError::ipc("connecting"))?;
     processes::say(&())?;
-    let sizes = [0usize, 512, 1024, 16 << 10, 200 << 10];
+    let log = Log::open(&job.answered)?;
+    let mut numbers = Numbers::of(VICTIMS + job.number);
+    let sizes = [512usize, 1024, 16 << 10, 200 << 10];
     for round in 0.. {
         let connection = match client.open() {
             Ok(connection) => connection,
@@ -322,29 +372,25 @@ pub fn be_killed(job: &KillsJob) -> Result<(), StressError> {
             }
         };
         for call in 0..8u64 {
-            let size = sizes[(mix(dice ^ round << 8 ^ call) % 5) as usize];
-            let options = CallOptions::default();
+            let size = sizes[(mix(dice ^ round << 8 ^ call) % 4) as usize];
+            let tag = numbers.draw(false);
+            let options = CallOptions { tag, ..CallOptions::default() };
             // Full queues are part of it, and so are answers that nobody takes.
-            match connection.submit(MessageType::ECHO, &vec![call as u8; size], &options) {
+            match connection.submit(LOGGED, &request(tag, size), &options) {
                 Ok(id) if call % 3 == 0 => client.cancel(id),
                 Ok(_) | Err(_) => {}
             }
         }
         while client.wait(Some(Duration::from_millis(1))).unwrap_or(false) {
-            if client.poll().is_err() {
-                break;
-            }
+            let Ok(Some(reply)) = client.poll() else { break };
+            // What was cancelled, or lost its memory while this client was stopped, has no answer.
+            let Ok(answer) = reply.result().and_then(|_| reply.to_vec()) else { continue };
+            let right = is_right(&request(reply.tag(), answer.len()), &answer);
+            let noted = log.note(if right { reply.tag() } else { WRONG });
+            noted.map_err(|e| StressError::os("write of a log", e))?;
         }
     }
     Ok(())
-}
-
-/// A number that looks like none of its neighbours (SplitMix64).
-fn mix(seed: u64) -> u64 {
-    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// The result in lines.
@@ -353,6 +399,7 @@ impl std::fmt::Display for Counts {
         let Self { kills, stopped, connected, bystander_calls, bystander_errors, bystander_max_ns, .. } =
             self;
         writeln!(f, "kills: {kills}, of clients that had connected {connected}, stopped before {stopped}")?;
+        writeln!(f, "calls of theirs that were answered: {}", self.answered)?;
         writeln!(
             f,
             "bystander: {bystander_calls} calls, {bystander_errors} wrong, longest {bystander_max_ns} ns"

@@ -30,6 +30,7 @@ mod memory;
 mod mixed;
 mod monitor;
 mod normal;
+mod points;
 mod processes;
 #[path = "../../tests/common/raw.rs"]
 #[allow(dead_code)] // The tests use all of it.

@@ -6,6 +6,7 @@
 
 use crate::error::StressError;
 use crate::gallery::{attacks, bystander};
+use crate::points::{driver, ledger, victim};
 use crate::{assistant, client, floor, hostile, kills, mixed, normal, reconnect, server, torture};
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -15,7 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -60,6 +61,23 @@ pub enum Role {
     ReconnectServer,
     /// Clients that come back to it.
     ReconnectClient,
+    /// A doorbell server that notes what it executes.
+    LedgerServer,
+    /// Clients that go on whatever happens to it.
+    PointsDriver,
+    /// A client that comes by a kill point.
+    PointsVictim,
+}
+
+/// Whether a child lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// It runs, or waits for something.
+    Lives,
+    /// A signal has stopped it.
+    Stopped,
+    /// It has ended.
+    Ended,
 }
 
 impl Role {
@@ -81,6 +99,9 @@ impl Role {
             Self::FloorClient => "floor-client",
             Self::ReconnectServer => "reconnect-server",
             Self::ReconnectClient => "reconnect-client",
+            Self::LedgerServer => "ledger-server",
+            Self::PointsDriver => "points-driver",
+            Self::PointsVictim => "points-victim",
         }
     }
 }
@@ -122,6 +143,9 @@ pub fn run(options: &ChildOptions) -> Result<(), StressError> {
         Role::FloorClient => floor::drive(stdin_fd()?, &serde_json::from_str(job)?),
         Role::ReconnectServer => reconnect::serve(&serde_json::from_str(job)?),
         Role::ReconnectClient => reconnect::call(&serde_json::from_str(job)?),
+        Role::LedgerServer => ledger::serve(&serde_json::from_str(job)?),
+        Role::PointsDriver => driver::run(&serde_json::from_str(job)?),
+        Role::PointsVictim => victim::run(&serde_json::from_str(job)?),
     }
 }
 
@@ -183,10 +207,25 @@ pub struct Process {
 ///
 /// [`StressError::Os`] if the process cannot be started.
 pub fn spawn(role: Role, job: &impl Serialize, stdin: Stdio) -> Result<Process, StressError> {
+    spawn_armed(role, job, stdin, None)
+}
+
+/// The same with a variable in its environment: one that arms a kill point.
+///
+/// # Errors
+///
+/// As for [`spawn`].
+pub fn spawn_armed(
+    role: Role,
+    job: &impl Serialize,
+    stdin: Stdio,
+    variable: Option<(&str, String)>,
+) -> Result<Process, StressError> {
     let job = serde_json::to_string(job).expect("a job has string keys only");
     let mut child = Command::new("/proc/self/exe")
         .arg0("doorbell-stress")
         .args([SUBCOMMAND, role.name(), "--parent", &std::process::id().to_string(), "--job", &job])
+        .envs(variable)
         .stdin(stdin)
         .stdout(Stdio::piped())
         .spawn()
@@ -273,6 +312,51 @@ impl Process {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         let mut fds = [PollFd::new(self.stdout.get_ref(), PollFlags::IN)];
         poll(&mut fds, Some(&now)).map(|ready| ready > 0).map_err(|e| StressError::os("poll of a process", e))
+    }
+
+    /// Whether it lives; its end is not taken note of here.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if the kernel refuses.
+    pub fn state(&self) -> Result<State, StressError> {
+        let options =
+            WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
+        let asked = || waitid(WaitId::Pid(Pid::from_child(&self.child)), options);
+        let status = rustix::io::retry_on_intr(asked).map_err(|e| StressError::os("waitid", e))?;
+        Ok(match status {
+            None => State::Lives,
+            Some(status) if status.stopped() => State::Stopped,
+            Some(_) => State::Ended,
+        })
+    }
+
+    /// Whether SIGKILL has ended it.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if the kernel refuses.
+    pub fn was_killed(&mut self) -> Result<bool, StressError> {
+        let signal = Signal::KILL.as_raw();
+        Ok(self.status()?.is_some_and(|status| status.signal() == Some(signal)))
+    }
+
+    /// Whether it has ended by itself, successfully.
+    ///
+    /// # Errors
+    ///
+    /// [`StressError::Os`] if the kernel refuses.
+    pub fn was_successful(&mut self) -> Result<bool, StressError> {
+        Ok(self.status()?.is_some_and(|status| status.success()))
+    }
+
+    fn status(&mut self) -> Result<Option<ExitStatus>, StressError> {
+        self.child.try_wait().map_err(|e| StressError::os("waitpid", e))
+    }
+
+    /// Closes its standard input: nobody will tell it anything any more.
+    pub fn close(&mut self) {
+        drop(self.stdin.take());
     }
 
     /// Why it has ended, if it has.

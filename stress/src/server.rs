@@ -28,6 +28,15 @@ static TABLE: HandlerTable<()> =
 static ASSISTANTS: HandlerTable<HostHandle> = HandlerTable::with_builtins().register_provider_handlers();
 
 fn masked_echo(_: &Context<'_, ()>, request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
+    mask_whole(request, reply)
+}
+
+/// Answers a whole request of whole blocks under a mask.
+///
+/// # Errors
+///
+/// [`HandlerError`] for one that does not consist of them.
+pub fn mask_whole(request: &[u8], reply: &mut Reply<'_>) -> Result<(), HandlerError> {
     let (blocks, []) = request.as_chunks::<BLOCK>() else {
         return Err(HandlerError::Decode(format!("{} bytes are not whole blocks", request.len())));
     };
@@ -56,17 +65,26 @@ impl Pieces<()> for MaskedPieces {
         last: bool,
         reply: &mut Reply<'_>,
     ) -> Result<Progress, HandlerError> {
-        let words = bytes.len().min(reply.room()) / 8 * 8;
-        for part in bytes[..words].chunks(BLOCK) {
-            let mut masked = [0; BLOCK];
-            content::answer(part, &mut masked[..part.len()]);
-            reply.write(&masked[..part.len()])?;
-        }
-        if last && !bytes.len().is_multiple_of(8) {
-            return Err(HandlerError::Decode("the body does not consist of whole words".to_owned()));
-        }
-        Ok(if last && words == bytes.len() { Progress::Done } else { Progress::Took(words) })
+        mask_piece(bytes, last, reply)
     }
+}
+
+/// Answers a piece of a body of whole words under a mask, as far as there is room.
+///
+/// # Errors
+///
+/// [`HandlerError`] for a body that does not consist of them.
+pub fn mask_piece(bytes: &[u8], last: bool, reply: &mut Reply<'_>) -> Result<Progress, HandlerError> {
+    let words = bytes.len().min(reply.room()) / 8 * 8;
+    for part in bytes[..words].chunks(BLOCK) {
+        let mut masked = [0; BLOCK];
+        content::answer(part, &mut masked[..part.len()]);
+        reply.write(&masked[..part.len()])?;
+    }
+    if last && !bytes.len().is_multiple_of(8) {
+        return Err(HandlerError::Decode("the body does not consist of whole words".to_owned()));
+    }
+    Ok(if last && words == bytes.len() { Progress::Done } else { Progress::Took(words) })
 }
 
 /// What a server process is told.

@@ -109,6 +109,43 @@ fn t8_kills_are_counted_and_resumed() {
     std::fs::remove_file(&state).unwrap();
 }
 
+/// Goal:   T9: what was built without kill points says how to build it with them, and does not pass for done.
+#[cfg(not(feature = "kill-points"))]
+#[test]
+fn t9_without_kill_points_the_way_to_them_is_told() {
+    let output = stress("kill-points --count 1");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--features kill-points"));
+    let output = stress("kill-points --point client.nowhere");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("client.entry.half"));
+}
+
+/// Goal:   T9: a client and a server suffer a point each, with both signals, and a run that was cut into pieces goes on.
+/// Method: the counts of both points, with a state file.
+#[cfg(feature = "kill-points")]
+#[test]
+fn t9_points_are_suffered_counted_and_resumed() {
+    let state = std::env::temp_dir().join(format!("doorbell-points-{}.json", std::process::id()));
+    for count in [1, 3] {
+        let points = "--point client.entry.half --point server.position.published";
+        let line = format!("kill-points --count {count} --seed 5 --patience-ms 60000 {points}");
+        let output = stress(&format!("{line} --state {}", state.display()));
+        let errors = String::from_utf8_lossy(&output.stderr);
+        if errors.contains("server and clients need one each") {
+            return;
+        }
+        assert_eq!(output.status.code(), Some(0), "{errors}");
+        let kept: Value = serde_json::from_str(&std::fs::read_to_string(&state).unwrap()).unwrap();
+        for label in ["client.entry.half", "server.position.published"] {
+            let [killed, stopped, continued, missed] = ["killed", "stopped", "continued", "missed"]
+                .map(|key| kept["points"][label][key].as_u64().unwrap());
+            assert_eq!((killed, stopped + continued, missed), (count, count, 0), "{kept}");
+        }
+    }
+    std::fs::remove_file(&state).unwrap();
+}
+
 /// Goal:   F38: what `without-io-uring` starts is refused io_uring, and gets its arguments and its exit status through.
 #[test]
 fn f38_a_command_runs_without_io_uring() {
