@@ -1,9 +1,9 @@
 #!/bin/sh
-# Builds everything, starts a server, answers real requests with it on the screen, and stops it.
+# Builds the command, starts a server, answers real requests with it on the screen, and stops it.
 set -eu
 cd "$(dirname "$0")/.."
 ci/setup.sh build
-cargo build --release --workspace
+cargo build --release --bin doorbell
 
 doorbell=target/x86_64-unknown-linux-gnu/release/doorbell
 directory=$(mktemp -d)

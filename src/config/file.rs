@@ -87,7 +87,7 @@ impl ConfigFile {
             source: name.clone(),
             at: None,
             key: String::new(),
-            problem: format!("cannot be read: {error}"),
+            problem: format!("cannot be read: {error}: `doorbell config default` prints one to begin with"),
         })?;
         Self::parse(&text, &name, variable)
     }
