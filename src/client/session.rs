@@ -67,7 +67,7 @@ pub(super) struct Session {
     pub(super) max_message: usize,
     /// Calls answered while somebody waited for another one.
     kept: VecDeque<Answered>,
-    /// Polls, for those that find something each time.
+    /// Polls while there are calls of several frames to go on with.
     polls: u32,
     /// Polls that found nothing, and when one of them last looked at the socket.
     empty_polls: u32,
@@ -363,10 +363,12 @@ impl Session {
     /// The next call whose completion is in a ring, interactive ones first.
     #[inline(always)]
     pub fn next_completed(&mut self) -> Result<Option<Answered>> {
-        self.polls = self.polls.wrapping_add(1);
-        if self.polls.is_multiple_of(POLLS_PER_PUMP) && self.bodies.are_active() {
+        if self.bodies.are_active() {
             // However quickly short calls are answered, and called again, long ones go on beside them.
-            self.pump()?;
+            self.polls = self.polls.wrapping_add(1);
+            if self.polls.is_multiple_of(POLLS_PER_PUMP) {
+                self.pump()?;
+            }
         }
         for ring in [INTERACTIVE, BULK] {
             for index in 0..=self.further.len() as u32 {

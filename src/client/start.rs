@@ -7,14 +7,16 @@
 
 use super::IpcClient;
 use super::connect::ClientConfig;
-use super::reconnect::{Pauses, may_pass};
+use super::reconnect::{Pauses, may_pass, sleep_until};
 use crate::error::{IpcError, Result};
 use crate::protocol::rendezvous;
 use crate::server::open_start_lock;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
-use std::os::fd::OwnedFd;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
+};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -24,9 +26,9 @@ use std::time::{Duration, Instant};
 const PAUSE_MAX: Duration = Duration::from_millis(8);
 /// How often a server is started that ends at once: the one before it may not have given up the path yet.
 const STARTS_MAX: u32 = 3;
-/// How long a server that is of no use has to take leave of others, and how often that is looked at.
+/// How long a server that is of no use has to take leave of others; as long as the program lives that it was started
+/// through, if that is another one.
 const LEAVE: Duration = Duration::from_secs(1);
-const LOOK: Duration = Duration::from_millis(5);
 /// What the thread needs that waits for a server's end.
 const STACK: usize = 64 << 10;
 
@@ -195,19 +197,34 @@ fn reap_later(mut child: Child) -> Result<()> {
 /// Ends a server and whatever it was started through. Others may have connected to it meanwhile: it takes leave of them.
 fn kill(mut child: Child) -> Result<()> {
     let group = Pid::from_child(&child);
+    // Looked at, not waited for: until its group has been killed its number must be nobody else's.
+    let unwaited = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+    let look = || match waitid(WaitId::Pid(group), unwaited) {
+        // Somebody else in this process waits for all children: the number may be another's, and is not signalled.
+        Err(Errno::CHILD) => Ok(None),
+        other => other.map(|ended| Some(ended.is_some())).map_err(|e| IpcError::io("waitid of a server", e)),
+    };
     let signal = |signal| match kill_process_group(group, signal) {
         Ok(()) | Err(Errno::SRCH) => Ok(()),
         Err(e) => Err(IpcError::io("stopping a server that is of no use", e)),
     };
+    if look()?.is_none() {
+        return Ok(());
+    }
+    let process =
+        pidfd_open(group, PidfdFlags::empty()).map_err(|e| IpcError::io("pidfd_open of a server", e))?;
     signal(Signal::TERM)?;
-    let begun = Instant::now();
-    // Not waited for before the group has been killed: until then its number is nobody else's.
-    let ended = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-    while waitid(WaitId::Pid(group), ended).map_err(|e| IpcError::io("waitid of a server", e))?.is_none()
-        && begun.elapsed() < LEAVE
-    {
-        std::thread::sleep(LOOK);
+    let until = Instant::now() + LEAVE;
+    loop {
+        match look()? {
+            None => return Ok(()),
+            Some(true) => break,
+            Some(false) if Instant::now() >= until => break,
+            Some(false) => sleep_until(&[process.as_fd()], Some(until))?,
+        }
     }
     signal(Signal::KILL)?;
+    // Also if it has left its group.
+    child.kill().map_err(|e| IpcError::io("killing a server that is of no use", e))?;
     child.wait().map(drop).map_err(|e| IpcError::io("waitpid of a server", e))
 }

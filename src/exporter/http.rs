@@ -8,12 +8,13 @@
 
 use crate::MetricsReader;
 use crate::config::MetricsAddress;
+use crate::protocol::rendezvous;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketFlags};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -113,7 +114,7 @@ impl Server {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         match rustix::net::accept_with(&self.listener, flags) {
             Ok(socket) => {
-                if matches!(self.address, MetricsAddress::Unix(_)) && !is_ours(&socket) {
+                if matches!(self.address, MetricsAddress::Unix(_)) && !rendezvous::is_ours(&socket) {
                     return;
                 }
                 if self.connections.len() >= CONNECTIONS_MAX {
@@ -146,11 +147,6 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 fn is_socket(path: &Path) -> io::Result<bool> {
     use std::os::unix::fs::FileTypeExt;
     Ok(std::fs::symlink_metadata(path)?.file_type().is_socket())
-}
-
-fn is_ours(socket: &OwnedFd) -> bool {
-    let peer = doorbell_uring::peer_credentials(socket.as_fd());
-    peer.is_ok_and(|peer| peer.uid == rustix::process::geteuid().as_raw())
 }
 
 /// What is being done for a reader.

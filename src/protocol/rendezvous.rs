@@ -185,6 +185,11 @@ pub(crate) fn peer_uid(socket: impl AsFd) -> Result<u32> {
     Ok(credentials.uid)
 }
 
+/// Whether the peer of a socket is of our own user; not if the kernel does not say.
+pub(crate) fn is_ours(socket: impl AsFd) -> bool {
+    peer_uid(socket).is_ok_and(|uid| uid == rustix::process::geteuid().as_raw())
+}
+
 /// CLOCK_MONOTONIC, ns.
 #[inline]
 pub(crate) fn monotonic_ns() -> u64 {

@@ -65,9 +65,7 @@ impl SessionLane {
             }
             Plan::Whole(_) | Plan::Pieces(_) => {}
         }
-        let (index, mut exchange) = bench.begin(call, ring, id);
-        exchange.traceparent = places.traceparent;
-        exchange.window = window(call, places);
+        let (index, mut exchange) = bench.begin(call, places, ring, id);
         exchange.next_frame = 1;
         let meta = u32::from(call.meta_len);
         exchange.parked.push_back(Frame { slot: places.payload, len: call.len, at: meta });
@@ -103,10 +101,8 @@ impl SessionLane {
         outcome: Outcome,
         bench: &mut Bench<'_, S>,
     ) -> Result<(), PeerFault> {
-        let (index, mut exchange) = bench.begin(call, ring, id);
+        let (index, mut exchange) = bench.begin(call, places, ring, id);
         self.give_back_request(call, places);
-        exchange.traceparent = places.traceparent;
-        exchange.window = window(call, places);
         exchange.ended = true;
         exchange.filled = outcome.len as u32;
         std::mem::swap(&mut exchange.spill, &mut bench.rest.spill);
@@ -135,10 +131,8 @@ impl SessionLane {
         self.lane().common.payload.read(LaneLayout::slot_offset(places.payload), request);
         let request = &request[call.meta_len as usize..];
         let deferral = catch_unwind(AssertUnwindSafe(|| defer(call.codec, request)));
-        let (index, mut exchange) = bench.begin(call, ring, id);
+        let (index, mut exchange) = bench.begin(call, places, ring, id);
         self.give_back_request(call, places);
-        exchange.traceparent = places.traceparent;
-        exchange.window = window(call, places);
         exchange.ended = true;
         bench.metrics.bytes_in += u64::from(call.len);
         self.settle(index, &mut exchange, deferral, bench);
@@ -157,15 +151,13 @@ impl SessionLane {
         elsewhere: Elsewhere<S>,
         bench: &mut Bench<'_, S>,
     ) -> Result<(), PeerFault> {
-        let (index, mut exchange) = bench.begin(call, ring, id);
+        let (index, mut exchange) = bench.begin(call, places, ring, id);
         // Copied once: from here on the client can change the slot but not the request (S3, F15). Beside the bench,
         // which the handler's ticket needs.
         let mut request = std::mem::take(bench.request);
         request.resize(call.len as usize, 0);
         self.lane().common.payload.read(LaneLayout::slot_offset(places.payload), &mut request);
         self.give_back_request(call, places);
-        exchange.traceparent = places.traceparent;
-        exchange.window = window(call, places);
         exchange.ended = true;
         bench.metrics.bytes_in += u64::from(call.len);
         self.run_elsewhere(index, elsewhere, &request[call.meta_len as usize..], &mut exchange, bench);
@@ -255,10 +247,8 @@ impl SessionLane {
             Ok(Ok(Deferral::Inspect(question))) => match bench.exchanges.jobs.ask(e.seat, index, question) {
                 Some(number) => {
                     (e.work, e.is_question) = (Work::Deferred(number), true);
-                    if e.call.deadline == 0 {
-                        e.call.deadline = (bench.now_ns)().saturating_add(QUESTION_NS);
-                        bench.exchanges.has_deadline(e.call.deadline);
-                    }
+                    let due = (bench.now_ns)().saturating_add(QUESTION_NS);
+                    bench.exchanges.ends_by(e, due);
                 }
                 None => e.answer(Answer::busy(), bench.message_max),
             },
@@ -487,7 +477,7 @@ impl SessionLane {
             turn.taken += 1;
         }
         if self.exchanges.as_ref().is_some_and(|all| all.wants_space(ring)) {
-            self.starve();
+            self.starve(ring);
         }
         Ok(moved)
     }
@@ -512,10 +502,11 @@ impl SessionLane {
                 if let Some(exchange) = bench.exchanges.get_mut(index)
                     && let Some(all) = &mut self.exchanges
                 {
+                    let ring = exchange.ring;
                     exchange.wants_space = true;
-                    all.wanting_space[exchange.ring].push(index);
+                    all.wanting_space[ring].push(index);
+                    self.starve(ring);
                 }
-                self.starve();
             }
         }
         Ok(())
@@ -1056,7 +1047,7 @@ fn plan<S>(call: &Submission, bench: &Bench<'_, S>) -> Result<Plan<S>, Outcome> 
     }
 }
 
-fn window(call: &Submission, places: Places) -> Window {
+pub(super) fn window(call: &Submission, places: Places) -> Window {
     Window {
         first: call.response_slot,
         count: places.count,

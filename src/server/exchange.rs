@@ -316,6 +316,8 @@ pub(crate) struct Exchanges<S> {
 
 /// Records kept for later; each has a few hundred bytes.
 const SPARE_MAX: usize = 64;
+/// Frames that each of them has room for at most.
+const PARKED_KEPT: usize = 64;
 
 impl<S> Exchanges<S> {
     /// None, so many bytes for bodies, and these tickets.
@@ -344,14 +346,20 @@ impl<S> Exchanges<S> {
         let mut record = self.spare.pop().unwrap_or_else(|| Box::new(Exchange::new()));
         (record.call, record.ring, record.seat) = (*call, ring, seat);
         if call.deadline != 0 {
-            self.has_deadline(call.deadline);
+            self.with_deadline += 1;
+            self.next_deadline = self.next_deadline.min(call.deadline);
         }
         (index, record)
     }
 
-    /// One of them has got a deadline.
-    pub fn has_deadline(&mut self, deadline: u64) {
-        self.with_deadline += 1;
+    /// One of them, which is not in its place, has to end by then, whatever its caller has said.
+    pub fn ends_by(&mut self, exchange: &mut Exchange<S>, deadline: u64) {
+        if exchange.call.deadline == 0 {
+            self.with_deadline += 1;
+        } else if exchange.call.deadline <= deadline {
+            return;
+        }
+        exchange.call.deadline = deadline;
         self.next_deadline = self.next_deadline.min(deadline);
     }
 
@@ -389,6 +397,8 @@ impl<S> Exchanges<S> {
             let (mut parked, mut spill) =
                 (std::mem::take(&mut record.parked), std::mem::take(&mut record.spill));
             parked.clear();
+            // Records that wait for their next use are nobody's: a client that has sent much must not leave much.
+            parked = if parked.capacity() <= PARKED_KEPT { parked } else { VecDeque::new() };
             spill = if spill.capacity() <= 4096 { spill } else { Vec::new() };
             spill.clear();
             *record = Exchange { parked, spill, ..Exchange::new() };

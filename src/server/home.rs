@@ -359,7 +359,7 @@ impl Home {
     /// Takes a new socket: with its hello if that has come already, as it usually has.
     fn greet<S>(&mut self, reactor: &mut Reactor<S>, socket: OwnedFd) -> Result<()> {
         kill_point!("server.socket.accepted");
-        if !is_ours(&socket) {
+        if !rendezvous::is_ours(&socket) {
             refuse(reactor, &socket, &Welcome::refusal(code::NOT_PERMITTED));
             return Ok(());
         }
@@ -417,15 +417,16 @@ impl Home {
         id: SessionId,
         result: std::result::Result<u32, Errno>,
     ) -> Result<()> {
-        if let Err(errno) = result {
-            let Some(half) = self.half_open.take(id).filter(|_| errno != Errno::CANCELED) else {
-                return Ok(());
-            };
-            // No room to listen to it: to go on as if there were would be a loop.
-            let no_room = Welcome { retry_ms: RETRY_MS, ..Welcome::refusal(code::NO_MEMORY) };
-            refuse(reactor, &half.socket, &no_room);
-            drop(half);
-            return self.resume(reactor);
+        match result {
+            Err(Errno::CANCELED) => return Ok(()),
+            Err(error) => {
+                let Some(half) = self.half_open.take(id) else { return Ok(()) };
+                // No room to listen to it: to go on as if there were would be a loop.
+                refuse(reactor, &half.socket, &shortage(error));
+                drop(half);
+                return self.resume(reactor);
+            }
+            Ok(_) => {}
         }
         let Some(half) = self.half_open.get(id) else { return Ok(()) };
         let mut bytes = [0u8; size_of::<Hello>() + 1];
@@ -827,11 +828,6 @@ fn session_bytes(geometry: &Geometry) -> u64 {
     granted_bytes(geometry) as u64 + PRIVATE_PER_SESSION
 }
 
-/// Whether a socket's peer is of our own user.
-fn is_ours(socket: &OwnedFd) -> bool {
-    rendezvous::peer_uid(socket).ok() == Some(rustix::process::geteuid().as_raw())
-}
-
 /// Takes what a socket that has not said hello says. Descriptors that come with it are closed with the packet (F31).
 pub fn hear(socket: &OwnedFd, bytes: &mut [u8; size_of::<Hello>() + 1]) -> Heard {
     match rendezvous::receive(socket.as_fd(), bytes, RecvFlags::DONTWAIT) {
@@ -863,7 +859,7 @@ fn errno_of(error: &SegmentError) -> Errno {
 /// Refuses somebody who has just been accepted and not been looked at.
 fn turn_away<S>(reactor: &mut Reactor<S>, socket: &OwnedFd, welcome: &Welcome) {
     let stranger = Welcome::refusal(code::NOT_PERMITTED);
-    refuse(reactor, socket, if is_ours(socket) { welcome } else { &stranger });
+    refuse(reactor, socket, if rendezvous::is_ours(socket) { welcome } else { &stranger });
 }
 
 /// Takes what a peer has sent, and accepts nothing more: a socket closed with something unread resets its peer, who would

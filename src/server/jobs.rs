@@ -94,10 +94,11 @@ impl Jobs {
 
     /// The same for a question about the server itself.
     pub fn ask(&mut self, seat: u32, exchange: u32, question: Question) -> Option<u64> {
-        // Whoever does not read his report keeps nobody from ending his session.
+        // Whoever does not read his report, or wants sessions to end one after the other, keeps nobody from ending his.
         let ends = matches!(question, Question::End(_));
         let most = if ends { INSPECTIONS_MAX + ENDS_MAX } else { INSPECTIONS_MAX };
-        if self.asked.len() >= most || !ends && self.asked.contains(&seat) {
+        let of_seat = self.asked.iter().filter(|of| **of == seat).count();
+        if self.asked.len() >= most || of_seat > usize::from(ends) {
             return None;
         }
         self.asked.push(seat);
@@ -199,8 +200,9 @@ mod tests {
         assert_eq!(jobs.live(), FILE_READS_MAX - 2);
     }
 
-    /// Goal:   S12: there are only so many questions about the server whose answers have not been sent, one of each session,
-    ///         and they take no place of files; whoever reads none of his keeps nobody from ending his session.
+    /// Goal:   S12: there are only so many questions about the server whose answers have not been sent, two of a session at
+    ///         most, one of them a report, and they take no place of files; whoever reads none of his, or asks without end,
+    ///         keeps nobody from ending his session.
     #[test]
     fn s12_there_are_only_so_many_questions() {
         let mut jobs = Jobs::default();
@@ -220,10 +222,13 @@ mod tests {
         assert!(jobs.ask(98, 98, question).is_some());
         assert_eq!(jobs.ask(97, 97, question), None);
         let end = Question::End(EndSession { session: 1, generation: 1 });
-        for seat in 0..ENDS_MAX as u32 {
-            assert!(jobs.ask(seat, 50 + seat, end).is_some());
+        for seat in [98, 99] {
+            assert!(jobs.ask(seat, 50, end).is_some());
+            assert_eq!(jobs.ask(seat, 51, end), None, "two of a session");
         }
-        assert_eq!(jobs.ask(5, 60, end), None);
+        assert!(jobs.ask(5, 50, end).is_some() && jobs.ask(5, 51, end).is_some());
+        assert_eq!(jobs.ask(5, 52, end), None);
+        assert_eq!(jobs.ask(6, 50, end), None, "as many as may be");
         for i in 0..FILE_READS_MAX as u32 {
             assert!(jobs.add(1, i, "f".into(), None).is_some());
         }

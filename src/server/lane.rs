@@ -5,6 +5,7 @@
 //!        is a [`PeerFault`], which ends this session and touches nothing else (S9). What a correct client
 //!        can get wrong (unknown type, too long) is a status, and the connection goes on.
 
+use super::bodies::window;
 use super::connections::ConnectionPool;
 use super::crew::{Inbox, Notice};
 use super::deferred::Executor;
@@ -114,8 +115,15 @@ impl<S> Bench<'_, S> {
         self.timing.pause();
     }
 
-    /// A fresh record of a call that is not answered within its turn, with its deadline.
-    pub fn begin(&mut self, call: &Submission, ring: usize, id: u32) -> (u32, Box<Exchange<S>>) {
+    /// A fresh record of a call that is not answered within its turn, with its deadline, its trace and the places of its
+    /// answer.
+    pub(super) fn begin(
+        &mut self,
+        call: &Submission,
+        places: Places,
+        ring: usize,
+        id: u32,
+    ) -> (u32, Box<Exchange<S>>) {
         let mut call = *call;
         let timed = self.timing.is_on();
         let now = if timed || self.deadline_ns != 0 { (self.now_ns)() } else { 0 };
@@ -124,6 +132,8 @@ impl<S> Bench<'_, S> {
         }
         let (index, mut exchange) = self.exchanges.begin(&call, ring, id);
         exchange.began_ns = self.timing.began(now);
+        exchange.traceparent = places.traceparent;
+        exchange.window = window(&call, places);
         self.settle_times();
         (index, exchange)
     }
@@ -157,7 +167,7 @@ pub(crate) struct SessionLane {
     /// completion.
     behind: u64,
     /// Entries may wait in a ring because their completions would find no space.
-    starved: bool,
+    starved: [bool; 2],
     drain: Drain,
     /// Calls of several frames; made with the first.
     pub(super) exchanges: Option<Box<LaneExchanges>>,
@@ -257,7 +267,7 @@ impl SessionLane {
             admitted_most,
             admitted: [admitted_most; 2],
             behind: 0,
-            starved: false,
+            starved: [false; 2],
             drain: Drain::default(),
             exchanges: None,
             leases: LaneLeases::default(),
@@ -296,7 +306,7 @@ impl SessionLane {
             self.take_hints(id, bench)?;
             answered = (self.published() - before) as u32;
         }
-        self.starved = false;
+        self.starved[INTERACTIVE] = false;
         let mut turn = Turn::begin(bench);
         // Nothing was taken for them, but whoever has cancelled waits for the end.
         turn.taken += answered;
@@ -315,19 +325,30 @@ impl SessionLane {
             }
             let Some(exchanges) = &self.exchanges else { break };
             let steps = steps.get_or_insert(exchanges.live);
-            bench.settle_times();
-            if *steps == 0 || self.move_exchanges(INTERACTIVE, 1, &mut turn, bench)? == 0 {
+            if *steps == 0 || self.step_one(&mut turn, bench)? == 0 {
                 break;
             }
             *steps -= 1;
         }
+        if steps.is_none() && self.exchanges.is_some() {
+            // Short calls have filled the turn, and may fill all others: one long call moves all the same.
+            let mut beyond = Turn::begin(bench);
+            turn.taken += self.step_one(&mut beyond, bench)?;
+        }
         Ok(turn.taken)
+    }
+
+    /// One step of an interactive call of several frames, if one can move; returns how many moved.
+    fn step_one<S>(&mut self, turn: &mut Turn, bench: &mut Bench<'_, S>) -> Result<u32, PeerFault> {
+        bench.settle_times();
+        self.move_exchanges(INTERACTIVE, 1, turn, bench)
     }
 
     /// Takes bulk entries, and before each of them the interactive ones that have come meanwhile, in the order
     /// that [`Drain`] says; returns how many.
     #[inline]
     pub fn turn_bulk<S>(&mut self, id: u32, bench: &mut Bench<'_, S>) -> Result<u32, PeerFault> {
+        self.starved[BULK] = false;
         if !self.lane.submissions[BULK].is_ready() && self.exchanges.is_none() {
             return Ok(0);
         }
@@ -391,7 +412,7 @@ impl SessionLane {
             // Where so many were waiting, more are.
             self.lane.submissions[ring].prefetch(BATCH as u64 / 2);
         }
-        self.starved |= space == 0 && self.lane.submissions[ring].is_ready();
+        self.starved[ring] |= space == 0 && self.lane.submissions[ring].is_ready();
         filled
     }
 
@@ -574,7 +595,7 @@ impl SessionLane {
 
     /// The state that the server bell has to show while this session's reactor sleeps.
     pub fn asleep_state(&self) -> u32 {
-        if self.starved { bell::ASLEEP_WANTS_SPACE } else { bell::ASLEEP }
+        if self.starved.contains(&true) { bell::ASLEEP_WANTS_SPACE } else { bell::ASLEEP }
     }
 
     /// Completions published so far.
@@ -990,8 +1011,8 @@ impl SessionLane {
     }
 
     /// Entries or exchanges wait because the completion ring is full.
-    pub(super) fn starve(&mut self) {
-        self.starved = true;
+    pub(super) fn starve(&mut self, ring: usize) {
+        self.starved[ring] = true;
     }
 
     /// Publishes a completion for which there is space.

@@ -57,6 +57,10 @@ pub struct Ran(Mutex<Vec<u32>>);
 impl Ran {
     fn note(context: &Context<'_, Self>) {
         context.state().0.lock().unwrap_or_else(PoisonError::into_inner).push(context.connection());
+        #[cfg(test)]
+        if let Some(meanwhile) = tests::MEANWHILE.take() {
+            meanwhile();
+        }
     }
 }
 
@@ -378,6 +382,8 @@ mod tests {
     use super::*;
     use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
     use doorbell_shm::slots::ClientWord;
+    use std::cell::{Cell, RefCell};
+    use std::rc::Rc;
     use std::sync::atomic::Ordering::Relaxed;
 
     /// Sixteen entries a ring; small slots from number 0 on, lease pages behind them.
@@ -671,6 +677,57 @@ mod tests {
         assert!(simulation.settle());
         let answered: Vec<u32> = std::iter::from_fn(|| client.next()).map(|answer| answer.slot).collect();
         assert_eq!(answered, [3, 1, 2]);
+    }
+
+    thread_local! {
+        /// What happens while the next handler of this thread runs.
+        pub(super) static MEANWHILE: Cell<Option<Box<dyn FnOnce()>>> = const { Cell::new(None) };
+    }
+
+    /// Goal:   R2.8, R5.1: a short call waits for at most one step of a long one.
+    /// Method: the last frames of two long calls are there; a short call comes while the first of them has its step.
+    #[test]
+    fn r2_8_r5_1_a_short_call_waits_for_one_step_of_a_long_one() {
+        let mut simulation = Simulation::new(64, 1 << 20);
+        let mut client = Client::join(&mut simulation, GEOMETRY);
+        let long = [1, 2].map(|slot| client.begin(ECHO, slot, (slot, 1), 0));
+        assert!(simulation.settle());
+        long.iter().for_each(|call| client.frame(call, 1, b"last", true));
+        let client = Rc::new(RefCell::new(client));
+        let shared = Rc::clone(&client);
+        MEANWHILE.set(Some(Box::new(move || {
+            let mut client = shared.borrow_mut();
+            let short = client.call(ECHO, 3, b"short");
+            client.push(&short);
+        })));
+        assert!(simulation.settle());
+        let answers = std::iter::from_fn(|| client.borrow_mut().next());
+        assert_eq!(answers.map(|answer| answer.slot).collect::<Vec<_>>(), [1, 3, 2]);
+    }
+
+    /// Goal:   R1.5, R2.8: long calls go on however many short ones their session makes: those fill every turn of the lane,
+    ///         and are not all it is for.
+    /// Method: a frame of a long call, then more short calls than a turn takes, before every round.
+    #[test]
+    fn r1_5_r2_8_a_long_call_goes_on_beside_short_ones_without_end() {
+        let mut simulation = Simulation::new(64, 1 << 20);
+        let mut client = Client::join(&mut simulation, Geometry { ring_order: 5, ..GEOMETRY });
+        let long = client.begin(ECHO, 1, (1, 1), 0);
+        assert!(simulation.settle());
+        client.frame(&long, 1, b"last", true);
+        for _ in 0..10 {
+            for slot in 2..2 + 16 {
+                let short = client.call(ECHO, slot, b"short");
+                client.push(&short);
+            }
+            assert!(simulation.round() >= 16, "short calls fill the turn");
+            while let Some(answer) = client.next() {
+                if answer.slot == 1 {
+                    return;
+                }
+            }
+        }
+        panic!("the long call did not move");
     }
 
     /// Goal:   R1.5: a handler that takes its request in parts finds it as it came, although its answer lies where the
