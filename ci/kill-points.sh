@@ -9,6 +9,8 @@ profile=--release
 if [ $# -eq 0 ]; then
     # Assertions are checked. A bystander may wait: this may run beside other work.
     profile=
+    # Both signals, going on from saved counts, and what arms a point.
+    cargo test --quiet -p doorbell-stress -p doorbell-shm --features doorbell-stress/kill-points -- t9_ what_arms
     set -- --count 1 --signal kill --patience-ms 5000
 fi
 # shellcheck disable=SC2086

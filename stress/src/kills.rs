@@ -235,6 +235,11 @@ impl Held {
     pub fn without_memory(self) -> Self {
         Self { anonymous: u64::MAX - MEMORY_DIFFERS, ..self }
     }
+
+    /// The same with the private memory that there was then.
+    pub fn with_memory_of(self, then: Self) -> Self {
+        Self { anonymous: then.anonymous, ..self }
+    }
 }
 
 /// Waits until the process holds no more than `before`, or, without that, no more than `others` segments; says what is wrong
@@ -358,6 +363,8 @@ pub fn be_killed(job: &KillsJob) -> Result<(), StressError> {
     let log = Log::open(&job.answered)?;
     let mut numbers = Numbers::of(VICTIMS + job.number);
     let sizes = [512usize, 1024, 16 << 10, 200 << 10];
+    // By the number, so that whoever has the answer knows how long it has to be.
+    let size_of = |tag: u64| sizes[(mix(dice ^ tag) % 4) as usize];
     for round in 0.. {
         let connection = match client.open() {
             Ok(connection) => connection,
@@ -372,11 +379,10 @@ pub fn be_killed(job: &KillsJob) -> Result<(), StressError> {
             }
         };
         for call in 0..8u64 {
-            let size = sizes[(mix(dice ^ round << 8 ^ call) % 4) as usize];
             let tag = numbers.draw(false);
             let options = CallOptions { tag, ..CallOptions::default() };
             // Full queues are part of it, and so are answers that nobody takes.
-            match connection.submit(LOGGED, &request(tag, size), &options) {
+            match connection.submit(LOGGED, &request(tag, size_of(tag)), &options) {
                 Ok(id) if call % 3 == 0 => client.cancel(id),
                 Ok(_) | Err(_) => {}
             }
@@ -385,7 +391,7 @@ pub fn be_killed(job: &KillsJob) -> Result<(), StressError> {
             let Ok(Some(reply)) = client.poll() else { break };
             // What was cancelled, or lost its memory while this client was stopped, has no answer.
             let Ok(answer) = reply.result().and_then(|_| reply.to_vec()) else { continue };
-            let right = is_right(&request(reply.tag(), answer.len()), &answer);
+            let right = is_right(&request(reply.tag(), size_of(reply.tag())), &answer);
             let noted = log.note(if right { reply.tag() } else { WRONG });
             noted.map_err(|e| StressError::os("write of a log", e))?;
         }

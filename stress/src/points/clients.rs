@@ -1,7 +1,7 @@
 //! Clients that come by their points: eight at a time against one server, which must be as it was afterwards.
 
 use super::driver::{DriverJob, Order};
-use super::ledger::{Audit, LedgerJob, VictimsLedger};
+use super::ledger::{LedgerJob, VictimsLedger};
 use super::victim::{Habit, VictimJob};
 use super::{After, Item, OCCURRENCES, PATIENCE, Raised, Run};
 use crate::error::StressError;
@@ -47,13 +47,15 @@ struct Stage {
     /// What there was before the first victim.
     counters: Vec<u64>,
     held: Option<Held>,
+    /// Its private memory has been used as much as it will be.
+    is_warm: bool,
     /// Sessions that stay: the driver's, the bystander's, our own.
     others: usize,
     _directory: Directory,
 }
 
 impl Stage {
-    fn set(run: &Run<'_>, callers: usize) -> Result<Self, StressError> {
+    fn set(run: &mut Run<'_>, callers: usize) -> Result<Self, StressError> {
         let directory = Directory::new("points")?;
         let path = directory.path().join("s");
         let (log, answered) = (directory.path().join("log"), directory.path().join("answered"));
@@ -80,18 +82,21 @@ impl Stage {
             answered,
             counters: Vec::new(),
             held: None,
+            is_warm: false,
             others: callers + 2,
             _directory: directory,
         };
-        stage.take_baseline()?;
+        stage.take_baseline(run)?;
         Ok(stage)
     }
 
     /// What the server has while everybody who stays is there and rests.
-    fn take_baseline(&mut self) -> Result<(), StressError> {
+    fn take_baseline(&mut self, run: &mut Run<'_>) -> Result<(), StressError> {
         self.driver.send(&Order::Audit)?;
-        let _audit: Audit = self.driver.receive(PATIENCE)?;
+        run.counts.add(self.driver.receive(PATIENCE)?);
         self.counters = self.without_leases()?;
+        let (held, _) = kills::settled(&self.server, None, self.others)?;
+        self.held = Some(held.without_memory());
         self.driver.send(&Order::GoOn)
     }
 
@@ -140,11 +145,11 @@ impl Stage {
         Ok(victims)
     }
 
-    /// Descriptors and mappings of the server, after each batch.
+    /// Descriptors, mappings and, once it is warm, private memory of the server, after each batch.
     fn settle(&mut self, run: &mut Run<'_>, warm: bool) -> Result<(), StressError> {
-        let (held, wrong) = kills::settled(&self.server, self.held, self.others)?;
-        if self.held.is_none() && warm {
-            self.held = Some(held);
+        let (now, wrong) = kills::settled(&self.server, self.held, self.others)?;
+        if warm && !std::mem::replace(&mut self.is_warm, true) {
+            self.held = self.held.map(|held| held.with_memory_of(now));
         }
         if let Some(wrong) = wrong {
             run.counts.violation(wrong);

@@ -33,14 +33,14 @@ struct Stage {
     _directory: Directory,
 }
 
-/// A server comes by it only while there is too little memory.
-const SCARCE: &str = "server.lease.gone";
+/// A server can be relied on to come by them only while there is too little memory.
+const SCARCE: [&str; 2] = ["server.lease.punched", "server.lease.gone"];
 /// Clients that come back, of a driver of all kinds.
 const RETURNING: usize = 3;
 
 /// Has servers come by these points.
 pub(super) fn run(run: &mut Run<'_>, items: &[Item], progress: &dyn Fn(&str)) -> Result<(), StressError> {
-    let (scarce, others) = items.iter().copied().partition::<Vec<_>, _>(|item| item.label == SCARCE);
+    let (scarce, others) = items.iter().copied().partition::<Vec<_>, _>(|item| SCARCE.contains(&item.label));
     for (items, callers) in [(others, None), (scarce, Some(super::clients::MANY))] {
         if !items.is_empty() && run.goes_on() {
             run_under(run, &items, callers, progress)?;
