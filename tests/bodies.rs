@@ -5,7 +5,7 @@ mod common;
 
 use common::{AT_MOST, BREAKS, Bystander, EARLY, FLOOD, LENGTH, STUCK, TestServer, client, eventually, stat};
 use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const ALL: [WaitPolicy; 3] = [WaitPolicy::Block, WaitPolicy::Spin, WaitPolicy::Handoff];
 
@@ -540,4 +540,47 @@ fn f59_a_lease_may_lie_where_one_was_that_has_gone() {
         }
         assert!(connection.call(MessageType::ECHO, &large).unwrap() == large);
     }
+}
+
+/// Goal:   R2.8, P3: long calls of one session share its leases: one that finds all of them in use waits for them about as
+///         long as frames of one base slot each would cost it, here 50 ms.
+/// Method: two calls hold all leases; a third is made and has heard that there is no room for more, and they are cancelled. Its
+///         answer comes in frames of leased slots. An attempt in which one of the two got none, or this thread stood still, is
+///         made again.
+#[test]
+fn r2_8_p3_a_long_call_waits_for_leases_that_others_are_about_to_give_back() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let client = client(server.path(), WaitPolicy::Block);
+    let connection = client.open().unwrap();
+    let len = 10 << 20;
+    let request = body(len, 3);
+    let options = CallOptions { pieces: true, reply_capacity: len, ..CallOptions::default() };
+    let holds_leases = |call| {
+        eventually("it has begun", || client.send(call, b"x").unwrap() == 1);
+        client.send(call, &request[..4 << 10]).unwrap() == 4 << 10
+    };
+    eventually("an attempt is not disturbed", || {
+        let held = [(); 2].map(|()| connection.start(LENGTH, Some(len as u64), &options).unwrap());
+        let have_leases = held.map(holds_leases);
+        let begun = Instant::now();
+        let third = connection.submit(MessageType::ECHO, &request, &options).unwrap();
+        for _ in 0..4 {
+            assert_eq!(connection.call(MessageType::ECHO, b"on").unwrap(), b"on");
+        }
+        held.into_iter().for_each(|call| client.cancel(call));
+        client.flush().unwrap();
+        let disturbed = have_leases.contains(&false) || begun.elapsed() > Duration::from_millis(20);
+        let (mut ended, mut frame_len) = (0, 0);
+        while ended < 3 {
+            let frame = next(&client);
+            ended += usize::from(frame.is_last());
+            if frame.id() == third {
+                frame_len = frame.len().max(frame_len);
+            } else {
+                assert!(matches!(frame.result(), Err(IpcError::Cancelled)));
+            }
+        }
+        assert!(disturbed || frame_len == 16 << 10, "frames of {frame_len} bytes");
+        !disturbed
+    });
 }

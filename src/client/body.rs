@@ -3,7 +3,8 @@
 //!
 //! Rule:   a call of several frames takes the slot that names it first, and its window of answer slots before it
 //!         begins; both in one go, and never the last free base slot (P3). Leased slots only widen its windows: it waits
-//!         for them a little, and then begins on base slots. So a session always gets on, whoever has the memory.
+//!         for them a little, and then begins on base slots. So a session always gets on, whoever has the memory. While
+//!         others of its lane have all leases it waits as long as base slots would cost it.
 //! Order:  such calls of a lane begin in the order in which they were submitted.
 
 use super::call::{CallId, CallOptions, SlotWriter};
@@ -26,12 +27,18 @@ use std::time::{Duration, Instant};
 const WINDOW: u32 = 4;
 /// How long a call waits for a lease before it begins on base slots.
 const LEASE_PATIENCE: Duration = Duration::from_millis(5);
+/// Of a request so long, base slots cost about [`LEASE_PATIENCE`] more than leased ones.
+const LEN_OF_PATIENCE: u64 = 1 << 20;
 
 /// How far a call of several frames has got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// It has its name only; since then.
-    Queued(Instant),
+    /// It has its name only.
+    Queued {
+        since: Instant,
+        /// When it begins without leases.
+        until: Instant,
+    },
     /// Its first entry has been published.
     Begun,
     /// Its last completion has been taken.
@@ -405,7 +412,7 @@ impl Session {
     }
 
     fn begin_with_windows(&mut self, body: &mut Body, now: Instant) -> Result<bool> {
-        let Stage::Queued(since) = body.stage else { return Ok(true) };
+        let Stage::Queued { since, .. } = body.stage else { return Ok(true) };
         let lane = self.lane_mut(body.lane);
         if body.cancelled {
             // It begins to be answered as cancelled: its slot's generation has to pass.
@@ -425,8 +432,9 @@ impl Session {
             return body.begin(lane, answers, requests);
         }
         let may_ask = lane.wish_for(class, slots_in + slots_out, now)?;
-        let patient = may_ask && now.duration_since(since) < LEASE_PATIENCE;
-        if patient || lane.lane.slots.free() < 2 {
+        let until = since + body.patience(may_ask, lane.lane.leases.in_use());
+        body.stage = Stage::Queued { since, until };
+        if now < until || lane.lane.slots.free() < 2 {
             return Ok(false);
         }
         let Some(answer) = lane.lane.slots.take(0) else { return Ok(false) };
@@ -497,7 +505,7 @@ impl Session {
     /// When a body that waits for a lease will begin without one.
     pub(super) fn body_begins_at(&self) -> Option<Instant> {
         let waits = |index: &u32| match self.bodies.all[*index as usize].as_deref()?.stage {
-            Stage::Queued(since) => Some(since + LEASE_PATIENCE),
+            Stage::Queued { until, .. } => Some(until),
             Stage::Begun | Stage::Ended => None,
         };
         // One that cannot begin for want of base slots waits for completions.
@@ -657,6 +665,7 @@ impl Body {
         total: Option<u64>,
         options: &CallOptions,
     ) -> Self {
+        let now = Instant::now();
         Self {
             lane,
             name,
@@ -664,7 +673,7 @@ impl Body {
             entry,
             traceparent: options.traceparent,
             tag: options.tag,
-            stage: Stage::Queued(Instant::now()),
+            stage: Stage::Queued { since: now, until: now },
             total,
             reply: options.reply_capacity,
             owned: None,
@@ -707,6 +716,20 @@ impl Body {
         let class = if longest <= SLOT_MEDIUM { SLOT_MEDIUM } else { SLOT_LARGE };
         let slots = |bytes: usize| (bytes.div_ceil(class) as u32).clamp(1, WINDOW);
         (class, slots(request), slots(answer))
+    }
+
+    /// How long it waits for leased slots: for those that the server has been asked for, or for those that others of
+    /// its lane use.
+    fn patience(&self, asked: bool, in_use: bool) -> Duration {
+        let for_server = if asked { LEASE_PATIENCE } else { Duration::ZERO };
+        let for_others = match self.total {
+            _ if !in_use => Duration::ZERO,
+            Some(total) => {
+                Duration::from_nanos(total.saturating_mul(LEASE_PATIENCE.as_nanos() as u64) / LEN_OF_PATIENCE)
+            }
+            None => LEASE_PATIENCE,
+        };
+        for_server.max(for_others)
     }
 
     /// Publishes the first entry, with an empty frame behind the metadata, if there is any; the windows are the call's from here on.
