@@ -472,6 +472,30 @@ fn r1_9_without_memory_to_lease_calls_go_on_in_base_slots() {
     });
 }
 
+/// Goal:   R5.3, DESIGN §5: sessions come whatever is leased: leases only speed things up.
+/// Method: sessions begin long calls until one has to wait for memory; others connect at once, and are answered.
+#[test]
+fn r5_3_a_session_comes_whatever_is_leased() {
+    let server = TestServer::start_with(ServerConfig { reactors: 1, ..ServerConfig::default() });
+    let watcher = client(server.path(), WaitPolicy::Block);
+    let watched = watcher.open().unwrap();
+    let len = 10 << 20;
+    let options = CallOptions { reply_capacity: len, ..CallOptions::default() };
+    let holders = [(); 12].map(|()| client(server.path(), WaitPolicy::Block));
+    let holding: Vec<_> = holders.iter().map(|client| client.open().unwrap()).collect();
+    for connection in holding.iter().cycle().take(2 * holders.len()) {
+        connection.start(LENGTH, Some(len as u64), &options).unwrap();
+    }
+    eventually("somebody waits for memory", || {
+        holders.iter().for_each(|client| assert!(client.poll().unwrap().is_none()));
+        stat(&watched, "leases_waiting") > 0
+    });
+    let late = [(); 8].map(|()| IpcClient::connect(server.path()).unwrap());
+    for client in &late {
+        assert_eq!(client.open().unwrap().call(MessageType::ECHO, b"in").unwrap(), b"in");
+    }
+}
+
 /// Waits until as much shared memory of a session's exists as `condition` says.
 fn eventually_has(client: &IpcClient, what: &str, condition: impl Fn(u64) -> bool) {
     eventually(what, || condition(client.shared_bytes().unwrap()));

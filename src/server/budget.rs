@@ -7,13 +7,15 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
-/// What a server of a few sessions keeps for itself, bytes: its code and tables, stacks, rings, staging (1.24 million
-/// measured, `docs/performance.md`); and what clients whose leases were taken make exist once more until that is found.
+/// What a server of a few sessions keeps for itself, bytes: its code and tables, stacks, rings, staging (1.02 million
+/// at rest, `docs/performance.md`); and what clients whose leases were taken make exist once more until that is found.
 const PRIVATE: u64 = 1_650_000;
 /// Private memory of a session, bytes: its records.
 pub(crate) const PRIVATE_PER_SESSION: u64 = 1536;
 /// Sessions that the budget covers.
 const SESSIONS_COVERED: u32 = 100;
+/// What only speeds things up leaves so much room: sixteen sessions of two pages can come whatever is leased.
+const FOR_SESSIONS: u64 = 16 * (8192 + PRIVATE_PER_SESSION);
 /// What each further one adds to it, bytes.
 const PER_FURTHER_SESSION: u64 = 10 << 10;
 
@@ -68,7 +70,15 @@ impl Budget {
     /// Takes at least `least` and at most `most` times `each` bytes; returns how often it was, 0 if there is not even
     /// room for the least.
     pub fn take(&self, least: u64, most: u64, each: u64) -> u64 {
-        let limit = self.limit();
+        self.take_below(self.limit(), least, most, each)
+    }
+
+    /// The same of what sessions that come will not need.
+    pub fn take_spare(&self, least: u64, most: u64, each: u64) -> u64 {
+        self.take_below(self.limit().saturating_sub(FOR_SESSIONS), least, most, each)
+    }
+
+    fn take_below(&self, limit: u64, least: u64, most: u64, each: u64) -> u64 {
         let mut used = self.0.used.load(Relaxed);
         loop {
             let times = (limit.saturating_sub(used) / each.max(1)).min(most);
@@ -122,8 +132,11 @@ mod tests {
             sessions += 1;
         }
         assert_eq!(sessions, 1000, "a session of two pages always fits");
-        let left = budget.take(1, 10_000, 4096);
-        assert!(left > 100, "{left} pages to lease beside a thousand sessions");
+        let left = budget.take_spare(1, 10_000, 4096);
+        assert!(left > 60, "{left} pages to lease beside a thousand sessions");
+        let kept = budget.take(1, 10_000, 4096);
+        assert!(kept * 4096 >= FOR_SESSIONS - 4096 && budget.take_spare(1, 1, 4096) == 0);
+        let left = left + kept;
         assert_eq!((budget.take(1, 1, 4096), budget.take(0, 0, 4096)), (0, 0));
         assert!(budget.used() <= (3 << 20) + 900 * (10 << 10));
         budget.give(left * 4096);

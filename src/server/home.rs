@@ -675,7 +675,7 @@ impl Home {
             },
         };
         let bytes = lane_bytes(lane.segment().geometry()) as u64;
-        if reactor.core.budget.take(1, 1, bytes) == 0 {
+        if reactor.core.budget.take_spare(1, 1, bytes) == 0 {
             return Ok(false);
         }
         let Some(lane) = reactor.core.lane(id) else { return Ok(false) };

@@ -48,7 +48,7 @@ impl SessionLane {
             Ok(room) => room,
             Err(NoRoom) => return Ok(None),
         };
-        let got = budget.take(1, fit.into(), bytes.into()) as u32;
+        let got = budget.take_spare(1, fit.into(), bytes.into()) as u32;
         if got == 0 {
             return Err(Shortage::Budget);
         }
