@@ -6,7 +6,10 @@ use common::process::ServerProcess;
 use common::raw::{Raw, SMALL};
 use common::{Bystander, COUNT, GATE, TestServer, client, eventually, stat};
 use doorbell::protocol::handshake::{DisconnectReason, LaneChoice};
-use doorbell::{CallOptions, ClientConfig, Connection, IpcClient, MessageType, ServerConfig, WaitPolicy};
+use doorbell::{
+    CallOptions, ClientConfig, Connection, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy,
+};
+use doorbell_shm::bell::ASLEEP;
 use doorbell_shm::entry::{Status, Submission, flag, kind};
 use doorbell_shm::lane::{BULK, INTERACTIVE};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -162,6 +165,45 @@ fn p6_a_close_does_not_overtake_calls_on_another_lane() {
     eventually("the dropped connection is closed", || stat(&other, "connections_open") == 1);
 }
 
+/// Goal:   P6: a connection that is closed before its ATTACH on another lane is taken ends nothing: its client did nothing wrong.
+/// Method: a gate holds the further reactor, and calls behind it all slots of that lane; a call on a new connection attaches
+///         it, finds no slot, and the connection is dropped. Its CLOSE is taken at home first.
+#[test]
+fn p6_s9_a_close_may_overtake_an_attach_that_no_call_follows() {
+    let Some(pair) = two_cores() else { return };
+    let server = server(WaitPolicy::Handoff, pair);
+    pin(pair.1);
+    let client = client(server.path(), WaitPolicy::Handoff);
+    let connection = client.open().unwrap();
+    settle(&connection, pair.1);
+    let mut calls = 1;
+    connection.submit(GATE, b"", &CallOptions::default()).unwrap();
+    client.flush().unwrap();
+    eventually("the gate holds the further reactor", || server.entered() == 1);
+    let dropped = client.open().unwrap();
+    while connection.submit(COUNT, b"", &CallOptions::default()).is_ok() {
+        calls += 1;
+    }
+    // With so much in flight, calls keep off the core that they are made on.
+    pin(pair.0);
+    let refused = dropped.submit(COUNT, b"", &CallOptions::default());
+    assert!(matches!(refused, Err(IpcError::WouldBlock)), "{refused:?}");
+    drop(dropped);
+    client.flush().unwrap();
+    let watcher = common::client(server.path(), WaitPolicy::Block);
+    let watched = watcher.open().unwrap();
+    eventually("it is closed at home", || stat(&watched, "connections_open") == 2);
+    server.open_gate();
+    let mut answered = 0;
+    while answered < calls {
+        match client.poll().unwrap() {
+            Some(answer) => answered += u32::from(answer.result().is_ok()),
+            None => assert!(client.wait(None).unwrap()),
+        }
+    }
+    assert_eq!(connection.call(MessageType::ECHO, b"on").unwrap(), b"on");
+}
+
 /// Goal:   DESIGN §4: calls in flight on several lanes are all waited for, and none is missed.
 /// Method: one gated call on each of two reactors, a long wait, the gate opened in either order.
 #[test]
@@ -290,9 +332,12 @@ const LIES: [Lie; 7] = [
         let entry = raw.entry(2, 20, b"x");
         raw.push(INTERACTIVE, &entry);
     }),
-    ("an ATTACH of a connection that is not open", true, |raw| {
-        let entry = Submission { connection: raw.connection ^ 1 << 20, ..raw.attach() };
-        raw.push_words(INTERACTIVE, entry.pack());
+    ("a call behind an ATTACH of a connection that is not open", true, |raw| {
+        raw.connection ^= 1 << 20;
+        let attach = raw.attach();
+        raw.push_words(INTERACTIVE, attach.pack());
+        let entry = raw.entry(2, 20, b"x");
+        raw.push(INTERACTIVE, &entry);
     }),
     ("an ATTACH with another codec", true, |raw| {
         let entry = Submission { codec: 1, ..raw.attach() };
@@ -416,6 +461,8 @@ fn p6_what_was_opened_can_be_attached_at_once_and_what_was_closed_cannot() {
     }
     let attach = raw.attach();
     raw.push_words(INTERACTIVE, attach.pack());
+    let entry = raw.entry(2, 20, b"x");
+    raw.push(INTERACTIVE, &entry);
     raw.ring();
     assert_eq!(raw.ended(), DisconnectReason::ProtocolViolation);
 }
@@ -579,6 +626,9 @@ fn f57_planted_waiters_are_woken_by_fours() {
     let mut raw = Raw::connect(server.path());
     let bell = raw.lane.common.client_bell.0.clone();
     let (waiting, woken) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    // It may still be about to ring for the answer before.
+    let of_server = raw.lane.common.server_bell.0.clone();
+    eventually("the server sleeps", || of_server.load(SeqCst) & ASLEEP != 0);
     std::thread::scope(|scope| {
         bell.store(1, SeqCst);
         for _ in 0..PLANTED {

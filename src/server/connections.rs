@@ -44,6 +44,17 @@ fn key(session: u32, number: u32) -> u64 {
     u64::from(session) << 32 | u64::from(number)
 }
 
+/// What came of attaching a connection to a further lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attached {
+    /// It can be used here.
+    Usable,
+    /// The session has no such connection open.
+    NotOpen,
+    /// It is open with another codec or priority.
+    Otherwise,
+}
+
 /// Records of all connections of a server, whichever session they belong to.
 #[derive(Debug)]
 pub struct ConnectionPool {
@@ -172,15 +183,19 @@ impl ConnectionPool {
         }
     }
 
-    /// Makes a mirrored connection usable; `false` if `session` does not have it open as this.
-    pub fn attach(&mut self, session: u32, number: u32, codec: u8, bulk: bool) -> bool {
-        let Some(record) = self.records.get_mut((number & INDEX_MASK) as usize) else { return false };
-        let known = record.key & !DETACHED == key(session, number);
-        let right = known && record.codec == codec && record.bulk == bulk;
-        if right {
-            record.key &= !DETACHED;
+    /// Makes a mirrored connection usable, if `session` has it open as this.
+    pub fn attach(&mut self, session: u32, number: u32, codec: u8, bulk: bool) -> Attached {
+        let Some(record) = self.records.get_mut((number & INDEX_MASK) as usize) else {
+            return Attached::NotOpen;
+        };
+        if record.key & !DETACHED != key(session, number) {
+            return Attached::NotOpen;
         }
-        right
+        if record.codec != codec || record.bulk != bulk {
+            return Attached::Otherwise;
+        }
+        record.key &= !DETACHED;
+        Attached::Usable
     }
 
     /// The open connections of `session`, as notices for another reactor.

@@ -164,6 +164,7 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::server::connections::Attached::{NotOpen, Otherwise, Usable};
     use crate::server::connections::ConnectionPool;
     use std::os::fd::AsFd;
 
@@ -182,10 +183,10 @@ mod tests {
             assert!(address.put(Message::End(old)));
             assert!(address.put(Message::Notice(new, Notice::Opened { number, codec: 1, bulk: true })));
             pool.follow(&mut inbox);
-            assert!(!pool.attach(0, number - (1 << 20), 1, true), "the old one's is gone");
-            assert!(!pool.attach(0, number, 0, true) && !pool.attach(0, number, 1, false));
+            assert_eq!(pool.attach(0, number - (1 << 20), 1, true), NotOpen, "the old one's is gone");
+            assert_eq!([pool.attach(0, number, 0, true), pool.attach(0, number, 1, false)], [Otherwise; 2]);
             assert!(pool.get(0, number).is_none(), "not before it is attached");
-            assert!(pool.attach(0, number, 1, true) && pool.get(0, number).is_some());
+            assert!(pool.attach(0, number, 1, true) == Usable && pool.get(0, number).is_some());
             assert!(matches!(inbox.next(), Some(Message::End(id)) if id == old));
             assert!(inbox.next().is_none());
         }
@@ -196,6 +197,6 @@ mod tests {
             ))
         );
         pool.follow(&mut inbox);
-        assert!(pool.get(0, 2 << 20).is_none() && !pool.attach(0, 2 << 20, 1, true));
+        assert!(pool.get(0, 2 << 20).is_none() && pool.attach(0, 2 << 20, 1, true) == NotOpen);
     }
 }

@@ -6,7 +6,7 @@
 //!        can get wrong (unknown type, too long) is a status, and the connection goes on.
 
 use super::bodies::window;
-use super::connections::ConnectionPool;
+use super::connections::{Attached, ConnectionPool};
 use super::crew::{Inbox, Notice};
 use super::deferred::Executor;
 use super::exchange::{Exchange, Exchanges, LaneExchanges};
@@ -898,7 +898,8 @@ impl SessionLane {
     }
 
     /// The first entry of a connection on this lane (P6). The home reactor announced the connection before the
-    /// client could know of it, so one that is still unknown after a look at the inbox does not exist.
+    /// client could know of it, so one that is still unknown after a look at the inbox is not open any more, which the
+    /// client may have seen to on its home lane meanwhile. No call on it can follow.
     #[inline(never)]
     fn attach<S>(
         &mut self,
@@ -913,10 +914,10 @@ impl SessionLane {
         }
         bench.connections.follow(bench.inbox);
         let bulk = entry.flags & flag::BULK != 0;
-        if bulk != (ring == BULK) || !bench.connections.attach(id, entry.connection, entry.codec, bulk) {
-            return Err(PeerFault::Connection { connection: entry.connection });
+        match bench.connections.attach(id, entry.connection, entry.codec, bulk) {
+            Attached::Usable | Attached::NotOpen if bulk == (ring == BULK) => Ok(()),
+            _ => Err(PeerFault::Connection { connection: entry.connection }),
         }
-        Ok(())
     }
 
     /// Asks for leased slots: answered when there is memory for them.

@@ -194,7 +194,7 @@ fn kill_batch(job: &KillsJob, counts: &mut Counts, most: u64) -> Result<(), Stre
         ));
     }
     victims.sort_by_key(|victim| victim.0);
-    for (at_ns, stops, victim) in victims {
+    for (at_ns, stops, mut victim) in victims {
         crate::clock::sleep_until(at_ns);
         if stops {
             victim.signal(Signal::STOP)?;
@@ -202,6 +202,9 @@ fn kill_batch(job: &KillsJob, counts: &mut Counts, most: u64) -> Result<(), Stre
             counts.stopped += 1;
         }
         counts.connected += u64::from(victim.has_said_something()?);
+        if let Some(how) = victim.has_ended() {
+            counts.violations.push(format!("I6: victim {} of them ended by itself: {how}", counts.kills));
+        }
         victim.signal(Signal::KILL)?;
         counts.kills += 1;
     }

@@ -299,6 +299,11 @@ impl Pieces<Log> for LoggedPieces {
 ///
 /// Whatever keeps it from serving.
 pub fn serve(job: &LedgerJob) -> Result<(), StressError> {
+    // Why sessions end, if not by the death of their clients.
+    tracing_subscriber::fmt()
+        .with_max_level(tracing_subscriber::filter::LevelFilter::WARN)
+        .with_writer(std::io::stderr)
+        .init();
     let config = ServerConfig {
         // Who is silent here is silent on purpose.
         idle_timeout: None,
