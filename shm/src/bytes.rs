@@ -1,5 +1,5 @@
 #![allow(unsafe_code)]
-//! Payload copies: the second of the two files with `unsafe`.
+//! Payload copies: the second of the three files with `unsafe`.
 //!
 //! The bytes of a slot may change while they are read. So nobody ever gets a reference to them: they are
 //! copied, once, into private memory (or out of it), and everything looks at the private copy.

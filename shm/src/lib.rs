@@ -5,12 +5,13 @@
 //!         position and nothing else; every shared word is read once, as a whole, into a private copy.
 //! Layout: every shared byte is drawn in `shm/LAYOUT.md`, computed in [`layout`] and pinned by assertions
 //!         and golden vectors there.
-//! Unsafe: two files. `map.rs` turns a mapping into typed references, `bytes.rs` copies payloads.
+//! Unsafe: three files. `map.rs` turns a mapping into typed references, `bytes.rs` copies payloads, `bus.rs` handles SIGBUS.
 //!
 //! The crate knows no io_uring, no sockets and no policy. [`ring`], [`bell`] and [`slots`] do not know
 //! [`segment`]: they run on the heap too, under loom and Miri.
 
 pub mod bell;
+pub mod bus;
 pub mod bytes;
 pub mod entry;
 pub mod error;

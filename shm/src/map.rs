@@ -1,5 +1,5 @@
 #![allow(unsafe_code)]
-//! From a mapping to typed references: the first of the two files with `unsafe`.
+//! From a mapping to typed references: the first of the three files with `unsafe`.
 //!
 //! A [`Mapping`] is a range of memory that another process may write, or a stand-in for one on the heap.
 //! [`Mapping::slice`] and [`Mapping::object`] check bounds and alignment once and hand out [`Shared`]
@@ -22,6 +22,8 @@ pub const PAGE: usize = 4096;
 pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
+    /// Goes before the memory does.
+    guard: Option<crate::bus::Guard>,
     backing: Backing,
 }
 
@@ -43,7 +45,20 @@ impl Mapping {
     /// Takes over a mapped file.
     pub fn of_file(map: MmapRaw) -> Arc<Self> {
         let base = NonNull::new(map.as_mut_ptr()).expect("mmap never returns null");
-        Arc::new(Self { base, len: map.len(), backing: Backing::File(map) })
+        Arc::new(Self { base, len: map.len(), guard: None, backing: Backing::File(map) })
+    }
+
+    /// The same, and faults in it that the kernel cannot resolve are taken care of, if [`bus::install`](crate::bus::install)
+    /// has been called.
+    pub fn guarded(map: MmapRaw) -> Arc<Self> {
+        let base = NonNull::new(map.as_mut_ptr()).expect("mmap never returns null");
+        let guard = crate::bus::Guard::of(base.as_ptr().addr(), map.len());
+        Arc::new(Self { base, len: map.len(), guard, backing: Backing::File(map) })
+    }
+
+    /// Whether memory of it has been lost and was replaced by zeros.
+    pub fn has_failed(&self) -> bool {
+        self.guard.as_ref().is_some_and(crate::bus::Guard::has_failed)
     }
 
     /// Zeroed, page-aligned heap memory of `len` bytes: for tests, models and simulations.
@@ -57,7 +72,7 @@ impl Mapping {
         // SAFETY: the layout has a size above 0.
         let raw = unsafe { alloc_zeroed(layout) };
         let Some(base) = NonNull::new(raw) else { handle_alloc_error(layout) };
-        Arc::new(Self { base, len, backing: Backing::Heap(layout) })
+        Arc::new(Self { base, len, guard: None, backing: Backing::Heap(layout) })
     }
 
     /// Length in bytes.

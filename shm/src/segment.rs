@@ -66,7 +66,7 @@ impl Segment {
         rustix::fs::fcntl_add_seals(&fd, SEALS)
             .map_err(|e| SegmentError::os("fcntl(F_ADD_SEALS)", len, e))?;
         kill_point!("server.memory.sealed");
-        let map = Mapping::of_file(map_shared(fd.as_fd(), len)?);
+        let map = Mapping::guarded(map_shared(fd.as_fd(), len)?);
         let segment = Self { memory: Some(fd), ..Self::on(map, geometry, lanes)? };
         segment.write_header(identity);
         Ok(segment)
@@ -126,6 +126,11 @@ impl Segment {
     /// Server: the memfd; `None` of a segment on the heap.
     pub fn memory(&self) -> Option<BorrowedFd<'_>> {
         self.memory.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Server: whether memory of it has been lost: its session cannot go on (F19).
+    pub fn has_failed(&self) -> bool {
+        self.map.has_failed()
     }
 
     /// Server: makes the pages of a range exist, or fails now rather than with SIGBUS later (F34). They are zero where

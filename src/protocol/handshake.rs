@@ -410,11 +410,13 @@ pub enum DisconnectReason {
     Draining = 8,
     /// Somebody who watches the server wanted it to end.
     Evicted = 9,
+    /// The machine has lost memory of its segment.
+    MemoryLost = 10,
 }
 
 impl DisconnectReason {
     /// Every reason, in the order of its code.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::ProtocolViolation,
         Self::PeerDied,
         Self::HandshakeTimeout,
@@ -424,6 +426,7 @@ impl DisconnectReason {
         Self::IdleTimeout,
         Self::Draining,
         Self::Evicted,
+        Self::MemoryLost,
     ];
 
     /// The reason numbered `code`, if there is one.
@@ -444,6 +447,9 @@ impl fmt::Display for DisconnectReason {
             Self::IdleTimeout => "nothing was sent for the idle time-out",
             Self::Draining => "the server is stopping",
             Self::Evicted => "somebody who watches the server has ended this session",
+            Self::MemoryLost => {
+                "the machine has lost memory of this session (see the server's log): connect again"
+            }
         })
     }
 }

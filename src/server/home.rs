@@ -91,6 +91,8 @@ pub(crate) struct Home {
     lanes_of: Vec<u32>,
     /// The member that is audited next.
     next_audit: usize,
+    /// Faults in segments of this process that have been looked at.
+    faults_seen: u32,
     linger: Linger,
 }
 
@@ -121,6 +123,7 @@ impl Home {
             epoch,
             lanes_of: vec![0; config.reactors as usize],
             next_audit: 0,
+            faults_seen: doorbell_shm::bus::faults(),
             linger: Linger::new(config.linger, monotonic_ns()),
         })
     }
@@ -758,6 +761,26 @@ impl Home {
         kill_point!("server.session.released");
         drop((member.socket, member.process));
         self.resume(reactor)
+    }
+
+    /// Ends the sessions whose segment has lost memory (F19).
+    pub fn end_lost<S>(&mut self, reactor: &mut Reactor<S>) -> Result<()> {
+        let faults = doorbell_shm::bus::faults();
+        if std::mem::replace(&mut self.faults_seen, faults) == faults {
+            return Ok(());
+        }
+        let lost = |member: &Member| member.segment.has_failed().then_some(member.id);
+        let lost: Vec<SessionId> = self.members.iter().flatten().filter_map(lost).collect();
+        for id in lost {
+            reactor.log.warn(|| {
+                tracing::warn!(
+                    session = id.index,
+                    "memory of a session is lost (SIGBUS): is the machine out of memory?"
+                )
+            });
+            self.end(reactor, id, DisconnectReason::MemoryLost)?;
+        }
+        Ok(())
     }
 
     /// Looks whether some sessions' clients have made more pages exist than they were granted: those become holes again.

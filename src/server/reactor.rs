@@ -840,6 +840,7 @@ impl<S> Reactor<S> {
             self.next_sweep_ns = now + self.core.config().sweep_interval.as_nanos() as u64;
             self.mail()?;
             self.sweep(now)?;
+            self.with_home(Home::end_lost)?;
             self.with_home(Home::audit)?;
         }
         self.show();

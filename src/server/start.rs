@@ -101,6 +101,9 @@ pub(super) fn serve<S: Send + Sync + 'static>(
     let reactors = pins.len();
     let polls = config.policy == WaitPolicy::Handoff && config.spin_percent > 0;
     let wake_ns = if polls && cores.len() > 1 { wake_cost(cores[0], cores[1])? } else { 0 };
+    if let Err(error) = doorbell_shm::bus::install() {
+        tracing::warn!(%error, "a lost page of a session's memory would end the whole server (sigaction(SIGBUS))");
+    }
     let (backend, driver) = choose_backend(&config)?;
     let config = ServerConfig { reactors: reactors as u32, backend, ..config };
     let totals = Totals { memory_budget: config.memory_budget, ..Totals::new(0, reactors) };
