@@ -119,23 +119,22 @@ class Client:
 
     def _frames(self, slot, generation):
         released = 0
-        try:
-            while True:
-                kind, status, length, _, _ = self._completion(slot, generation)
-                if kind == REPLY:
-                    released = None
-                    answer = self._finish(slot, status, length)
-                    if answer:
-                        yield answer
-                    return
-                frame = self._read(slot, length)
-                # Done with: the server may write the next frame into the same slot.
-                released += 1
-                self._say(slot, generation, released)
+        while True:
+            kind, status, length, _, _ = self._completion(slot, generation)
+            if kind == REPLY:
+                answer = self._finish(slot, status, length)
+                if answer:
+                    yield answer
+                return
+            frame = self._read(slot, length)
+            # Done with: the server may write the next frame into the same slot.
+            released += 1
+            self._say(slot, generation, released)
+            try:
                 yield frame
-        finally:
-            if released is not None:
+            except GeneratorExit:
                 self._give_up(slot, generation, released)
+                raise
 
     def _say(self, slot, generation, released, cancelled=False):
         """Says in the slot's word what is wanted of the answer, and hints at it."""

@@ -214,14 +214,16 @@ fn r4_7_a_hang_up_reloads_the_configuration() {
     manager.told("RELOADING=1\nMONOTONIC_USEC=");
     manager.told("READY=1\nSTATUS=serving with the old configuration");
     write(
-        "[ipc]\nidle_timeout_secs = 1\nsweep_interval_ms = 1\nmax_connections = 7\nlog_level = \"debug\"\n",
+        "[ipc]\nidle_timeout_secs = 1\nsweep_interval_ms = 1\nmax_connections = 7\nlog_level = \"debug\"\n[metrics]\nenable = true\n",
     );
     server.signal(Signal::HUP);
     manager.told("READY=1\nSTATUS=serving");
     let log = manager.log();
-    for words in
-        ["nothing has changed", "taken=\"log_level, idle_timeout_secs\"", "later=\"max_connections\""]
-    {
+    for words in [
+        "nothing has changed",
+        "taken=\"log_level, idle_timeout_secs\"",
+        "later=\"max_connections, metrics\"",
+    ] {
         assert!(log.contains(words), "{words}: {log}");
     }
     eventually("the log tells of single sessions", || manager.log().contains("session ended"));

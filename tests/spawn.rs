@@ -94,13 +94,16 @@ fn trap13_a_server_that_nobody_comes_to_ends() {
 }
 
 /// Goal:   whoever starts something that is no server is told what became of it, and leaves nothing behind.
-/// Method: a command that fails, one that is not there, one that never listens, and its process.
+/// Method: a command that fails, three times at most; one that is not there, one that never listens, and its process.
 #[test]
 fn trap13_what_cannot_be_started_is_told_and_not_left_behind() {
     let directory = TestDir::new();
     let path = directory.join("s");
-    let ended = IpcClient::connect_or_spawn(&path, &patient(), &mut Command::new("false")).map(|_| ());
-    assert!(matches!(&ended, Err(IpcError::ServerEnded { status }) if status.code() == Some(1)), "{ended:?}");
+    let mut failing = Command::new("sh");
+    failing.arg("-c").arg("echo started >> \"$0\"; exit 7").arg(directory.join("starts"));
+    let ended = IpcClient::connect_or_spawn(&path, &patient(), &mut failing).map(|_| ());
+    assert!(matches!(&ended, Err(IpcError::ServerEnded { status }) if status.code() == Some(7)), "{ended:?}");
+    assert_eq!(std::fs::read_to_string(directory.join("starts")).unwrap().lines().count(), 3);
     let none = Command::new(directory.join("no such program"));
     let absent = IpcClient::connect_or_spawn(&path, &patient(), &mut { none }).map(|_| ());
     assert!(matches!(absent, Err(IpcError::Io { .. })), "{absent:?}");

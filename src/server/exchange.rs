@@ -594,6 +594,20 @@ mod tests {
         }
     }
 
+    /// Goal:   a call has to end by its own deadline or by one that is set later, whichever is sooner, and is counted once.
+    #[test]
+    fn r2_9_the_sooner_of_two_deadlines_holds() {
+        let mut all: Exchanges<()> = Exchanges::new(100, Tickets::new(1, Budget::new(1 << 30)));
+        for (own, set, expected) in [(0, 50, 50), (70, 50, 50), (30, 50, 30), (50, 50, 50)] {
+            let (index, mut record) = all.begin(&Submission { deadline: own, ..Submission::default() }, 0, 9);
+            all.ends_by(&mut record, set);
+            assert_eq!((record.call.deadline, all.with_deadline), (expected, 1));
+            assert!(all.next_deadline <= expected);
+            all.end(index, record);
+            assert_eq!(all.with_deadline, 0);
+        }
+    }
+
     /// Goal:   bodies get their memory in the order in which they asked, and each all of it at once; one that is
     ///         longer than all memory gets it when nobody else has any.
     #[test]
