@@ -214,7 +214,7 @@ fn r4_7_a_hang_up_reloads_the_configuration() {
     manager.told("RELOADING=1\nMONOTONIC_USEC=");
     manager.told("READY=1\nSTATUS=serving with the old configuration");
     write(
-        "[ipc]\nidle_timeout_secs = 1\nsweep_interval_ms = 1\nmax_connections = 7\nlog_level = \"debug\"\n[metrics]\nenable = true\n",
+        "[ipc]\nidle_timeout_secs = 1\nsweep_interval_ms = 1\nmax_connections = 7\nlog_level = \"debug\"\n[metrics]\nenable = false\n",
     );
     server.signal(Signal::HUP);
     manager.told("READY=1\nSTATUS=serving");
