@@ -10,6 +10,7 @@ use crate::processes::{self, ChildOptions};
 use crate::reconnect::{self, ReconnectOptions};
 use crate::report::Report;
 use crate::scratch;
+use crate::soak::{self, SoakOptions};
 use crate::without::{self, WithoutOptions};
 use crate::{level1, level2, level3, level4, level5};
 use clap::{Args, Parser, Subcommand};
@@ -55,6 +56,8 @@ enum Command {
     Kills(KillsOptions),
     /// Every labelled point of client and server, suffered by real processes (built with `--features kill-points`).
     KillPoints(PointsOptions),
+    /// Chaos for long against one server, and whether it comes to hold more and more.
+    Soak(SoakOptions),
     #[command(name = "without-io-uring")]
     Without(WithoutOptions),
 }
@@ -156,6 +159,7 @@ pub fn run() -> ExitCode {
         Some(Command::KillPoints(options)) => {
             return run_points(&options).unwrap_or_else(|error| failed(&error));
         }
+        Some(Command::Soak(options)) => return run_soak(&options).unwrap_or_else(|error| failed(&error)),
         None => {}
     }
     match run_suite(&cli.suite) {
@@ -205,6 +209,16 @@ fn run_kills(options: &KillsOptions) -> Result<ExitCode, StressError> {
     let counts = kills::run(options, &Cores::plan()?, random_seed()?)?;
     print!("{counts}");
     Ok(if counts.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_soak(options: &SoakOptions) -> Result<ExitCode, StressError> {
+    scratch::remove_on_signals()?;
+    let soak = soak::run(options, &Cores::plan()?, random_seed()?, progress)?;
+    match options.json {
+        true => println!("{}", serde_json::to_string(&soak).expect("numbers and names are JSON")),
+        false => print!("{soak}"),
+    }
+    Ok(if soak.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn run_points(options: &PointsOptions) -> Result<ExitCode, StressError> {

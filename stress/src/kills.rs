@@ -228,9 +228,12 @@ fn compare(server: &Process, ledger: &mut VictimsLedger, counts: &mut Counts) ->
 /// What a process holds: descriptors and segments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Held {
-    descriptors: usize,
-    segments: usize,
-    anonymous: u64,
+    /// Open descriptors.
+    pub descriptors: usize,
+    /// Mapped segments.
+    pub segments: usize,
+    /// Private memory that is resident, bytes.
+    pub anonymous: u64,
 }
 
 impl Held {

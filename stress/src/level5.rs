@@ -61,7 +61,7 @@ pub struct Plan {
 
 /// What can be injected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Injection {
+pub(crate) enum Injection {
     KillClients,
     Corrupt,
     Silent,
@@ -71,7 +71,7 @@ enum Injection {
     KillServer,
 }
 
-const INJECTIONS: [Injection; 7] = [
+pub(crate) const INJECTIONS: [Injection; 7] = [
     Injection::KillClients,
     Injection::Corrupt,
     Injection::Silent,
@@ -134,7 +134,7 @@ pub fn run(plan: &Plan, cores: &Cores, progress: impl Fn(&str)) -> Result<Vec<Ro
     Ok(vec![to_row(plan, found)])
 }
 
-fn shuffle(order: &mut [Injection], chance: &mut Nonces) {
+pub(crate) fn shuffle(order: &mut [Injection], chance: &mut Nonces) {
     for last in (1..order.len()).rev() {
         order.swap(last, chance.draw() as usize % (last + 1));
     }
@@ -150,37 +150,37 @@ pub struct Restart {
 
 /// What a row is made of.
 #[derive(Debug, Default)]
-struct Found {
-    endured: Endured,
+pub(crate) struct Found {
+    pub endured: Endured,
     restarts: Vec<Restart>,
     injected: Injected,
     /// Injections that did not go as they had to.
-    faults: Outcome,
+    pub faults: Outcome,
     memory: Peak,
     counters: Counters,
-    server_alive: bool,
+    pub server_alive: bool,
     floor: Latency,
 }
 
 /// Everybody who takes part. Dropped in this order.
-struct Chaos<'a> {
-    normal: Process,
+pub(crate) struct Chaos<'a> {
+    pub normal: Process,
     hostile: Process,
-    server: Process,
+    pub server: Process,
     job: ServerJob,
     cores: &'a Cores,
     plan: &'a Plan,
-    chance: Nonces,
+    pub chance: Nonces,
     /// Client processes started so far.
     started: u64,
     injected: Injected,
     restarts: Vec<Restart>,
-    faults: Outcome,
+    pub faults: Outcome,
     _directory: Directory,
 }
 
 impl<'a> Chaos<'a> {
-    fn start(plan: &'a Plan, cores: &'a Cores) -> Result<Self, StressError> {
+    pub fn start(plan: &'a Plan, cores: &'a Cores) -> Result<Self, StressError> {
         let directory = Directory::new("chaos")?;
         let path = directory.path().join("s");
         let job = ServerJob {
@@ -212,7 +212,8 @@ impl<'a> Chaos<'a> {
         })
     }
 
-    fn inject(&mut self, injection: Injection) -> Result<(), StressError> {
+    /// Does one thing to the server.
+    pub fn inject(&mut self, injection: Injection) -> Result<(), StressError> {
         match injection {
             Injection::KillClients => self.kill_clients()?,
             Injection::Corrupt => {
@@ -315,7 +316,7 @@ impl<'a> Chaos<'a> {
     }
 
     /// Looks at what is left.
-    fn end(mut self, endured: Endured) -> Result<Found, StressError> {
+    pub fn end(mut self, endured: Endured) -> Result<Found, StressError> {
         let mut found = Found {
             endured,
             restarts: self.restarts,

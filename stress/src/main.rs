@@ -39,6 +39,7 @@ mod reconnect;
 mod report;
 mod scratch;
 mod server;
+mod soak;
 mod takeback;
 mod torture;
 mod without;
