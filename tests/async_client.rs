@@ -329,6 +329,9 @@ fn r2_9_time_outs_and_deadlines_end_calls() {
         }
         assert!(matches!(client.call_with(COUNT, b"", &soon).await, Err(IpcError::Timeout)));
         assert!(matches!(client.stream(ENDLESS, b"", &soon).await, Err(IpcError::Timeout)));
+        let overdue = CallOptions { deadline: Some(Duration::from_millis(20)), ..plain() };
+        let unsent = client.call_with(COUNT, b"", &overdue).await;
+        assert!(matches!(unsent, Err(IpcError::DeadlineExceeded)), "{unsent:?}");
         drop(more);
         server.open_gate();
         assert!(matches!(late.await, Err(IpcError::DeadlineExceeded)));

@@ -309,6 +309,36 @@ fn r2_9_calls_and_streams_time_out() {
     }
 }
 
+/// Goal:   R2.9: a call that finds no slot until its deadline ends with it; one that waits at the server is not begun after it.
+/// Method: a gate holds the reactor; more calls than slots. Some end while it does, the others once it has opened.
+#[test]
+fn r2_9_a_deadline_holds_for_calls_that_wait_on_either_side() {
+    const CALLS: usize = 6;
+    for config in both() {
+        let server = TestServer::start(WaitPolicy::Block);
+        let client = connect(server.path(), &config);
+        let (_gate, gated) = hold(&server, &client);
+        let options = CallOptions { deadline: Some(Duration::from_millis(20)), ..CallOptions::default() };
+        let (tell, told) = channel();
+        let begin = |_| {
+            let tell = tell.clone();
+            client.call_with(COUNT, Vec::new(), &options, move |answer| tell.send(answer).unwrap()).unwrap()
+        };
+        let _handles: Vec<_> = (0..CALLS).map(begin).collect();
+        // As many as there are slots beside that of the gate's call have been sent.
+        let sent = config.client.small_slots as usize - 1;
+        for number in 0..CALLS {
+            if number == CALLS - sent {
+                server.open_gate();
+            }
+            let end = next(&client, &told);
+            assert!(matches!(end, Err(IpcError::DeadlineExceeded)), "{number}: {end:?}");
+        }
+        next(&client, &gated).unwrap();
+        assert_eq!(server.state.counted.load(SeqCst), 1, "nothing but the gate ran");
+    }
+}
+
 /// Goal:   trap 9, R3.1: a server that is killed ends every call and stream with a typed error, once; later calls are
 ///         refused.
 #[test]
