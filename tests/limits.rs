@@ -469,7 +469,8 @@ fn f32_a_session_that_ends_makes_room_for_another() {
     }
 }
 
-/// Goal:   F33, F34: a segment that the kernel refuses to make or map is answered NoMemory, and nothing is left of it.
+/// Goal:   F33, F34: a segment that the kernel refuses to make or map is answered NoMemory, and nothing is left of it: no
+///         descriptor, no mapping, and what it was to take of the memory budget can be had again.
 /// Method: limits of a running server on the size of files, which ftruncate meets, and on address space, which mmap
 ///         does.
 #[test]
@@ -485,6 +486,7 @@ fn f33_f34_a_segment_that_cannot_be_made_is_answered_no_memory() {
         1024 * line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap()
     };
     eventually("the first session is gone", || (server.process.fds(), server.process.segments()) == baseline);
+    let used = bystander.budget();
     for (resource, soft) in [(Resource::Fsize, 4096), (Resource::As, address_space())] {
         let limited = Limited::to(&server.process, resource, soft);
         for _ in 0..20 {
@@ -499,6 +501,7 @@ fn f33_f34_a_segment_that_cannot_be_made_is_answered_no_memory() {
         drop(limited);
         drop(connect(server.path()));
         eventually("it is gone again", || (server.process.fds(), server.process.segments()) == baseline);
+        eventually("the budget is as before", || bystander.budget() == used);
     }
     assert_eq!(bystander.stat("sessions_refused"), 40);
 }
