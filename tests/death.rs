@@ -65,8 +65,12 @@ fn child() {
         "half-written" => {
             let mut raw = Raw::connect(&path);
             let entry = raw.entry(COUNT.0, SMALL, b"half");
+            let bell = raw.word32(raw.layout.server_bell);
+            eventually("the server sleeps", || bell.load(SeqCst) == 1);
             // All words but the one that publishes.
             raw.forge(INTERACTIVE, &entry, 0);
+            raw.ring();
+            eventually("the server has looked, and sleeps again", || bell.load(SeqCst) == 1);
             ready();
             for_ever();
         }
@@ -175,9 +179,54 @@ fn f1_f2_f3_f6_f7_r3_3_clients_killed_at_any_time_leave_nothing_behind() {
     assert_eq!(stat(&kept, "protocol_violations"), 0);
 }
 
+/// Goal:   a client that is gone when its segment is to be sent leaves nothing: no session, no descriptor, no segment, and
+///         its part of the memory budget can be had again (F2).
+/// Method: while the server is stopped sockets say hello and are closed; then it goes on, and answers one that stays.
+#[test]
+fn f2_a_client_that_is_gone_after_its_hello_leaves_nothing() {
+    let server = ServerProcess::start(&[]);
+    let bystander = Bystander::new(server.path());
+    let budget = bystander.budget();
+    let baseline = (server.process.fds(), server.process.segments());
+    server.process.stop();
+    for _ in 0..20 {
+        let socket = connect_silently(server.path());
+        send(&socket, hello().as_bytes()).unwrap();
+    }
+    server.process.signal(Signal::CONT);
+    // Sockets are accepted in their order.
+    drop(client(server.path(), WaitPolicy::Block));
+    bystander.check("clients that are gone");
+    assert_eq!(bystander.stat("sessions_opened"), 2);
+    eventually("descriptors and segments are back", || {
+        (server.process.fds(), server.process.segments()) == baseline
+    });
+    eventually("the budget is as before", || bystander.budget() == budget);
+}
+
+/// Goal:   a session ends when its socket is closed, although the process that opened it lives: the hang-up alone is
+///         enough (F7).
+/// Method: clients of this very process, which stays.
+#[test]
+fn f7_a_client_that_closes_its_socket_and_lives_on_is_gone() {
+    let server = ServerProcess::start(&[]);
+    let bystander = Bystander::new(server.path());
+    let baseline = (server.process.fds(), server.process.segments());
+    for _ in 0..5 {
+        let raw = Raw::connect(server.path());
+        assert_eq!(server.process.segments(), baseline.1 + 1);
+        drop(raw);
+        eventually("descriptors and segments are back", || {
+            (server.process.fds(), server.process.segments()) == baseline
+        });
+        bystander.check("a socket that was closed");
+    }
+}
+
 /// Goal:   what was published and not consumed when its client died is not run (F4); what was half written
 ///         is not seen (F3).
-/// Method: the server sleeps, the client writes and does not ring, and is killed; no sweep comes meanwhile.
+/// Method: the server sleeps; the client writes half of an entry and rings, or all of it and does not, and is killed; no sweep
+///         comes meanwhile.
 #[test]
 fn f3_f4_what_was_not_consumed_when_its_client_died_is_not_run() {
     for role in ["half-written", "not-rung"] {
@@ -535,7 +584,7 @@ fn f41_signals_to_the_server_disturb_no_call() {
 }
 
 /// Goal:   a signal handler that runs in the client's thread disturbs neither connecting nor calling (F41).
-/// Method: a client with a handler for SIGUSR1 on its only busy thread is sent that signal until it is done.
+/// Method: a client with a handler for SIGUSR1 is sent that signal, to the thread that calls, until it is done.
 #[test]
 fn f41_signals_to_the_client_disturb_neither_connecting_nor_calling() {
     let server = ServerProcess::start(&[]);
@@ -544,7 +593,7 @@ fn f41_signals_to_the_client_disturb_neither_connecting_nor_calling() {
     eventually("it has made all its calls", || {
         status = actor.process.0.try_wait().unwrap();
         if status.is_none() {
-            actor.process.signal(Signal::USR1);
+            actor.process.signal_threads(Signal::USR1);
         }
         status.is_some()
     });

@@ -300,22 +300,41 @@ fn answer(listener: &OwnedFd, bytes: &[u8]) {
 }
 
 /// Goal:   F26: a client that finds the server's queue full waits for room, as long as its time allows.
-/// Method: a queue that holds one; a client gives up, with the reason; another gets in once the queue moves.
+/// Method: a queue that holds one; a client gives up when its time is over, with the reason; another, which is between two
+///         attempts when the queue moves, gets in.
 #[test]
 fn f26_a_client_waits_for_room_in_the_servers_queue() {
     let directory = TestDir::new();
     let path = directory.join("s");
     let listener = listen(&path);
     let _queued = connect_silently(&path);
-    let config = ClientConfig { connect_timeout: Duration::from_millis(20), ..ClientConfig::default() };
+    let patience = Duration::from_millis(20);
+    let config = ClientConfig { connect_timeout: patience, ..ClientConfig::default() };
+    let begun = Instant::now();
     let error = IpcClient::connect_with(&path, &config).map(|_| ()).unwrap_err();
     assert!(matches!(error, IpcError::Io { .. }) && error.to_string().contains("queue full"), "{error}");
-    let waiting = std::thread::spawn(move || IpcClient::connect(&path).map(|_| ()));
+    assert!(begun.elapsed() >= patience, "given up after {:?}", begun.elapsed());
+    let waiting = std::thread::Builder::new().name("waits-for-room".to_owned());
+    let waiting = waiting.spawn(move || IpcClient::connect(&path).map(|_| ())).unwrap();
+    eventually("it waits", || {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+        let file = |task: &std::fs::DirEntry, name| std::fs::read_to_string(task.path().join(name));
+        let named =
+            |task: &std::fs::DirEntry| file(task, "comm").is_ok_and(|name| name == "waits-for-room\n");
+        let sleeps = format!("{CLOCK_NANOSLEEP} ");
+        waiting.is_finished()
+            || tasks
+                .filter(named)
+                .any(|task| file(&task, "syscall").is_ok_and(|call| call.starts_with(&sleeps)))
+    });
     drop(rustix::net::accept(&listener).unwrap());
     answer(&listener, Welcome::too_many(Scope::Sessions, 7, 1).as_bytes());
     let told = waiting.join().unwrap();
     assert!(matches!(told, Err(IpcError::TooMany { scope: "sessions", limit: 7, .. })), "{told:?}");
 }
+
+/// The number of clock_nanosleep on x86-64, as /proc tells it.
+const CLOCK_NANOSLEEP: u32 = 230;
 
 /// Goal:   F27: a client that is refused because its process has other handshakes under way, or that said hello too
 ///         late, tries again; a limit that is not its own doing is for its caller to know.
@@ -469,7 +488,8 @@ fn f32_a_session_that_ends_makes_room_for_another() {
     }
 }
 
-/// Goal:   F33, F34: a segment that the kernel refuses to make or map is answered NoMemory, and nothing is left of it.
+/// Goal:   F33, F34: a segment that the kernel refuses to make or map is answered NoMemory, and nothing is left of it: no
+///         descriptor, no mapping, and what it was to take of the memory budget can be had again.
 /// Method: limits of a running server on the size of files, which ftruncate meets, and on address space, which mmap
 ///         does.
 #[test]
@@ -485,6 +505,7 @@ fn f33_f34_a_segment_that_cannot_be_made_is_answered_no_memory() {
         1024 * line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap()
     };
     eventually("the first session is gone", || (server.process.fds(), server.process.segments()) == baseline);
+    let used = bystander.budget();
     for (resource, soft) in [(Resource::Fsize, 4096), (Resource::As, address_space())] {
         let limited = Limited::to(&server.process, resource, soft);
         for _ in 0..20 {
@@ -499,6 +520,7 @@ fn f33_f34_a_segment_that_cannot_be_made_is_answered_no_memory() {
         drop(limited);
         drop(connect(server.path()));
         eventually("it is gone again", || (server.process.fds(), server.process.segments()) == baseline);
+        eventually("the budget is as before", || bystander.budget() == used);
     }
     assert_eq!(bystander.stat("sessions_refused"), 40);
 }

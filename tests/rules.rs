@@ -185,6 +185,34 @@ fn every_row_has_a_test_that_exists() {
     assert!(rows > 60, "only {rows} rows found");
 }
 
+/// Goal:   every fault has a mutant, which has its line and its test, and the book says which.
+/// Method: the rows of docs/ids.md against the list; what `ci/fault-mutants.sh` checks without compiling anything; the
+///         table in docs/reliability.md against its table.
+#[test]
+fn every_fault_has_a_mutant_that_its_test_is_to_find() {
+    let run = |argument: &str| {
+        let output =
+            std::process::Command::new(root().join("ci/fault-mutants.sh")).arg(argument).output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success(), "{said}");
+        said
+    };
+    run("--check");
+    let rows = |table: &str| -> BTreeSet<String> {
+        let rows = table.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
+        let is_fault = |row: &&str| row.strip_prefix('F').is_some_and(|number| number.parse::<u32>().is_ok());
+        rows.filter(is_fault).map(str::to_owned).collect()
+    };
+    let read = |path: &str| std::fs::read_to_string(root().join(path)).unwrap();
+    let table = run("--table");
+    assert_eq!(rows(&table), rows(&read("docs/ids.md")));
+    let page = read("docs/reliability.md");
+    assert!(
+        page.contains(&table),
+        "docs/reliability.md does not have what `ci/fault-mutants.sh --table` prints"
+    );
+}
+
 /// Goal:   the book in docs/ has every page, and no link in it or in the README leads nowhere.
 /// Method: every relative link of a page that is not to a place within it is a file; all pages are in SUMMARY.md.
 #[test]

@@ -307,6 +307,13 @@ impl Bystander {
     pub fn stat(&self, name: &str) -> u64 {
         stat(&self.client.open().unwrap(), name)
     }
+
+    /// What of the server's memory budget is used, as it shows it with its next sweep.
+    pub fn budget(&self) -> u64 {
+        let sweeps = self.stat("sweeps");
+        eventually("a sweep", || self.stat("sweeps") > sweeps);
+        self.stat("budget_used")
+    }
 }
 
 /// Waits until `condition` holds; fails after half a minute.

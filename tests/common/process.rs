@@ -36,6 +36,19 @@ impl Process {
         kill_process(self.pid(), signal).unwrap();
     }
 
+    /// Sends a signal to each of its threads but the first, which in a test program does nothing but wait for the others: the
+    /// kernel gives a signal to the thread whose number was named, if that one takes it.
+    pub fn signal_threads(&self, signal: Signal) {
+        let own = self.pid();
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap().flatten() {
+            let number = task.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+            if let Some(number) = number.filter(|number| *number != own) {
+                // It may have ended by now.
+                kill_process(number, signal).ok();
+            }
+        }
+    }
+
     /// Stops it and waits until the kernel says that it is stopped.
     pub fn stop(&self) {
         self.signal(Signal::STOP);
