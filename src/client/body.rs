@@ -11,6 +11,7 @@ use super::call::{CallId, CallOptions, SlotWriter};
 use super::lane::{Answered, BODY, Lane, Outcome, Piece};
 use super::session::{Session, Target};
 use crate::error::{IpcError, Result};
+use crate::machine;
 use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::Published;
@@ -404,7 +405,7 @@ impl Session {
 
     /// Begins a body if it can have its windows; says whether it did.
     fn begin_body(&mut self, index: u32) -> Result<bool> {
-        let now = Instant::now();
+        let now = machine::now();
         let Some(mut body) = self.bodies.all[index as usize].take() else { return Ok(true) };
         let begun = self.begin_with_windows(&mut body, now);
         self.bodies.all[index as usize] = Some(body);
@@ -509,7 +510,7 @@ impl Session {
             Stage::Begun | Stage::Ended => None,
         };
         // One that cannot begin for want of base slots waits for completions.
-        self.bodies.queued.iter().filter_map(waits).min().filter(|at| *at > Instant::now())
+        self.bodies.queued.iter().filter_map(waits).min().filter(|at| *at > machine::now())
     }
 
     /// A frame of an answer, or its end; returns what is to be handed out.
@@ -665,7 +666,7 @@ impl Body {
         total: Option<u64>,
         options: &CallOptions,
     ) -> Self {
-        let now = Instant::now();
+        let now = machine::now();
         Self {
             lane,
             name,

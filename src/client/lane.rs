@@ -7,6 +7,7 @@ use super::call::{CallId, SlotWriter};
 use super::classify::{Fate, Remains, Witness, fate};
 use super::doorbell::{Doorbell, ring_socket};
 use crate::error::{IpcError, Result};
+use crate::machine;
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{AWAKE, Published, fence_before_bell};
 use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
@@ -444,7 +445,7 @@ impl Lane {
             }
             _ => {
                 let rest = Duration::from_millis(completion.detail);
-                self.refused_until = Some(Instant::now() + if rest.is_zero() { FULL_REST } else { rest });
+                self.refused_until = Some(machine::now() + if rest.is_zero() { FULL_REST } else { rest });
             }
         }
         Ok(())
@@ -462,7 +463,7 @@ impl Lane {
             Err(_) if self.lane.leases.any(|old| words.is_gone(old)) => {
                 self.unusable = Some((first, epoch));
                 // The next one would lie there too.
-                self.refused_until = Some(Instant::now() + FULL_REST);
+                self.refused_until = Some(machine::now() + FULL_REST);
                 self.return_void_leases()
             }
             Err(fault) => Err(IpcError::ServerFault(fault)),
@@ -593,7 +594,7 @@ impl Lane {
             Doorbell::Socket(socket) => ring_socket(socket)?,
             // Every waiter: waits of a ring that is gone still absorb wakes for some milliseconds.
             Doorbell::Futex => {
-                doorbell_uring::futex::wake(&self.lane.common.server_bell.0, i32::MAX as u32)
+                machine::futex_wake(&self.lane.common.server_bell.0, i32::MAX as u32)
                     .map_err(|e| IpcError::io("futex(FUTEX_WAKE) towards the server", e))?;
             }
         }

@@ -15,6 +15,8 @@ mod reconnecting;
 mod revive;
 mod route;
 mod session;
+#[cfg(test)]
+pub(crate) mod simulated;
 mod start;
 mod stream;
 mod waiting;
@@ -32,6 +34,7 @@ pub use reconnecting::{
 pub use stream::{AnswerRecords, AnswerStream};
 
 use crate::error::{IpcError, Result};
+use crate::machine;
 use crate::protocol::MessageType;
 use doorbell_shm::entry::{Status, codec, flag};
 use lane::{Answered, Outcome};
@@ -186,7 +189,7 @@ impl IpcClient {
     /// [`IpcError::Disconnected`] or [`IpcError::NotExecuted`] when the session is over and every answer has
     /// been taken.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
-        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
+        let deadline = timeout.and_then(|t| machine::now().checked_add(t));
         self.session.borrow_mut().wait(deadline)
     }
 
@@ -232,7 +235,7 @@ impl IpcClient {
     /// For how long this session has been waiting for memory of the server's to carry long requests and answers in;
     /// `None` if it does not. Its calls go on meanwhile, but more slowly; [`CallOptions::timeout`] bounds them.
     pub fn waits_for_memory(&self) -> Option<Duration> {
-        self.session.borrow().waits_for_memory_since().map(|since| since.elapsed())
+        self.session.borrow().waits_for_memory_since().map(|since| machine::now() - since)
     }
 
     /// Sends more of the request of a [started](Connection::start) call: as many of `bytes` as there is room for now;
@@ -495,7 +498,7 @@ impl<'c> Connection<'c> {
     ) -> Result<R> {
         let client = self.client;
         let options = &CallOptions { pieces: false, ..*options };
-        let deadline = options.timeout.and_then(|t| Instant::now().checked_add(t));
+        let deadline = options.timeout.and_then(|t| machine::now().checked_add(t));
         if request.len() > LONG {
             let reply = self.call_long(message_type, request, options, deadline)?;
             reply.result()?;

@@ -12,13 +12,14 @@
 use super::session::{End, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
+use crate::machine::{self, current_cpu};
 use crate::protocol::handshake::{DisconnectReason, Goodbye, LaneChoice, LaneGrant, LaneRequest};
 use crate::protocol::rendezvous;
 use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET};
 use doorbell_shm::kill_point;
 use doorbell_shm::layout::state;
-use doorbell_uring::{current_cpu, futex};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use doorbell_uring::futex;
+use rustix::event::{PollFlags, Timespec};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -119,18 +120,18 @@ impl Session {
                 // Spinning there would only keep the reactor from answering.
                 if self.shares_core() {
                     self.flush()?;
-                    std::thread::yield_now();
+                    machine::yield_now();
                 }
             }
             looks = looks.wrapping_add(1);
             // Nothing has come for some ten microseconds: whoever else wants this core may be who we wait for, or has to
             // get on before the server comes to us. With nobody there it costs a third of one.
-            std::thread::yield_now();
+            machine::yield_now();
             let closed = self.segment.state().0 == state::CLOSED;
             if (closed || looks.is_multiple_of(LOOKS_PER_SOCKET)) && self.is_over()? {
                 return self.what_is_left();
             }
-            if deadline.is_some_and(|d| Instant::now() >= d) {
+            if deadline.is_some_and(|d| machine::now() >= d) {
                 return Ok(false);
             }
         }
@@ -147,12 +148,12 @@ impl Session {
             self.crowded -= 1;
         } else if self.shares_core() {
             for _ in 0..YIELDS {
-                let before = Instant::now();
+                let before = machine::now();
                 if deadline.is_some_and(|d| before >= d) {
                     return Ok(self.is_ready());
                 }
-                std::thread::yield_now();
-                if before.elapsed() > CROWDED_YIELD {
+                machine::yield_now();
+                if machine::now() - before > CROWDED_YIELD {
                     self.crowded = CROWDED_WAITS;
                 }
                 if self.is_ready() {
@@ -163,8 +164,8 @@ impl Session {
                 }
             }
         } else if self.lanes().any(|lane| lane.in_flight > 0 && lane.seems_polled()) {
-            let give_up = Instant::now() + SPIN_TIME;
-            while Instant::now() < give_up && !self.shares_core() {
+            let give_up = machine::now() + SPIN_TIME;
+            while machine::now() < give_up && !self.shares_core() {
                 for _ in 0..SPINS_PER_CPU {
                     if self.is_ready() {
                         return Ok(true);
@@ -181,7 +182,7 @@ impl Session {
         self.flush()?;
         let mut slept = Duration::ZERO;
         loop {
-            let now = Instant::now();
+            let now = machine::now();
             let left = deadline.map(|d| d.saturating_duration_since(now));
             if left == Some(Duration::ZERO) {
                 return Ok(self.is_ready());
@@ -204,7 +205,7 @@ impl Session {
             if begins.is_some() {
                 self.flush()?;
             }
-            slept += now.elapsed();
+            slept += machine::now() - now;
         }
     }
 
@@ -224,7 +225,7 @@ impl Session {
         let woken = if self.is_ready() || self.segment.state().0 == state::CLOSED {
             futex::Woken::TimedOut
         } else {
-            futex::wait(&bell.0, value, Some(slice)).map_err(|e| IpcError::io("futex(FUTEX_WAIT)", e))?
+            machine::futex_wait(&bell.0, value, slice).map_err(|e| IpcError::io("futex(FUTEX_WAIT)", e))?
         };
         bell.clear(WAITER_FUTEX);
         Ok(woken != futex::Woken::Interrupted)
@@ -276,7 +277,7 @@ impl Session {
             Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET) => return Ok(0),
             Err(e) => return Err(IpcError::io("send of a wish for a lane", e)),
         }
-        let give_up = Instant::now() + LANE_TIMEOUT;
+        let give_up = machine::now() + LANE_TIMEOUT;
         loop {
             match self.hear()? {
                 Heard::Lane(grant, bell) => {
@@ -289,7 +290,7 @@ impl Session {
                     return Err(self.ended());
                 }
                 Heard::Nothing => {
-                    let left = give_up.saturating_duration_since(Instant::now());
+                    let left = give_up.saturating_duration_since(machine::now());
                     if left.is_zero() {
                         return Ok(0);
                     }
@@ -304,7 +305,7 @@ impl Session {
     #[cold]
     pub fn look_after_server(&mut self) -> Result<()> {
         if self.end.is_none() {
-            let now = Instant::now();
+            let now = machine::now();
             if self.looked_at.is_some_and(|looked_at| now.duration_since(looked_at) < LOOK_INTERVAL) {
                 return Ok(());
             }
@@ -409,7 +410,7 @@ fn poll_socket(session: &Session, left: Option<Duration>) -> Result<bool> {
         tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: left.subsec_nanos().into(),
     });
-    match poll(&mut [PollFd::new(&session.socket, PollFlags::IN | PollFlags::RDHUP)], left.as_ref()) {
+    match machine::poll(&session.socket, PollFlags::IN | PollFlags::RDHUP, left.as_ref()) {
         Ok(_) => Ok(true),
         Err(Errno::INTR) => Ok(false),
         Err(e) => Err(IpcError::io("poll of the session socket", e)),
