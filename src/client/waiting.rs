@@ -9,10 +9,12 @@
 //! Who sleeps does so on the futex of his lane for 20 ms, then, or at once if calls are in flight on several lanes,
 //! on the session's socket: the server rings it with one byte, and its end shows there too (F51).
 
+use super::lane::Answered;
 use super::session::{End, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
-use crate::machine::{self, current_cpu};
+use crate::machine;
+use crate::machine::current_cpu;
 use crate::protocol::handshake::{DisconnectReason, Goodbye, LaneChoice, LaneGrant, LaneRequest};
 use crate::protocol::rendezvous;
 use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET};
@@ -75,6 +77,53 @@ impl Session {
             }
             if !self.wait_for_completion(deadline)? {
                 return Ok(false);
+            }
+        }
+    }
+
+    /// Waits for the next completion of the call in `slot` of `lane`; others that come are kept. Room for the requests of
+    /// other calls ends no wait.
+    #[inline]
+    pub fn wait_for(&mut self, lane: u32, slot: u32, deadline: Option<Instant>) -> Result<Answered> {
+        loop {
+            while let Some(next) = self.next_completed()? {
+                if (next.lane, next.slot) == (lane, slot) {
+                    return Ok(next);
+                }
+                self.keep(next);
+            }
+            if let Some(answered) = self.take_kept(lane, slot) {
+                return Ok(answered);
+            }
+            if self.bodies.are_active() {
+                self.bodies.keep_news();
+            }
+            if !self.wait_for_completion(deadline)? {
+                return Err(IpcError::Timeout);
+            }
+        }
+    }
+
+    /// Runs `attempt` until it does not block, or until `deadline`; while it does, flushes and waits for answers.
+    pub fn retry_until<T>(
+        &mut self,
+        deadline: Option<Instant>,
+        attempt: &mut dyn FnMut(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            match attempt(self) {
+                Err(IpcError::WouldBlock) => {
+                    // Answers that nobody has taken hold the slots: waiting for them would wait for ever.
+                    if self.only_untaken_answers() {
+                        return Err(IpcError::WouldBlock);
+                    }
+                    self.bodies.keep_news();
+                    if !self.wait_for_completion(deadline)? {
+                        return Err(IpcError::Timeout);
+                    }
+                    self.stash()?;
+                }
+                other => return other,
             }
         }
     }

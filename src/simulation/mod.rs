@@ -129,6 +129,92 @@ mod tests {
         }
     }
 
+    /// Goal:   DESIGN §4: whoever waits for one call sleeps although there is room for the request of another, and is told of
+    ///         that room later.
+    /// Method: seed 3 of the simulation: a request that is sent piece by piece has room, its caller opens a connection, or
+    ///         calls, and the clock would tell of who polls instead.
+    #[test]
+    fn who_waits_for_a_call_sleeps_while_another_has_room() {
+        let world = World::quiet();
+        let _ends = Ends;
+        let client = world.guest();
+        let connection = client.open().unwrap().detach();
+        let flow = client.attached(connection).start(ledger::FLOW, None, &CallOptions::default()).unwrap();
+        for _ in 0..50 {
+            client.flush().unwrap();
+            kernel::others_run(Duration::from_millis(1));
+        }
+        let other = client.open().unwrap().detach();
+        assert_ne!(connection, other);
+        let (call, _) = world.make_call();
+        let call = ledger::Call { of: ledger::MIRROR, len: 100, ..call };
+        let request = call.request(world.secret());
+        assert_eq!(client.attached(other).call(ledger::MIRROR, &request).unwrap().len(), 100);
+        assert!(client.wait(Some(Duration::ZERO)).unwrap(), "there is room for more of the request");
+        assert_eq!(client.send(flow, &request).unwrap(), 100);
+    }
+
+    /// Goal:   F58: a call whose caller has stopped waiting is nobody's when its session ends, long or not.
+    /// Method: seed 50 of the simulation: a long call that is not answered in time; then its server dies.
+    #[test]
+    fn f58_a_call_that_was_given_up_has_no_end_when_its_session_has() {
+        let world = World::quiet();
+        let _ends = Ends;
+        let client = world.guest();
+        let connection = client.open().unwrap();
+        let (call, _) = world.make_call();
+        let call = ledger::Call { of: ledger::MIRROR, len: 200_000, ..call };
+        let options = CallOptions { timeout: Some(Duration::from_micros(1)), ..CallOptions::default() };
+        let called = connection.call_with(call.of, &call.request(world.secret()), &options, |_| ());
+        assert!(matches!(called, Err(crate::IpcError::Timeout)), "{called:?}");
+        world.kill_server();
+        let over = (0..1000).find_map(|_| client.poll().map(|reply| assert!(reply.is_none())).err());
+        assert!(matches!(over, Some(crate::IpcError::NotExecuted)), "{over:?}");
+    }
+
+    /// Goal:   R3.3: the time that a caller waits bounds his wait for a slot, too.
+    /// Method: calls that only their caller gets on have all slots.
+    #[test]
+    fn r3_3_a_wait_for_a_slot_ends_with_the_callers_time() {
+        let world = World::quiet();
+        let _ends = Ends;
+        let client = world.guest();
+        let connection = client.open().unwrap();
+        while connection.start(ledger::FLOW, None, &CallOptions::default()).is_ok() {}
+        while connection
+            .submit(ledger::LATER, &[0; 24], &CallOptions { pieces: true, ..CallOptions::default() })
+            .is_ok()
+        {}
+        for len in [100, 30_000] {
+            let options = CallOptions { timeout: Some(Duration::from_millis(20)), ..CallOptions::default() };
+            let called = connection.call_with(ledger::MIRROR, &vec![0; len], &options, |_| ());
+            assert!(
+                matches!(called, Err(crate::IpcError::Timeout | crate::IpcError::Decode(_))),
+                "{called:?}"
+            );
+        }
+    }
+
+    /// Goal:   R1.9, P3: a call that waits for memory begins without it when its time has come, also if that comes between the
+    ///         last look at it and the moment at which its caller goes to sleep.
+    /// Method: seed 101 of the simulation: a server that does not answer; the time passes before it is asked for.
+    #[test]
+    fn r1_9_the_time_of_a_call_that_waits_for_memory_is_not_missed() {
+        let world = World::quiet();
+        let _ends = Ends;
+        let client = world.guest();
+        let connection = client.open().unwrap().detach();
+        client.attached(connection).submit(ledger::MIRROR, &[0; 9000], &CallOptions::default()).unwrap();
+        if simulated::begins_at(&client).is_none() {
+            // There is nothing to lease: it has begun.
+            return;
+        }
+        with_kernel(|kernel| kernel.pass(6_000_000));
+        assert!(simulated::begins_at(&client).is_some_and(|at| at <= crate::machine::now()));
+        client.flush().unwrap();
+        assert_eq!(simulated::begins_at(&client), None);
+    }
+
     /// Goal:   the same as [`simulation_seeds`], of as many seeds as asked for.
     /// Method: DOORBELL_SEED is the first, DOORBELL_SEEDS how many, DOORBELL_EVENTS the steps of each, DOORBELL_THREADS.
     #[test]
