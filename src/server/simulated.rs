@@ -207,11 +207,8 @@ impl<S: 'static> Node<S> {
             if !with_kernel(|kernel| kernel.has_come(self.number)) {
                 return false;
             }
-            reactor
-                .driver
-                .enter(Wait::No)
-                .and_then(|()| Ok(self.asleep = false))
-                .expect("the kernel answers");
+            self.asleep = false;
+            reactor.driver.enter(Wait::No).expect("the kernel answers");
             reactor.get_up().expect("a reactor goes on whatever its clients do");
             return true;
         }

@@ -29,7 +29,7 @@ const MESSAGE_MAX: u64 = 256 << 10;
 /// Waits within waits from which on nobody but the server runs.
 const DEPTH: u32 = 3;
 /// Steps after the last fault within which everything has come to its end.
-const PATIENCE: u64 = 2_000_000;
+const PATIENCE: u64 = 400_000;
 /// Steps of a run's first part beyond those asked for, that waits within it may take.
 const EXCESS: u64 = 200_000;
 
@@ -406,7 +406,8 @@ impl World {
                         }
                     }
                     Some(hostile) => {
-                        if !hostile.step(self) && self.one_in(20) {
+                        let goes_on = hostile.step(self);
+                        if !goes_on && self.one_in(20) {
                             actor.hostile = None;
                             self.tally.borrow_mut().violators_ended += 1;
                         }
@@ -432,11 +433,14 @@ impl World {
         let process = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| format!("eventfd: {e}"))?;
         let pidfd = process.try_clone().map_err(|e| format!("dup: {e}"))?;
+        // Rings with room for the completion of a call in every slot. With less, as many calls of several frames as a ring
+        // admits stop each other: their frames are in the ring, which is not read while it admits no call.
+        let (small, least) = self.of(&[(4, 3), (4, 3), (8, 4), (16, 5)]);
         let geometry = Geometry {
-            ring_order: 3 + self.below(4) as u8,
+            ring_order: least + self.below(3) as u8,
             large: 0,
             medium: 0,
-            small: self.of(&[4, 4, 8, 16]),
+            small,
             lease_pages: self.of(&[0, 16, 64]),
         };
         let hello = Hello::new(geometry, [7, 7], self.now(), "simulated");
@@ -487,11 +491,7 @@ impl World {
                     self.tally.borrow_mut().stops += 1;
                 }
             }
-            17 if self.one_in(4) => {
-                if self.bury_server() {
-                    self.tally.borrow_mut().server_deaths += 1;
-                }
-            }
+            17 if self.one_in(4) && self.bury_server() => self.tally.borrow_mut().server_deaths += 1,
             18 if self.one_in(4) => {
                 let server = self.server.borrow().clone();
                 if let Some(server) = server {
