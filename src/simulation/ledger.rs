@@ -271,8 +271,8 @@ impl Ledger {
             IpcError::Cancelled => call.cancelled,
             IpcError::DeadlineExceeded => call.has_deadline,
             IpcError::Overloaded { .. } => long || [LATER, LONG, FLOW].contains(&call.of),
-            // Short ones use leases, too, if their requests are sent piece by piece.
-            IpcError::MemoryTakenBack => long || [LONG, FLOW].contains(&call.of),
+            // Short ones use leases, too: for the answer that they expect, or if they are sent piece by piece.
+            IpcError::MemoryTakenBack => true,
             // Dropped by a process that ended.
             IpcError::Handler(_) => call.of == LATER,
             _ => false,
