@@ -23,12 +23,15 @@ mod error;
 #[cfg(feature = "exporter")]
 pub mod exporter;
 pub mod inspect;
+mod machine;
 pub mod messages;
 mod metrics;
 pub mod protocol;
 #[cfg(feature = "providers")]
 pub mod provider;
 mod server;
+#[cfg(test)]
+mod simulation;
 #[cfg(feature = "testing")]
 pub mod testing;
 

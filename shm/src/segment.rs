@@ -4,6 +4,7 @@
 //! file in /dev/shm and nothing to leak (trap 6). Pages exist only where they were granted, and every
 //! grant is backed by `fallocate`, so a shortage is an error here and never a SIGBUS later (F34).
 
+use crate::bytes::SharedBytes;
 use crate::error::{PeerFault, SegmentError};
 use crate::kill_point;
 use crate::layout::{self, Geometry, HEADER_LEN, LaneLayout, MAGIC, VERSION, header};
@@ -16,6 +17,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Seals that every segment carries before anybody maps it.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
@@ -41,6 +43,8 @@ pub struct Segment {
     memory: Option<OwnedFd>,
     /// Server: bytes that have been granted, of all lanes. Never less than what the server has backed.
     granted: AtomicU64,
+    /// On the heap: the next pages are refused.
+    scarce: AtomicBool,
 }
 
 impl Segment {
@@ -120,7 +124,21 @@ impl Segment {
     fn on(map: Arc<Mapping>, geometry: Geometry, lanes: u32) -> Result<Self, SegmentError> {
         let words = map.slice(0, HEADER_LEN / 8)?;
         let granted = AtomicU64::new(granted_bytes(&geometry) as u64);
-        Ok(Self { map, geometry, lanes, words, memory: None, granted })
+        Ok(Self { map, geometry, lanes, words, memory: None, granted, scarce: AtomicBool::new(false) })
+    }
+
+    /// The other side's end of a segment on the heap.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Segment::on_heap`].
+    pub fn other_end(&self) -> Result<Self, SegmentError> {
+        Self::on(Arc::clone(&self.map), self.geometry, self.lanes)
+    }
+
+    /// Of a segment on the heap: the next pages that are asked for are refused, as by a kernel that has none.
+    pub fn refuse_pages(&self) {
+        self.scarce.store(true, Relaxed);
     }
 
     /// Server: the memfd; `None` of a segment on the heap.
@@ -143,7 +161,13 @@ impl Segment {
     /// [`SegmentError::Os`] if the kernel has no memory; nothing is granted then.
     pub fn back(&self, offset: usize, len: usize) -> Result<(), SegmentError> {
         self.granted.fetch_add(len as u64, Relaxed);
-        let Some(memory) = &self.memory else { return Ok(()) };
+        let Some(memory) = &self.memory else {
+            if !self.scarce.swap(false, Relaxed) {
+                return Ok(());
+            }
+            self.granted.fetch_sub(len as u64, Relaxed);
+            return Err(SegmentError::os("fallocate", len, rustix::io::Errno::NOMEM));
+        };
         allocate(memory, FallocateFlags::empty(), offset, len).map_err(|e| {
             self.granted.fetch_sub(len as u64, Relaxed);
             SegmentError::os("fallocate", len, e)
@@ -169,10 +193,14 @@ impl Segment {
     ///
     /// [`SegmentError::Os`] if the kernel refuses.
     pub fn punch(&self, offset: usize, len: usize) -> Result<(), SegmentError> {
-        let Some(memory) = &self.memory else { return Ok(()) };
         if len == 0 {
             return Ok(());
         }
+        let Some(memory) = &self.memory else {
+            // Whoever looks there finds zeros.
+            SharedBytes::new(&self.map, offset, len)?.write(0, &vec![0; len]);
+            return Ok(());
+        };
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         allocate(memory, flags, offset, len)
             .map_err(|e| SegmentError::os("fallocate(FALLOC_FL_PUNCH_HOLE)", len, e))

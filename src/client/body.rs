@@ -11,6 +11,7 @@ use super::call::{CallId, CallOptions, SlotWriter};
 use super::lane::{Answered, BODY, Lane, Outcome, Piece};
 use super::session::{Session, Target};
 use crate::error::{IpcError, Result};
+use crate::machine;
 use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::Published;
@@ -36,8 +37,8 @@ enum Stage {
     /// It has its name only.
     Queued {
         since: Instant,
-        /// When it begins without leases.
-        until: Instant,
+        /// When it begins without leases; `None` while it waits for something else than time.
+        until: Option<Instant>,
     },
     /// Its first entry has been published.
     Begun,
@@ -118,6 +119,8 @@ pub(super) struct Body {
     cancelled: bool,
     /// It has got room, and its caller may not know.
     has_news: bool,
+    /// The same, while its caller waits for something else.
+    news_later: bool,
 }
 
 /// The calls of several frames of a session.
@@ -131,11 +134,30 @@ pub(super) struct Bodies {
 }
 
 impl Bodies {
-    /// The session has ended: forgets a body; returns its tag.
-    pub fn lose(&mut self, index: u32) -> u64 {
+    /// The session has ended: forgets a body; returns its tag, unless nobody waits for it.
+    pub fn lose(&mut self, index: u32) -> Option<u64> {
         self.queued.retain(|other| *other != index);
         self.sending.retain(|other| *other != index);
-        self.all.get_mut(index as usize).and_then(Option::take).map_or(0, |body| body.tag)
+        let body = self.all.get_mut(index as usize).and_then(Option::take)?;
+        (!body.orphaned).then_some(body.tag)
+    }
+
+    /// How they stand.
+    #[cfg(test)]
+    pub fn describe(&self) -> String {
+        let of = |body: &Body| {
+            let (owned, free, untaken) = (body.owned.is_some(), body.free.len(), body.untaken.len());
+            let (answers, requests) = (body.answers.map(|w| w.first), body.requests.map(|w| w.first));
+            let Body { name, stage, sent, taken, finishing, finished, received, released, cancelled, .. } =
+                body;
+            format!(
+                "{}: {stage:?} owned {owned} sent {sent} free {free} untaken {untaken} taken {taken} {finishing} {finished} \
+                 received {received} released {released} cancelled {cancelled} windows {answers:?} {requests:?}",
+                name.slot
+            )
+        };
+        let all: Vec<String> = self.all.iter().flatten().map(|body| of(body)).collect();
+        format!("queued {:?} sending {:?} {all:?}", self.queued, self.sending)
     }
 
     /// Whether anything is to be done for any of them without being asked.
@@ -164,6 +186,23 @@ impl Bodies {
             }
         }
         news
+    }
+
+    /// The caller waits for something else than room: news of that wakes nobody until they are [told](Bodies::tell_news)
+    /// again.
+    pub fn keep_news(&mut self) {
+        for index in &self.sending {
+            if let Some(body) = self.all[*index as usize].as_deref_mut() {
+                body.news_later |= std::mem::take(&mut body.has_news);
+            }
+        }
+    }
+
+    /// The caller has what he waited for.
+    pub fn tell_news(&mut self) {
+        for body in self.all.iter_mut().flatten() {
+            body.has_news |= std::mem::take(&mut body.news_later);
+        }
     }
 
     fn get(&mut self, index: u32) -> Option<&mut Body> {
@@ -404,15 +443,21 @@ impl Session {
 
     /// Begins a body if it can have its windows; says whether it did.
     fn begin_body(&mut self, index: u32) -> Result<bool> {
-        let now = Instant::now();
+        let now = machine::now();
         let Some(mut body) = self.bodies.all[index as usize].take() else { return Ok(true) };
         let begun = self.begin_with_windows(&mut body, now);
+        if let Stage::Queued { until, .. } = &mut body.stage {
+            // It has had its turn: from here on it waits for room in the ring, not for the clock.
+            *until = until.filter(|at| *at > now);
+        }
         self.bodies.all[index as usize] = Some(body);
         begun
     }
 
     fn begin_with_windows(&mut self, body: &mut Body, now: Instant) -> Result<bool> {
         let Stage::Queued { since, .. } = body.stage else { return Ok(true) };
+        // Whoever begins next finds his answer slot and the last one, unless others are under way that will end.
+        let spare = if self.bodies.begun_on(body.lane) { 1 } else { 2 };
         let lane = self.lane_mut(body.lane);
         if body.cancelled {
             // It begins to be answered as cancelled: its slot's generation has to pass.
@@ -431,10 +476,12 @@ impl Session {
             }
             return body.begin(lane, answers, requests);
         }
-        let may_ask = lane.wish_for(class, slots_in + slots_out, now)?;
+        let may_ask = lane.wish_for(class, slots_in + slots_out, spare, now)?;
         let until = since + body.patience(may_ask, lane.lane.leases.in_use());
-        body.stage = Stage::Queued { since, until };
-        if now < until || lane.lane.slots.free() < 2 {
+        let waits = now < until;
+        // One that cannot begin for want of base slots waits for completions.
+        body.stage = Stage::Queued { since, until: waits.then_some(until) };
+        if waits || lane.lane.slots.free() < 2 {
             return Ok(false);
         }
         let Some(answer) = lane.lane.slots.take(0) else { return Ok(false) };
@@ -502,14 +549,13 @@ impl Session {
         })
     }
 
-    /// When a body that waits for a lease will begin without one.
+    /// When a body that waits for a lease is to begin without one: now, if that has passed since it was looked at.
     pub(super) fn body_begins_at(&self) -> Option<Instant> {
         let waits = |index: &u32| match self.bodies.all[*index as usize].as_deref()?.stage {
-            Stage::Queued { until, .. } => Some(until),
+            Stage::Queued { until, .. } => until,
             Stage::Begun | Stage::Ended => None,
         };
-        // One that cannot begin for want of base slots waits for completions.
-        self.bodies.queued.iter().filter_map(waits).min().filter(|at| *at > Instant::now())
+        self.bodies.queued.iter().filter_map(waits).min()
     }
 
     /// A frame of an answer, or its end; returns what is to be handed out.
@@ -665,7 +711,7 @@ impl Body {
         total: Option<u64>,
         options: &CallOptions,
     ) -> Self {
-        let now = Instant::now();
+        let now = machine::now();
         Self {
             lane,
             name,
@@ -673,7 +719,7 @@ impl Body {
             entry,
             traceparent: options.traceparent,
             tag: options.tag,
-            stage: Stage::Queued { since: now, until: now },
+            stage: Stage::Queued { since: now, until: None },
             total,
             reply: options.reply_capacity,
             owned: None,
@@ -695,6 +741,7 @@ impl Body {
             orphaned: false,
             cancelled: false,
             has_news: false,
+            news_later: false,
         }
     }
 
@@ -751,13 +798,11 @@ impl Body {
             entry.flags |= flag::LEASED;
             (entry.payload_slot, entry.lease_epoch) = (self.name.slot, epoch);
         }
-        let stage = self.stage;
         if self.cancelled {
             // Said before it is published: it will not be started.
             self.write_word(lane);
         }
         if !lane.send_body(self.name, &entry, self.target.bulk)? {
-            self.stage = stage;
             lane.put_back_window(answers.slots(), self.name.slot);
             lane.put_back_window(requests.iter().flat_map(Window::slots), self.name.slot);
             return Ok(false);
@@ -788,7 +833,8 @@ impl Body {
     }
 
     fn has_new_room(&self, lane: &Lane) -> bool {
-        self.stage == Stage::Begun && self.taken_word(lane).is_some_and(|taken| taken != self.taken)
+        let sends = self.stage == Stage::Begun && !self.cancelled;
+        sends && self.taken_word(lane).is_some_and(|taken| taken != self.taken)
     }
 
     /// Slots of frames that have been taken are free again.

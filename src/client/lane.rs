@@ -7,6 +7,7 @@ use super::call::{CallId, SlotWriter};
 use super::classify::{Fate, Remains, Witness, fate};
 use super::doorbell::{Doorbell, ring_socket};
 use crate::error::{IpcError, Result};
+use crate::machine;
 use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{AWAKE, Published, fence_before_bell};
 use doorbell_shm::entry::{Completion, Status, Submission, flag, kind};
@@ -165,6 +166,21 @@ impl Lane {
             refused_until: None,
             unusable: None,
         }
+    }
+
+    /// How it stands.
+    #[cfg(test)]
+    pub fn describe(&self) -> String {
+        let (free, waits, refused) =
+            (self.lane.slots.free(), self.wish.is_some(), self.refused_until.is_some());
+        let bell = self.lane.common.server_bell.0.load(Relaxed);
+        let Self { in_flight, controls, unrung, .. } = self;
+        format!(
+            "{free} slots free, {in_flight} in flight, {controls} controls, waits for a lease {waits}, was refused {refused}, \
+             unrung {unrung:?}, bell {bell}, ready {}, leases in use {}",
+            self.is_ready(),
+            self.lane.leases.in_use()
+        )
     }
 
     /// Calls in flight.
@@ -361,22 +377,22 @@ impl Lane {
         slot as usize >= self.calls.len()
     }
 
-    /// Asks for a lease of so many slots of `bytes` bytes, unless that has been done; says whether one may come.
-    pub fn wish_for(&mut self, bytes: usize, slots: u32, now: Instant) -> Result<bool> {
+    /// Asks for a lease of so many slots of `bytes` bytes, unless that has been done or less than `spare` base slots would be
+    /// left: the server may take long to answer. Says whether one may come.
+    pub fn wish_for(&mut self, bytes: usize, slots: u32, spare: usize, now: Instant) -> Result<bool> {
         if self.wish.is_some() {
             return Ok(true);
         }
         let refused = self.refused_until.is_some_and(|until| now < until);
-        if self.geometry.lease_pages == 0 || refused || self.lane.slots.free() < 2 {
+        if self.geometry.lease_pages == 0 || refused || self.lane.slots.free() <= spare {
             return Ok(false);
         }
         self.return_void_leases()?;
-        if self.unusable.is_some() {
+        // Giving leases back takes slots.
+        if self.unusable.is_some() || self.lane.slots.free() <= spare {
             return Ok(false);
         }
-        let Some(name) = self.lane.slots.take(0).filter(|_| self.lane.slots.free() > 0) else {
-            return Ok(false);
-        };
+        let Some(name) = self.lane.slots.take(0) else { return Ok(false) };
         let entry = Submission {
             kind: kind::LEASE,
             slot: name.slot,
@@ -444,7 +460,7 @@ impl Lane {
             }
             _ => {
                 let rest = Duration::from_millis(completion.detail);
-                self.refused_until = Some(Instant::now() + if rest.is_zero() { FULL_REST } else { rest });
+                self.refused_until = Some(machine::now() + if rest.is_zero() { FULL_REST } else { rest });
             }
         }
         Ok(())
@@ -462,7 +478,7 @@ impl Lane {
             Err(_) if self.lane.leases.any(|old| words.is_gone(old)) => {
                 self.unusable = Some((first, epoch));
                 // The next one would lie there too.
-                self.refused_until = Some(Instant::now() + FULL_REST);
+                self.refused_until = Some(machine::now() + FULL_REST);
                 self.return_void_leases()
             }
             Err(fault) => Err(IpcError::ServerFault(fault)),
@@ -593,7 +609,7 @@ impl Lane {
             Doorbell::Socket(socket) => ring_socket(socket)?,
             // Every waiter: waits of a ring that is gone still absorb wakes for some milliseconds.
             Doorbell::Futex => {
-                doorbell_uring::futex::wake(&self.lane.common.server_bell.0, i32::MAX as u32)
+                machine::futex_wake(&self.lane.common.server_bell.0, i32::MAX as u32)
                     .map_err(|e| IpcError::io("futex(FUTEX_WAKE) towards the server", e))?;
             }
         }
@@ -725,12 +741,13 @@ impl Lane {
     }
 
     /// The session is over and every completion has been taken: what is in flight is classified by the server's
-    /// published position (FAULTS §5). `let_go`: its reactor had let go of it before the completions were taken.
+    /// published position (FAULTS §5). `let_go`: its reactor had let go of it before the completions were taken. `lost`
+    /// says whether anybody wants to know of a call.
     pub fn classify(
         &mut self,
         witness: Witness,
         let_go: bool,
-        mut lost: impl FnMut(Answered, bool),
+        mut lost: impl FnMut(Answered, bool) -> bool,
     ) -> Result<()> {
         for ring in [INTERACTIVE, BULK] {
             self.lane.submissions[ring].refresh().map_err(IpcError::ServerFault)?;
@@ -762,7 +779,9 @@ impl Lane {
                     let outcome = Outcome::Lost { started };
                     let answered =
                         Answered { slot, generation, response_slot, lane: self.index, tag, outcome };
-                    lost(answered, is_body);
+                    if !lost(answered, is_body) {
+                        self.release(slot);
+                    }
                 }
                 Phase::Zombie if call.response_slot == LEASE => self.free_name(slot),
                 Phase::Zombie => self.release(slot),

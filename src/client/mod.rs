@@ -15,6 +15,8 @@ mod reconnecting;
 mod revive;
 mod route;
 mod session;
+#[cfg(test)]
+pub(crate) mod simulated;
 mod start;
 mod stream;
 mod waiting;
@@ -32,6 +34,7 @@ pub use reconnecting::{
 pub use stream::{AnswerRecords, AnswerStream};
 
 use crate::error::{IpcError, Result};
+use crate::machine;
 use crate::protocol::MessageType;
 use doorbell_shm::entry::{Status, codec, flag};
 use lane::{Answered, Outcome};
@@ -186,7 +189,7 @@ impl IpcClient {
     /// [`IpcError::Disconnected`] or [`IpcError::NotExecuted`] when the session is over and every answer has
     /// been taken.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
-        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
+        let deadline = timeout.and_then(|t| machine::now().checked_add(t));
         self.session.borrow_mut().wait(deadline)
     }
 
@@ -232,7 +235,7 @@ impl IpcClient {
     /// For how long this session has been waiting for memory of the server's to carry long requests and answers in;
     /// `None` if it does not. Its calls go on meanwhile, but more slowly; [`CallOptions::timeout`] bounds them.
     pub fn waits_for_memory(&self) -> Option<Duration> {
-        self.session.borrow().waits_for_memory_since().map(|since| since.elapsed())
+        self.session.borrow().waits_for_memory_since().map(|since| machine::now() - since)
     }
 
     /// Sends more of the request of a [started](Connection::start) call: as many of `bytes` as there is room for now;
@@ -300,33 +303,16 @@ impl IpcClient {
         self.session.borrow_mut().finish_body(call)
     }
 
-    /// Runs `attempt` until it does not block: while it does, flushes and waits for answers.
-    fn retry<T>(&self, attempt: impl FnMut(&mut Session) -> Result<T>) -> Result<T> {
-        self.retry_until(None, attempt)
-    }
-
-    /// The same until `deadline`, if there is one.
+    /// Runs `attempt` until it does not block, or until `deadline`; while it does, flushes and waits for answers.
     fn retry_until<T>(
         &self,
         deadline: Option<Instant>,
         mut attempt: impl FnMut(&mut Session) -> Result<T>,
     ) -> Result<T> {
-        loop {
-            let mut session = self.session.borrow_mut();
-            match attempt(&mut session) {
-                Err(IpcError::WouldBlock) => {
-                    // Answers that nobody has taken hold the slots: waiting for them would wait for ever.
-                    if session.only_untaken_answers() {
-                        return Err(IpcError::WouldBlock);
-                    }
-                    if !session.wait_for_completion(deadline)? {
-                        return Err(IpcError::Timeout);
-                    }
-                    session.stash()?;
-                }
-                other => return other,
-            }
-        }
+        let mut session = self.session.borrow_mut();
+        let tried = session.retry_until(deadline, &mut attempt);
+        session.bodies.tell_news();
+        tried
     }
 
     /// Waits until the call `id` is answered, or can send more of its request (`None`).
@@ -354,42 +340,23 @@ impl IpcClient {
 
     /// Waits for the next frame of the answer to `id`, or for its end; what comes for others is kept for `poll`.
     fn wait_for_frame(&self, id: CallId, deadline: Option<Instant>) -> Result<Answered> {
-        let mut session = self.session.borrow_mut();
-        loop {
-            // Frames that came while somebody else waited are older than those in the rings.
-            if let Some(answered) = session.take_kept(id.lane, id.slot) {
-                return Ok(answered);
-            }
-            while let Some(next) = session.next_completed()? {
-                if (next.lane, next.slot) == (id.lane, id.slot) {
-                    return Ok(next);
-                }
-                session.keep(next);
-            }
-            if !session.wait_for_completion(deadline)? {
-                return Err(IpcError::Timeout);
-            }
+        // Frames that came while somebody else waited are older than those in the rings.
+        let kept = self.session.borrow_mut().take_kept(id.lane, id.slot);
+        match kept {
+            Some(answered) => Ok(answered),
+            None => self.wait_for(id.lane, id.slot, deadline),
         }
     }
 
-    /// Waits for the terminal completion of the call in `slot` of `lane`; others that come are kept for `poll`.
+    /// Waits for the next completion of the call in `slot` of `lane`; others that come are kept for `poll`.
     #[inline]
     fn wait_for(&self, lane: u32, slot: u32, deadline: Option<Instant>) -> Result<Answered> {
         let mut session = self.session.borrow_mut();
-        loop {
-            while let Some(next) = session.next_completed()? {
-                if (next.lane, next.slot) == (lane, slot) {
-                    return Ok(next);
-                }
-                session.keep(next);
-            }
-            if let Some(answered) = session.take_kept(lane, slot) {
-                return Ok(answered);
-            }
-            if !session.wait_for_completion(deadline)? {
-                return Err(IpcError::Timeout);
-            }
+        let waited = session.wait_for(lane, slot, deadline);
+        if session.bodies.are_active() {
+            session.bodies.tell_news();
         }
+        waited
     }
 }
 
@@ -495,14 +462,14 @@ impl<'c> Connection<'c> {
     ) -> Result<R> {
         let client = self.client;
         let options = &CallOptions { pieces: false, ..*options };
-        let deadline = options.timeout.and_then(|t| Instant::now().checked_add(t));
+        let deadline = options.timeout.and_then(|t| machine::now().checked_add(t));
         if request.len() > LONG {
             let reply = self.call_long(message_type, request, options, deadline)?;
             reply.result()?;
             return Ok(read(reply));
         }
         let id = match self.submit(message_type, request, options) {
-            Err(IpcError::WouldBlock) => client.retry(|session| {
+            Err(IpcError::WouldBlock) => client.retry_until(deadline, |session| {
                 session.submit(self.target(), message_type, request.len(), options, |w| w.write(request))
             })?,
             other => other?,
@@ -531,7 +498,8 @@ impl<'c> Connection<'c> {
     ) -> Result<Reply<'c>> {
         let client = self.client;
         let total = Some(request.len() as u64);
-        let id = client.retry(|session| session.start_body(self.target(), message_type, total, options))?;
+        let start = |session: &mut Session| session.start_body(self.target(), message_type, total, options);
+        let id = client.retry_until(deadline, start)?;
         let mut sent = 0;
         let answered = loop {
             if sent < request.len() {

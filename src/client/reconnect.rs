@@ -4,6 +4,7 @@
 use super::connect::{CLOSED_EARLY, CUT, ClientConfig, Connecting};
 use super::{ConnectionId, IpcClient};
 use crate::error::{IpcError, Result};
+use crate::machine;
 use crate::protocol::rendezvous;
 use doorbell_shm::entry::{codec, flag};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -198,7 +199,7 @@ impl Address {
     pub fn connect(&self, lines: &[Wanted]) -> Result<Link> {
         let patience = self.config.connect_timeout;
         let client = self.begin(patience)?.finish()?;
-        let deadline = Instant::now().checked_add(patience);
+        let deadline = machine::now().checked_add(patience);
         let open = |line: &Wanted| -> Result<_> {
             Ok((line.at, client.open_until(line.codec, line.bulk, deadline)?.detach()))
         };
@@ -260,7 +261,7 @@ impl Opening {
                 }
                 Some(other) => client.session.borrow_mut().release(&other),
                 None if client.prepare_to_wait()? => {}
-                None if Instant::now() >= self.give_up => return Err(IpcError::Timeout),
+                None if machine::now() >= self.give_up => return Err(IpcError::Timeout),
                 None => return Ok(false),
             }
         }
@@ -270,7 +271,7 @@ impl Opening {
 
 impl Search {
     pub fn new(reconnect: &Reconnect) -> Self {
-        let now = Instant::now();
+        let now = machine::now();
         Self { since: now, pauses: Pauses::up_to(reconnect.pause_max), stage: Stage::Pausing, next: now }
     }
 
@@ -287,14 +288,14 @@ impl Search {
     ) -> Result<Option<Link>> {
         loop {
             let stage = match std::mem::replace(&mut self.stage, Stage::Pausing) {
-                Stage::Pausing if Instant::now() < self.next => return Ok(None),
+                Stage::Pausing if machine::now() < self.next => return Ok(None),
                 Stage::Pausing => address.begin(QUEUE).map(Stage::Greeting),
                 Stage::Greeting(begun) if !begun.is_due()? => {
                     self.stage = Stage::Greeting(begun);
                     return Ok(None);
                 }
                 Stage::Greeting(begun) => begun.finish().map(|client| {
-                    let give_up = Instant::now() + address.config.connect_timeout.min(PATIENCE_MAX);
+                    let give_up = machine::now() + address.config.connect_timeout.min(PATIENCE_MAX);
                     let (wanted, connections) = (lines.to_vec(), Vec::new());
                     Stage::Opening(Box::new(Opening { client, wanted, connections, asked: None, give_up }))
                 }),
@@ -309,7 +310,7 @@ impl Search {
             };
             match stage {
                 Ok(stage) => self.stage = stage,
-                Err(error) => self.next = Instant::now() + self.pause_after(error, reconnect)?,
+                Err(error) => self.next = machine::now() + self.pause_after(error, reconnect)?,
             }
         }
     }
@@ -345,7 +346,7 @@ impl Search {
 
 /// Waits until one of the descriptors is readable, at most until then.
 pub(super) fn sleep_until(descriptors: &[BorrowedFd<'_>], until: Option<Instant>) -> Result<()> {
-    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+    let left = until.map(|until| until.saturating_duration_since(machine::now()));
     let left = left.map(|left| Timespec {
         tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: left.subsec_nanos().into(),

@@ -13,6 +13,7 @@ use super::lane::Answered;
 use super::mux::{Call, Frame, Key, Mux, State};
 use super::reconnect::{ends_soon, is_loss};
 use crate::error::{IpcError, Result};
+use crate::machine;
 use crate::protocol::MessageType;
 use doorbell_shm::kill_point;
 use std::collections::VecDeque;
@@ -53,7 +54,7 @@ impl Again {
             line,
             message_type,
             options: *options,
-            deadline: options.deadline.and_then(|limit| Instant::now().checked_add(limit)),
+            deadline: options.deadline.and_then(|limit| machine::now().checked_add(limit)),
             len: request.len(),
             request: (!in_slot).then(|| request.to_vec()),
             doubts: 0,
@@ -76,7 +77,7 @@ impl Again {
     /// What goes with it now; `None` if its deadline has passed.
     fn options(&self) -> Option<CallOptions> {
         let deadline = match self.deadline {
-            Some(deadline) => Some(deadline.checked_duration_since(Instant::now())?),
+            Some(deadline) => Some(deadline.checked_duration_since(machine::now())?),
             None => None,
         };
         Some(CallOptions { deadline, ..self.options })

@@ -9,11 +9,11 @@
 use super::session::{Session, Target};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
+use crate::machine::current_cpu;
 use crate::protocol::CONNECTION_INDEX_BITS;
 use crate::protocol::handshake::{LaneChoice, NO_CORE};
 use doorbell_shm::entry::{Submission, flag, kind};
 use doorbell_shm::kill_point;
-use doorbell_uring::current_cpu;
 
 /// Calls in flight from which on a client does not wait for one of them, but keeps a reactor busy: on another core.
 const PIPELINED: usize = 4;

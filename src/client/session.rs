@@ -518,9 +518,11 @@ impl Session {
         for (lane, let_go) in std::iter::once(home).chain(further).zip(let_go) {
             lane.classify(witness, let_go, |mut lost, is_body| {
                 if is_body {
-                    lost.tag = bodies.lose(lost.tag as u32);
+                    let Some(tag) = bodies.lose(lost.tag as u32) else { return false };
+                    lost.tag = tag;
                 }
                 kept.push_back(lost);
+                true
             })?;
         }
         Ok(())

@@ -9,16 +9,19 @@
 //! Who sleeps does so on the futex of his lane for 20 ms, then, or at once if calls are in flight on several lanes,
 //! on the session's socket: the server rings it with one byte, and its end shows there too (F51).
 
+use super::lane::Answered;
 use super::session::{End, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
+use crate::machine;
+use crate::machine::current_cpu;
 use crate::protocol::handshake::{DisconnectReason, Goodbye, LaneChoice, LaneGrant, LaneRequest};
 use crate::protocol::rendezvous;
 use doorbell_shm::bell::{WAITER_FUTEX, WAITER_SOCKET};
 use doorbell_shm::kill_point;
 use doorbell_shm::layout::state;
-use doorbell_uring::{current_cpu, futex};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use doorbell_uring::futex;
+use rustix::event::{PollFlags, Timespec};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -78,6 +81,53 @@ impl Session {
         }
     }
 
+    /// Waits for the next completion of the call in `slot` of `lane`; others that come are kept. Room for the requests of
+    /// other calls ends no wait.
+    #[inline]
+    pub fn wait_for(&mut self, lane: u32, slot: u32, deadline: Option<Instant>) -> Result<Answered> {
+        loop {
+            while let Some(next) = self.next_completed()? {
+                if (next.lane, next.slot) == (lane, slot) {
+                    return Ok(next);
+                }
+                self.keep(next);
+            }
+            if let Some(answered) = self.take_kept(lane, slot) {
+                return Ok(answered);
+            }
+            if self.bodies.are_active() {
+                self.bodies.keep_news();
+            }
+            if !self.wait_for_completion(deadline)? {
+                return Err(IpcError::Timeout);
+            }
+        }
+    }
+
+    /// Runs `attempt` until it does not block, or until `deadline`; while it does, flushes and waits for answers.
+    pub fn retry_until<T>(
+        &mut self,
+        deadline: Option<Instant>,
+        attempt: &mut dyn FnMut(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            match attempt(self) {
+                Err(IpcError::WouldBlock) => {
+                    // Answers that nobody has taken hold the slots: waiting for them would wait for ever.
+                    if self.only_untaken_answers() {
+                        return Err(IpcError::WouldBlock);
+                    }
+                    self.bodies.keep_news();
+                    if !self.wait_for_completion(deadline)? {
+                        return Err(IpcError::Timeout);
+                    }
+                    self.stash()?;
+                }
+                other => return other,
+            }
+        }
+    }
+
     /// Waits until a completion is in a ring or the session is over; `false` when the deadline came first.
     #[inline]
     pub fn wait_for_completion(&mut self, deadline: Option<Instant>) -> Result<bool> {
@@ -119,18 +169,18 @@ impl Session {
                 // Spinning there would only keep the reactor from answering.
                 if self.shares_core() {
                     self.flush()?;
-                    std::thread::yield_now();
+                    machine::yield_now();
                 }
             }
             looks = looks.wrapping_add(1);
             // Nothing has come for some ten microseconds: whoever else wants this core may be who we wait for, or has to
             // get on before the server comes to us. With nobody there it costs a third of one.
-            std::thread::yield_now();
+            machine::yield_now();
             let closed = self.segment.state().0 == state::CLOSED;
             if (closed || looks.is_multiple_of(LOOKS_PER_SOCKET)) && self.is_over()? {
                 return self.what_is_left();
             }
-            if deadline.is_some_and(|d| Instant::now() >= d) {
+            if deadline.is_some_and(|d| machine::now() >= d) {
                 return Ok(false);
             }
         }
@@ -147,12 +197,12 @@ impl Session {
             self.crowded -= 1;
         } else if self.shares_core() {
             for _ in 0..YIELDS {
-                let before = Instant::now();
+                let before = machine::now();
                 if deadline.is_some_and(|d| before >= d) {
                     return Ok(self.is_ready());
                 }
-                std::thread::yield_now();
-                if before.elapsed() > CROWDED_YIELD {
+                machine::yield_now();
+                if machine::now() - before > CROWDED_YIELD {
                     self.crowded = CROWDED_WAITS;
                 }
                 if self.is_ready() {
@@ -163,8 +213,8 @@ impl Session {
                 }
             }
         } else if self.lanes().any(|lane| lane.in_flight > 0 && lane.seems_polled()) {
-            let give_up = Instant::now() + SPIN_TIME;
-            while Instant::now() < give_up && !self.shares_core() {
+            let give_up = machine::now() + SPIN_TIME;
+            while machine::now() < give_up && !self.shares_core() {
                 for _ in 0..SPINS_PER_CPU {
                     if self.is_ready() {
                         return Ok(true);
@@ -181,7 +231,7 @@ impl Session {
         self.flush()?;
         let mut slept = Duration::ZERO;
         loop {
-            let now = Instant::now();
+            let now = machine::now();
             let left = deadline.map(|d| d.saturating_duration_since(now));
             if left == Some(Duration::ZERO) {
                 return Ok(self.is_ready());
@@ -204,7 +254,7 @@ impl Session {
             if begins.is_some() {
                 self.flush()?;
             }
-            slept += now.elapsed();
+            slept += machine::now() - now;
         }
     }
 
@@ -224,7 +274,7 @@ impl Session {
         let woken = if self.is_ready() || self.segment.state().0 == state::CLOSED {
             futex::Woken::TimedOut
         } else {
-            futex::wait(&bell.0, value, Some(slice)).map_err(|e| IpcError::io("futex(FUTEX_WAIT)", e))?
+            machine::futex_wait(&bell.0, value, slice).map_err(|e| IpcError::io("futex(FUTEX_WAIT)", e))?
         };
         bell.clear(WAITER_FUTEX);
         Ok(woken != futex::Woken::Interrupted)
@@ -276,7 +326,7 @@ impl Session {
             Err(Errno::AGAIN | Errno::PIPE | Errno::CONNRESET) => return Ok(0),
             Err(e) => return Err(IpcError::io("send of a wish for a lane", e)),
         }
-        let give_up = Instant::now() + LANE_TIMEOUT;
+        let give_up = machine::now() + LANE_TIMEOUT;
         loop {
             match self.hear()? {
                 Heard::Lane(grant, bell) => {
@@ -289,7 +339,7 @@ impl Session {
                     return Err(self.ended());
                 }
                 Heard::Nothing => {
-                    let left = give_up.saturating_duration_since(Instant::now());
+                    let left = give_up.saturating_duration_since(machine::now());
                     if left.is_zero() {
                         return Ok(0);
                     }
@@ -304,7 +354,7 @@ impl Session {
     #[cold]
     pub fn look_after_server(&mut self) -> Result<()> {
         if self.end.is_none() {
-            let now = Instant::now();
+            let now = machine::now();
             if self.looked_at.is_some_and(|looked_at| now.duration_since(looked_at) < LOOK_INTERVAL) {
                 return Ok(());
             }
@@ -409,7 +459,7 @@ fn poll_socket(session: &Session, left: Option<Duration>) -> Result<bool> {
         tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: left.subsec_nanos().into(),
     });
-    match poll(&mut [PollFd::new(&session.socket, PollFlags::IN | PollFlags::RDHUP)], left.as_ref()) {
+    match machine::poll(&session.socket, PollFlags::IN | PollFlags::RDHUP, left.as_ref()) {
         Ok(_) => Ok(true),
         Err(Errno::INTR) => Ok(false),
         Err(e) => Err(IpcError::io("poll of the session socket", e)),

@@ -193,6 +193,10 @@ pub(crate) fn is_ours(socket: impl AsFd) -> bool {
 /// CLOCK_MONOTONIC, ns.
 #[inline]
 pub(crate) fn monotonic_ns() -> u64 {
+    #[cfg(test)]
+    if let Some(now) = crate::simulation::kernel::now_ns() {
+        return now;
+    }
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }

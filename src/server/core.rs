@@ -785,6 +785,12 @@ impl<S> Core<S> {
         &mut self.exchanges
     }
 
+    /// Connections that are open here.
+    #[cfg(test)]
+    pub fn connections_open(&self) -> u32 {
+        self.connections.open_count()
+    }
+
     /// Bytes that are reserved for bodies which are put together.
     pub fn body_bytes(&self) -> usize {
         self.exchanges.reserved()

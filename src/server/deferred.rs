@@ -6,6 +6,7 @@
 //! call.
 
 use super::table::{Context, HandlerError};
+use crate::machine;
 use crate::protocol::records;
 use atomic_waker::AtomicWaker;
 use doorbell_shm::bell::{Published, ServerBell, fence_before_bell};
@@ -13,7 +14,6 @@ use doorbell_shm::bytes::SharedBytes;
 #[cfg(fuzzing)]
 use doorbell_shm::hooked::AtomicU32;
 use doorbell_shm::pipe::{Pipe, PipeWriter, Range, ReadySet};
-use doorbell_uring::futex;
 use std::cell::Cell;
 use std::fmt;
 use std::future::{Future, poll_fn};
@@ -131,7 +131,7 @@ impl Desk {
     fn wake(&self) {
         // Neither can fail for what is our own; were it to, the sweep of the reactor would find what is ready.
         match &self.eventfd {
-            None => futex::wake(&self.bell.0, u32::MAX).map(drop).ok(),
+            None => machine::futex_wake(&self.bell.0, u32::MAX).map(drop).ok(),
             Some(eventfd) => doorbell_uring::ring_eventfd(eventfd).ok(),
         };
     }

@@ -13,6 +13,7 @@ use super::process::{ProcessKey, Processes};
 use super::reactor::{GENERATION_MASK, Reactor, Source};
 use crate::config::ServerConfig;
 use crate::error::Result;
+use crate::machine;
 use crate::protocol::handshake::{
     DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, NO_CORE, Scope, Welcome, code,
     doorbell_kind,
@@ -451,7 +452,7 @@ impl Home {
     }
 
     /// Answers a first packet; `None` for one that was too long or did not come alone.
-    fn answer<S>(
+    pub(super) fn answer<S>(
         &mut self,
         reactor: &mut Reactor<S>,
         socket: OwnedFd,
@@ -507,7 +508,7 @@ impl Home {
             return Ok(());
         }
         kill_point!("server.budget.taken");
-        let segment = match Segment::create(geometry, welcome.lanes, identity) {
+        let segment = match machine::create_segment(geometry, welcome.lanes, identity) {
             Ok(made) => Arc::new(made),
             Err(error) => {
                 reactor.core.budget.give_session(bytes);

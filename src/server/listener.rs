@@ -40,6 +40,14 @@ impl Listener {
         Ok(Self { socket, place, inode: Some(inode), lock, spare })
     }
 
+    /// One that nobody knocks at, for a server in a simulation.
+    #[cfg(test)]
+    pub fn nowhere() -> Result<Self> {
+        let fd = || spare().map_err(|e| IpcError::io("eventfd in the place of a socket", e));
+        let place = Place { directory: fd()?, name: "nowhere".into(), path: "nowhere".into() };
+        Ok(Self { socket: fd()?, place, inode: None, lock: fd()?, spare: None })
+    }
+
     /// Takes over a socket that listens at `path` already, and that whoever has handed it over keeps (F49).
     ///
     /// # Errors

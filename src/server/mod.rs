@@ -26,6 +26,8 @@ mod listener;
 mod memory;
 mod process;
 mod reactor;
+#[cfg(test)]
+pub(crate) mod simulated;
 #[cfg(any(test, fuzzing))]
 pub mod simulation;
 mod spin;

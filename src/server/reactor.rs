@@ -17,6 +17,7 @@ use super::throttle::Throttle;
 use crate::config::{Backend, ServerConfig, WaitPolicy};
 use crate::error::Result;
 use crate::inspect::Running;
+use crate::machine::Driver;
 use crate::metrics::{Counters, Metrics, Totals, TypeTable};
 use crate::protocol::handshake::{DisconnectReason, LaneGrant};
 use crate::protocol::rendezvous::{self, monotonic_ns};
@@ -24,7 +25,7 @@ use doorbell_shm::PeerFault;
 use doorbell_shm::bell::{self, WAITER_FUTEX, WAITER_SOCKET, fence_before_bell};
 use doorbell_shm::kill_point;
 use doorbell_shm::segment::Segment;
-use doorbell_uring::{Completion, Driver, PollFlags, SetupError, Step, Token, Wait};
+use doorbell_uring::{Completion, PollFlags, SetupError, Step, Token, Wait};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use std::os::fd::{AsFd, OwnedFd};
@@ -189,6 +190,19 @@ impl AfterWait {
     }
 }
 
+/// What a reactor's loop remembers from one step to the next.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    idle_rounds: u32,
+    unfenced: u32,
+    rounds_since_tick: u32,
+    busy_tick_ns: u64,
+    wakes_postponed: bool,
+    handed_over: bool,
+    /// Until when to poll under the policy `handoff`; 0 while it has not been asked.
+    polls_until_ns: u64,
+}
+
 pub(crate) struct Reactor<S: 'static> {
     pub(super) driver: Driver,
     pub(super) core: Core<S>,
@@ -280,113 +294,120 @@ impl<S> Reactor<S> {
         self.stop()
     }
 
+    /// Begins to listen, if it is home.
+    pub(super) fn begin(&mut self) -> Result<()> {
+        self.with_home(Home::begin)
+    }
+
     fn serve(&mut self) -> Result<()> {
-        self.with_home(Home::begin)?;
-        let spins = self.core.config().policy == WaitPolicy::Spin;
-        let mut idle_rounds = 0u32;
-        let mut unfenced = 0u32;
-        let mut rounds_since_tick = 0u32;
-        let mut busy_tick_ns = 0;
-        let mut wakes_postponed = false;
-        let mut handed_over = false;
-        // Until when to poll under the policy `handoff`; 0 while it has not been asked.
-        let mut polls_until_ns = 0;
+        self.begin()?;
+        let mut pace = Pace::default();
         while !self.stopping {
-            rounds_since_tick += 1;
-            if rounds_since_tick >= ROUNDS_PER_TICK {
-                rounds_since_tick = 0;
-                let now = monotonic_ns();
-                if now >= busy_tick_ns {
-                    self.core.settle_times(&mut || now);
-                    busy_tick_ns = now + BUSY_TICK_NS;
-                    self.tick(now)?;
-                }
-            }
-            // DEFER_TASKRUN: without this enter a bell rung by a sleeping lane's client is never seen.
-            if self.driver.pending() && !std::mem::take(&mut wakes_postponed) {
-                self.core.settle_times(&mut monotonic_ns);
-                self.driver.enter(Wait::No)?;
-                self.events()?;
-                if self.stopping {
-                    break;
-                }
-            }
-            let mut taken = self.round();
-            rounds_since_tick += taken / ENTRIES_PER_ROUND;
-            self.end_faulty()?;
-            let beside = self.core.has_jobs() || self.core.has_questions() || self.core.tickets().has_work();
-            if beside || self.core.leases.has_work() {
-                self.core.settle_times(&mut monotonic_ns);
-            }
-            if self.core.leases.has_work() {
-                self.serve_memory()?;
-            }
-            if self.core.has_questions() {
-                self.serve_inspections()?;
-                taken += 1;
-            }
-            if self.core.has_jobs() {
-                taken += self.serve_files()?;
-            }
-            if self.core.tickets().has_work() {
-                taken += self.core.serve_tickets(TICKETS_PER_ROUND, &mut monotonic_ns);
-                self.end_faulty()?;
-            }
-            self.core.wake_holders();
-            if taken > 0 {
-                // For whoever asks for the counters: a copy that is as old as one round.
-                self.core.metrics.enters = self.driver.counters().enters;
-                if idle_rounds > 0 && self.spin.is_timing() {
-                    let now = monotonic_ns();
-                    self.core.metrics.spun_ns += self.spin.polled(now);
-                    self.spin.work(now);
-                }
-                idle_rounds = 0;
-                unfenced += taken;
-                if unfenced >= ENTRIES_PER_FENCE || self.somebody_seems_asleep() {
-                    unfenced = 0;
-                    // If the next round finds nothing the wakes go with the wait for more, in one enter (R1.2).
-                    // They are put off for one round, not for as long as there is work.
-                    wakes_postponed = !spins && !self.driver.pending();
-                    self.ring_clients()?;
-                }
-                continue;
-            }
-            idle_rounds = idle_rounds.wrapping_add(1);
-            if idle_rounds == 1 {
-                handed_over = self.core.take_handed_over();
-                polls_until_ns = self.poll_budget(handed_over);
-            }
-            let expects = !self.core.all_cold() || self.core.tickets().attached() > 0;
-            let polls = expects && (spins || polls_until_ns != 0);
-            if (!polls || idle_rounds == QUIET_ROUNDS) && !self.core.touched().is_empty() {
-                unfenced = 0;
-                self.ring_clients()?;
-            }
-            if handed_over && idle_rounds == 1 && self.hand_back() {
-                // The caller has its answer, and its core back, before we arm and sleep: that takes as long as
-                // the call. We go on when it sleeps, or calls again.
-                self.submit()?;
-                std::thread::yield_now();
-                self.core.settle_times(&mut monotonic_ns);
-            } else if polls {
-                self.submit()?;
-                if idle_rounds.is_multiple_of(ROUNDS_PER_YIELD) {
-                    self.trim();
-                    std::thread::yield_now();
-                    self.core.settle_times(&mut monotonic_ns);
-                    if !spins && monotonic_ns() >= polls_until_ns {
-                        self.core.metrics.spun_ns += self.spin.polled(monotonic_ns());
-                        polls_until_ns = 0;
-                    }
-                } else {
-                    std::hint::spin_loop();
-                }
-            } else {
+            if self.step(&mut pace)? {
                 self.sleep()?;
             }
         }
         Ok(())
+    }
+
+    /// One round, and what there is to do beside it; whether the reactor is to sleep then.
+    #[inline(always)]
+    pub(super) fn step(&mut self, pace: &mut Pace) -> Result<bool> {
+        let spins = self.core.config().policy == WaitPolicy::Spin;
+        pace.rounds_since_tick += 1;
+        if pace.rounds_since_tick >= ROUNDS_PER_TICK {
+            pace.rounds_since_tick = 0;
+            let now = monotonic_ns();
+            if now >= pace.busy_tick_ns {
+                self.core.settle_times(&mut || now);
+                pace.busy_tick_ns = now + BUSY_TICK_NS;
+                self.tick(now)?;
+            }
+        }
+        // DEFER_TASKRUN: without this enter a bell rung by a sleeping lane's client is never seen.
+        if self.driver.pending() && !std::mem::take(&mut pace.wakes_postponed) {
+            self.core.settle_times(&mut monotonic_ns);
+            self.driver.enter(Wait::No)?;
+            self.events()?;
+            if self.stopping {
+                return Ok(false);
+            }
+        }
+        let mut taken = self.round();
+        pace.rounds_since_tick += taken / ENTRIES_PER_ROUND;
+        self.end_faulty()?;
+        let beside = self.core.has_jobs() || self.core.has_questions() || self.core.tickets().has_work();
+        if beside || self.core.leases.has_work() {
+            self.core.settle_times(&mut monotonic_ns);
+        }
+        if self.core.leases.has_work() {
+            self.serve_memory()?;
+        }
+        if self.core.has_questions() {
+            self.serve_inspections()?;
+            taken += 1;
+        }
+        if self.core.has_jobs() {
+            taken += self.serve_files()?;
+        }
+        if self.core.tickets().has_work() {
+            taken += self.core.serve_tickets(TICKETS_PER_ROUND, &mut monotonic_ns);
+            self.end_faulty()?;
+        }
+        self.core.wake_holders();
+        if taken > 0 {
+            // For whoever asks for the counters: a copy that is as old as one round.
+            self.core.metrics.enters = self.driver.counters().enters;
+            if pace.idle_rounds > 0 && self.spin.is_timing() {
+                let now = monotonic_ns();
+                self.core.metrics.spun_ns += self.spin.polled(now);
+                self.spin.work(now);
+            }
+            pace.idle_rounds = 0;
+            pace.unfenced += taken;
+            if pace.unfenced >= ENTRIES_PER_FENCE || self.somebody_seems_asleep() {
+                pace.unfenced = 0;
+                // If the next round finds nothing the wakes go with the wait for more, in one enter (R1.2).
+                // They are put off for one round, not for as long as there is work.
+                pace.wakes_postponed = !spins && !self.driver.pending();
+                self.ring_clients()?;
+            }
+            return Ok(false);
+        }
+        pace.idle_rounds = pace.idle_rounds.wrapping_add(1);
+        if pace.idle_rounds == 1 {
+            pace.handed_over = self.core.take_handed_over();
+            pace.polls_until_ns = self.poll_budget(pace.handed_over);
+        }
+        let expects = !self.core.all_cold() || self.core.tickets().attached() > 0;
+        let polls = expects && (spins || pace.polls_until_ns != 0);
+        if (!polls || pace.idle_rounds == QUIET_ROUNDS) && !self.core.touched().is_empty() {
+            pace.unfenced = 0;
+            self.ring_clients()?;
+        }
+        if pace.handed_over && pace.idle_rounds == 1 && self.hand_back() {
+            // The caller has its answer, and its core back, before we arm and sleep: that takes as long as
+            // the call. We go on when it sleeps, or calls again.
+            self.submit()?;
+            std::thread::yield_now();
+            self.core.settle_times(&mut monotonic_ns);
+        } else if polls {
+            self.submit()?;
+            if pace.idle_rounds.is_multiple_of(ROUNDS_PER_YIELD) {
+                self.trim();
+                std::thread::yield_now();
+                self.core.settle_times(&mut monotonic_ns);
+                if !spins && monotonic_ns() >= pace.polls_until_ns {
+                    self.core.metrics.spun_ns += self.spin.polled(monotonic_ns());
+                    pace.polls_until_ns = 0;
+                }
+            } else {
+                std::hint::spin_loop();
+            }
+        } else {
+            return Ok(true);
+        }
+        Ok(false)
     }
 
     #[inline(always)]
@@ -933,6 +954,18 @@ impl<S> Reactor<S> {
 
     /// Arms every lane that is polled, looks again, and sleeps if there is nothing.
     fn sleep(&mut self) -> Result<()> {
+        if !self.lie_down()? {
+            return Ok(());
+        }
+        self.core.pulse.sleeps(true);
+        let woken = self.driver.enter(Wait::Until(None));
+        self.core.pulse.sleeps(false);
+        woken?;
+        self.get_up()
+    }
+
+    /// Arms every lane that is polled and looks again; whether there is nothing, so that the driver may wait.
+    pub(super) fn lie_down(&mut self) -> Result<bool> {
         // Kept between calls: a call that is answered from sleep allocates nothing either (R1.7).
         self.core.settle_times(&mut monotonic_ns);
         if self.core.live() == 0 {
@@ -947,7 +980,8 @@ impl<S> Reactor<S> {
         }
         self.arming = hot;
         if !self.core.all_cold() || self.core.bodies_can_go_on() || self.arm_tickets()? {
-            return self.submit();
+            self.submit()?;
+            return Ok(false);
         }
         // Answers given outside of a turn, of leases and of calls that have been ended.
         if !self.core.touched().is_empty() {
@@ -961,10 +995,11 @@ impl<S> Reactor<S> {
         }
         self.trim();
         self.arm_timer()?;
-        self.core.pulse.sleeps(true);
-        let woken = self.driver.enter(Wait::Until(None));
-        self.core.pulse.sleeps(false);
-        woken?;
+        Ok(true)
+    }
+
+    /// What the driver waited for has come.
+    pub(super) fn get_up(&mut self) -> Result<()> {
         if let Some(desk) = self.core.tickets().desk() {
             desk.bell().clear();
         }
@@ -1063,7 +1098,7 @@ impl<S> Reactor<S> {
     }
 
     /// Takes leave of every client; returns what was counted.
-    fn stop(mut self) -> Result<Counters> {
+    pub(super) fn stop(mut self) -> Result<Counters> {
         let ids: Vec<SessionId> = self.core.ids().collect();
         for id in ids {
             match self.crew.is_home() {

@@ -323,56 +323,67 @@ impl Simulation {
     ///
     /// If the two differ: that is a mistake of the server, whatever a client did.
     pub fn check(&mut self) {
-        let ids: Vec<SessionId> = self.core.ids().collect();
-        assert_eq!(ids.len(), self.sessions.len());
-        let (mut live, mut reserved, mut with_deadline, mut pages, mut seen) = (0, 0, 0, 0, BTreeSet::new());
-        for id in &ids {
-            let Some(lane) = self.core.lane(*id) else { panic!("{id:?} has no lane") };
-            pages += lane.lane().leases.pages();
-            let all = lane.exchanges.iter().flat_map(|all| all.all()).collect::<Vec<_>>();
-            let granted: BTreeSet<u32> = lane
-                .lane()
-                .leases
-                .granted()
-                .iter()
-                .flat_map(|lease| lease.page..lease.page + lease.pages)
-                .collect();
-            let base = lane.segment().geometry().base_pages();
-            let mut lent = BTreeSet::new();
-            for index in all {
-                assert!(seen.insert(index), "exchange {index} is in two lanes");
-                let Some(e) = self.core.exchanges().get_mut(index) else { panic!("no exchange {index}") };
-                assert_eq!(e.seat, id.index);
-                live += 1;
-                with_deadline += u32::from(e.call.deadline != 0);
-                if let Work::Whole(body) = &e.work {
-                    reserved += body.reserved;
-                }
-                let window: Vec<u32> = e.window_slots().collect();
-                let parked = e
-                    .parked
-                    .iter()
-                    .map(|frame| frame.slot)
-                    .filter(|slot| *slot != e.call.slot && !window.contains(slot));
-                for slot in window.iter().copied().chain(parked).chain([e.call.slot]) {
-                    assert!(lent.insert(slot), "slot {slot} is lent twice");
-                    let page = slot / 4;
-                    assert!(page < base || granted.contains(&page), "slot {slot} is nobody's");
-                }
-                assert!(e.filled <= e.window.capacity && e.window.capacity >= SLOT_SMALL as u32);
-                assert!(e.window.frame.wrapping_sub(e.window.released) <= e.window.count);
-                assert!(e.spill.len() <= MESSAGE_MAX && e.sent <= MESSAGE_MAX);
-            }
-        }
-        assert_eq!(self.core.exchanges().live(), live, "exchanges without a lane");
-        assert_eq!(self.core.exchanges().reserved(), reserved, "memory of bodies");
-        assert_eq!(self.core.exchanges().with_deadline, with_deadline);
+        assert_eq!(self.core.ids().count(), self.sessions.len());
+        let leased = audit(&mut self.core);
         let sessions: u64 = self.sessions.iter().map(|(_, bytes)| bytes).sum();
-        let leased = u64::from(pages) * PAGE as u64;
-        assert_eq!(self.core.metrics.leased_bytes, leased);
         assert_eq!(self.core.budget.used(), self.unused + sessions + leased, "the budget");
         assert_eq!(self.core.budget.waiting(), u32::from(self.core.leases.len() > 0), "who waits");
     }
+}
+
+/// Compares what a core believes of its lanes with what there is of them; returns the bytes that are leased.
+///
+/// # Panics
+///
+/// If the two differ.
+pub(super) fn audit<S>(core: &mut Core<S>) -> u64 {
+    let message_max = core.config().max_message_size as usize;
+    let ids: Vec<SessionId> = core.ids().collect();
+    let (mut live, mut reserved, mut with_deadline, mut pages, mut seen) = (0, 0, 0, 0, BTreeSet::new());
+    for id in &ids {
+        let Some(lane) = core.lane(*id) else { panic!("{id:?} has no lane") };
+        pages += lane.lane().leases.pages();
+        let all = lane.exchanges.iter().flat_map(|all| all.all()).collect::<Vec<_>>();
+        let granted: BTreeSet<u32> = lane
+            .lane()
+            .leases
+            .granted()
+            .iter()
+            .flat_map(|lease| lease.page..lease.page + lease.pages)
+            .collect();
+        let base = lane.segment().geometry().base_pages();
+        let mut lent = BTreeSet::new();
+        for index in all {
+            assert!(seen.insert(index), "exchange {index} is in two lanes");
+            let Some(e) = core.exchanges().get_mut(index) else { panic!("no exchange {index}") };
+            assert_eq!(e.seat, id.index);
+            live += 1;
+            with_deadline += u32::from(e.call.deadline != 0);
+            if let Work::Whole(body) = &e.work {
+                reserved += body.reserved;
+            }
+            let window: Vec<u32> = e.window_slots().collect();
+            let parked = e
+                .parked
+                .iter()
+                .map(|frame| frame.slot)
+                .filter(|slot| *slot != e.call.slot && !window.contains(slot));
+            for slot in window.iter().copied().chain(parked).chain([e.call.slot]) {
+                assert!(lent.insert(slot), "slot {slot} is lent twice");
+                let page = slot / 4;
+                assert!(page < base || granted.contains(&page), "slot {slot} is nobody's");
+            }
+            assert!(e.filled <= e.window.capacity && e.window.capacity >= SLOT_SMALL as u32);
+            assert!(e.window.frame.wrapping_sub(e.window.released) <= e.window.count);
+            assert!(e.spill.len() <= message_max && e.sent <= message_max);
+        }
+    }
+    assert_eq!(core.exchanges().live(), live, "exchanges without a lane");
+    assert_eq!(core.exchanges().reserved(), reserved, "memory of bodies");
+    assert_eq!(core.exchanges().with_deadline, with_deadline);
+    let leased = u64::from(pages) * PAGE as u64;
+    assert_eq!(core.metrics.leased_bytes, leased);
+    leased
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! Private staging: where a request is copied before anything looks at it, and what files are read into.
 
 use crate::config::{STAGING_LARGE, STAGING_MEDIUM, ServerConfig};
+use crate::machine::Driver;
 use doorbell_shm::layout::{SLOT_LARGE, SLOT_MEDIUM};
-use doorbell_uring::{Buffer, Class, Counts, Driver, DriverError, Staging};
+use doorbell_uring::{Buffer, Class, Counts, DriverError, Staging};
 
 /// A reactor's private buffers. The client cannot reach them, so what a handler reads does not change while it
 /// reads (F15), and there is no time of check to differ from the time of use.
