@@ -456,9 +456,11 @@ impl Session {
 
     fn begin_with_windows(&mut self, body: &mut Body, now: Instant) -> Result<bool> {
         let Stage::Queued { since, .. } = body.stage else { return Ok(true) };
-        // Whoever begins next finds his answer slot and the last one, unless others are under way that will end.
-        let spare = if self.bodies.begun_on(body.lane) { 1 } else { 2 };
+        let begun = self.bodies.begun_on(body.lane);
         let lane = self.lane_mut(body.lane);
+        // Whoever begins next finds his answer slot and the last one, unless others are under way that will end. Where there
+        // are more than three slots, one that is lent otherwise does not keep a call from its leases.
+        let spare = if begun || lane.base_slots() > 3 { 1 } else { 2 };
         if body.cancelled {
             // It begins to be answered as cancelled: its slot's generation has to pass.
             return body.begin(lane, Window::of_slot(body.name.slot, body.name.capacity), None);

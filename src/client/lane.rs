@@ -388,8 +388,8 @@ impl Lane {
             return Ok(false);
         }
         self.return_void_leases()?;
-        // Giving leases back takes slots.
-        if self.unusable.is_some() || self.lane.slots.free() <= spare {
+        // Giving leases back takes slots, which come back at once: that needs no memory.
+        if self.unusable.is_some() || self.lane.slots.free() + self.controls <= spare {
             return Ok(false);
         }
         let Some(name) = self.lane.slots.take(0) else { return Ok(false) };
