@@ -235,7 +235,13 @@ fn many_bodies_at_once_come_back_each_to_its_own() {
                     let request = |tag: u64| body(20_000 + 9_973 * tag as usize, tag * 3 + thread);
                     for (tag, connection) in connections.iter().enumerate() {
                         let options = CallOptions { tag: tag as u64, ..CallOptions::default() };
-                        connection.submit(MessageType::ECHO, &request(tag as u64), &options).unwrap();
+                        let request = request(tag as u64);
+                        eventually("its lane has room for what goes before it", || {
+                            match connection.submit(MessageType::ECHO, &request, &options) {
+                                Err(IpcError::WouldBlock) => client.flush().map(|()| false).unwrap(),
+                                submitted => submitted.is_ok(),
+                            }
+                        });
                     }
                     for _ in 0..12 {
                         let answer = next(&client);
@@ -470,6 +476,25 @@ fn r1_9_without_memory_to_lease_calls_go_on_in_base_slots() {
         assert!(connection.call(MessageType::ECHO, &request).unwrap() == request);
         client.waits_for_memory().is_none()
     });
+}
+
+/// Goal:   P3: more long calls at once than a session's ring admits calls are all answered: they do not stop each other.
+/// Method: a ring of eight entries and far more slots; as many calls as there are names for, none of whose frames fit otherwise.
+#[test]
+fn p3_long_calls_leave_their_ring_room_for_their_frames() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let config = ClientConfig { ring_entries: 8, small_slots: 40, lease_pages: 0, ..ClientConfig::default() };
+    let client = IpcClient::connect_with(server.path(), &config).unwrap();
+    let connection = client.open().unwrap();
+    let requests: Vec<_> = (0..16).map(|seed| body(20_000, seed)).collect();
+    for (request, tag) in requests.iter().zip(0..) {
+        let options = CallOptions { tag, ..CallOptions::default() };
+        connection.submit(MessageType::ECHO, request, &options).unwrap();
+    }
+    for _ in &requests {
+        let answer = next(&client);
+        assert!(answer.to_vec().unwrap() == requests[answer.tag() as usize]);
+    }
 }
 
 /// Goal:   R5.3, DESIGN §5: sessions come whatever is leased: leases only speed things up.

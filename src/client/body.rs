@@ -214,6 +214,12 @@ impl Bodies {
         self.all.iter().flatten().any(|body| body.lane == lane && body.stage == Stage::Begun)
     }
 
+    /// Calls of a lane that have frames of their requests to send.
+    fn sending_on(&self, lane: u32) -> usize {
+        let sends = |body: &&Box<Body>| body.lane == lane && body.stage == Stage::Begun && !body.finished;
+        self.all.iter().flatten().filter(sends).count()
+    }
+
     /// An index that is not in use.
     fn vacancy(&mut self) -> u32 {
         match self.all.iter().position(Option::is_none) {
@@ -456,8 +462,13 @@ impl Session {
 
     fn begin_with_windows(&mut self, body: &mut Body, now: Instant) -> Result<bool> {
         let Stage::Queued { since, .. } = body.stage else { return Ok(true) };
-        let begun = self.bodies.begun_on(body.lane);
+        let (begun, sending) = (self.bodies.begun_on(body.lane), self.bodies.sending_on(body.lane));
         let lane = self.lane_mut(body.lane);
+        // A ring is read while there is room for another call's answer: as many calls as that would wait for their own
+        // frames for ever.
+        if sending > 0 && sending + 1 >= lane.admits() as usize && !body.cancelled {
+            return Ok(false);
+        }
         // Whoever begins next finds his answer slot and the last one, unless others are under way that will end. Where there
         // are more than three slots, one that is lent otherwise does not keep a call from its leases.
         let spare = if begun || lane.base_slots() > 3 { 1 } else { 2 };

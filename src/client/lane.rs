@@ -183,6 +183,11 @@ impl Lane {
         )
     }
 
+    /// Calls that the server admits from each ring at the same time.
+    pub fn admits(&self) -> u32 {
+        self.geometry.admitted()
+    }
+
     /// Calls in flight.
     pub fn calls_in_flight(&self) -> usize {
         self.in_flight - self.controls

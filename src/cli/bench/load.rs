@@ -982,7 +982,8 @@ mod tests {
         let mut paced = shape(4, 1);
         paced.rate = Some(10_000.0);
         let (result, latencies) = drive(&mut Model::new(4, 0), &paced);
-        assert!((350..=450).contains(&result.requests), "{}", result.requests);
+        // Never more than are due; fewer where this thread stood still.
+        assert!((100..=450).contains(&result.requests), "{}", result.requests);
         assert!(latencies.len().abs_diff(result.requests) <= 5);
         // One call at a time of 1 ms each cannot keep up with one every 100 µs: the queue shows.
         let mut slow = shape(1, 1);
