@@ -216,8 +216,8 @@ impl Bodies {
 
     /// Calls of a lane that have frames of their requests to send.
     fn sending_on(&self, lane: u32) -> usize {
-        let sends = |body: &&Box<Body>| body.lane == lane && body.stage == Stage::Begun && !body.finished;
-        self.all.iter().flatten().filter(sends).count()
+        let sends = |body: &&Body| body.lane == lane && body.stage == Stage::Begun && !body.finished;
+        self.all.iter().filter_map(Option::as_deref).filter(sends).count()
     }
 
     /// An index that is not in use.
