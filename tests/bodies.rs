@@ -539,7 +539,8 @@ fn f59_a_lease_may_lie_where_one_was_that_has_gone() {
         let server = TestServer::start_with(ServerConfig { sweep_interval, memory_budget: 2 << 20, ..base });
         let probe = client(server.path(), WaitPolicy::Block);
         let probe = probe.open().unwrap();
-        let config = ClientConfig { policy: WaitPolicy::Block, ..ClientConfig::default() };
+        // An answer that is kept leaves enough slots to ask for a lease.
+        let config = ClientConfig { policy: WaitPolicy::Block, small_slots: 8, ..ClientConfig::default() };
         let patient = IpcClient::connect_with(server.path(), &config).unwrap();
         let without = patient.shared_bytes().unwrap();
         let connection = patient.open().unwrap();

@@ -469,9 +469,8 @@ impl Session {
         if sending > 0 && sending + 1 >= lane.admits() as usize && !body.cancelled {
             return Ok(false);
         }
-        // Whoever begins next finds his answer slot and the last one, unless others are under way that will end. Where there
-        // are more than three slots, one that is lent otherwise does not keep a call from its leases.
-        let spare = if begun || lane.base_slots() > 3 { 1 } else { 2 };
+        // Whoever begins next finds his answer slot and the last one, unless others are under way that will end.
+        let spare = if begun { 1 } else { 2 };
         if body.cancelled {
             // It begins to be answered as cancelled: its slot's generation has to pass.
             return body.begin(lane, Window::of_slot(body.name.slot, body.name.capacity), None);
