@@ -87,6 +87,12 @@ impl Plain {
             }
             self.asleep = false;
         }
+        if finishing && self.is_idle() {
+            // There are only so many connections, and others need some to get on.
+            for connection in self.connections.drain(..) {
+                simulated::close(&self.client, connection);
+            }
+        }
         let most = if finishing { 3 } else { 13 };
         match world.below(most) {
             0 => self.poll(world),
