@@ -204,6 +204,43 @@ fn p6_s9_a_close_may_overtake_an_attach_that_no_call_follows() {
     assert_eq!(connection.call(MessageType::ECHO, b"on").unwrap(), b"on");
 }
 
+/// Goal:   F50: what a reactor completes after its client has heard that the session is over, and has been told what became of
+///         its calls, breaks nothing: the end stays what it was.
+/// Method: a gate holds the further reactor while the server ends; the call in it is lost, then the gate opens.
+#[test]
+fn f50_an_answer_that_comes_after_the_end_of_its_session_is_nobodys() {
+    let Some(pair) = two_cores() else { return };
+    let server = server(WaitPolicy::Handoff, pair);
+    pin(pair.1);
+    let client = client(server.path(), WaitPolicy::Handoff);
+    let connection = client.open().unwrap();
+    settle(&connection, pair.1);
+    connection.submit(GATE, b"", &CallOptions::default()).unwrap();
+    client.flush().unwrap();
+    eventually("the gate holds the further reactor", || server.entered() == 1);
+    server.end_at_once();
+    let lost = loop {
+        match client.poll().unwrap() {
+            Some(answer) => break answer.result().unwrap_err(),
+            None => assert!(client.wait(Some(Duration::from_secs(30))).unwrap()),
+        }
+    };
+    assert!(matches!(lost, IpcError::ConnectionLost), "{lost:?}");
+    let is_over = || match client.poll().map(|answer| assert!(answer.is_none())) {
+        Ok(()) => false,
+        Err(IpcError::Disconnected(DisconnectReason::Draining)) => true,
+        Err(other) => panic!("{other}"),
+    };
+    eventually("its client has heard of the end", is_over);
+    server.open_gate();
+    eventually("the further reactor has ended", || {
+        is_over();
+        server.has_ended()
+    });
+    eventually("the end is what it was", is_over);
+    assert!(client.wait(None).is_err());
+}
+
 /// Goal:   DESIGN §4: calls in flight on several lanes are all waited for, and none is missed.
 /// Method: one gated call on each of two reactors, a long wait, the gate opened in either order.
 #[test]

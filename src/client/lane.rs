@@ -136,6 +136,8 @@ pub(super) struct Lane {
     quiet_polls: u32,
     /// Position behind the last CLOSE in the bulk ring.
     bulk_closes_end: u64,
+    /// The session is over and what was in flight has been judged: what its reactor still completes is nobody's.
+    judged: bool,
     geometry: Geometry,
     /// LEASEs and RETURNs among those in flight.
     controls: usize,
@@ -160,6 +162,7 @@ impl Lane {
             unrung: None,
             quiet_polls: 0,
             bulk_closes_end: 0,
+            judged: false,
             geometry,
             controls: 0,
             wish: None,
@@ -669,6 +672,9 @@ impl Lane {
             return Err(IpcError::ServerFault(PeerFault::Slot { slot }));
         };
         if call.generation != generation || !matches!(call.phase, Phase::InFlight | Phase::Zombie) {
+            if self.judged {
+                return Ok(Taken { connection: NO_CONNECTION, answered: None });
+            }
             let (theirs, expected) = (generation, call.generation);
             return Err(IpcError::ServerFault(PeerFault::Generation { slot, theirs, expected }));
         }
@@ -794,6 +800,7 @@ impl Lane {
             }
         }
         (self.in_flight, self.controls) = (0, 0);
+        self.judged = true;
         Ok(())
     }
 }

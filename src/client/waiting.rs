@@ -375,7 +375,7 @@ impl Session {
 
     /// Of a session that is over: whether there are answers to take, else why there will be none.
     fn what_is_left(&self) -> Result<bool> {
-        if self.has_kept() || self.is_ready() { Ok(true) } else { Err(self.ended()) }
+        if self.has_kept() { Ok(true) } else { Err(self.ended()) }
     }
 
     /// Looks at the socket; when the session is over, notes how, and classifies what is in flight.

@@ -215,6 +215,16 @@ pub struct TestServer {
 }
 
 impl TestServer {
+    /// Asks it to end, whatever is under way.
+    pub fn end_at_once(&self) {
+        self.handle.shutdown_now().unwrap();
+    }
+
+    /// Whether all its reactors have ended.
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
     /// One reactor: what it counts is exact at once, and a handler that waits holds everybody up.
     pub fn start(policy: WaitPolicy) -> Self {
         Self::start_with(ServerConfig { policy, reactors: 1, ..ServerConfig::default() })
@@ -254,7 +264,8 @@ impl Drop for TestServer {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
             self.state.gate.store(u64::MAX, Ordering::SeqCst);
-            self.handle.shutdown_now().unwrap();
+            // It may have ended.
+            self.handle.shutdown_now().ok();
             if !std::thread::panicking() {
                 thread.join().unwrap();
             }
