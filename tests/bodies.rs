@@ -445,15 +445,8 @@ fn r5_3_f59_unused_leases_go_back() {
     }
 }
 
-/// Goal:   R1.9, DESIGN §5: where the budget is used up a session still gets on with its own slots; its caller sees that
-///         it waits, and gets leases once there is memory.
-/// Method: a budget that one session's slots use up but for less than a lease; long calls of another; then the first
-///         goes.
-#[test]
-fn r1_9_without_memory_to_lease_calls_go_on_in_base_slots() {
-    let server = TestServer::start_with(ServerConfig { reactors: 1, ..ServerConfig::default() });
-    let client = IpcClient::connect(server.path()).unwrap();
-    let connection = client.open().unwrap();
+/// Sessions whose base slots use up the memory of a server.
+fn all_memory(server: &TestServer) -> Vec<IpcClient> {
     let greedy = |pages| ClientConfig { medium_slots: pages, lease_pages: 0, ..ClientConfig::default() };
     let mut held = Vec::new();
     let mut pages = 256;
@@ -464,6 +457,37 @@ fn r1_9_without_memory_to_lease_calls_go_on_in_base_slots() {
             Err(error) => panic!("{error}"),
         }
     }
+    held
+}
+
+/// Goal:   R1.9, P3: asking for memory that does not come takes no slot which the call that waits for it needs.
+/// Method: no memory; a session with four slots, one of which an answer has that is kept; a long call needs two of the others,
+///         and one stays free.
+#[test]
+fn r1_9_p3_a_wish_for_memory_stops_no_call() {
+    let server = TestServer::start_with(ServerConfig { reactors: 1, ..ServerConfig::default() });
+    let client = IpcClient::connect(server.path()).unwrap();
+    let connection = client.open().unwrap();
+    let _held = all_memory(&server);
+    connection.submit(MessageType::ECHO, b"kept", &CallOptions::default()).unwrap();
+    let kept = next(&client);
+    let request = body(100_000, 1);
+    let patient = CallOptions { timeout: Some(Duration::from_secs(30)), ..CallOptions::default() };
+    let answer = connection.call_with(MessageType::ECHO, &request, &patient, |reply| reply.to_vec());
+    assert!(answer.unwrap().unwrap() == request);
+    assert_eq!(kept.to_vec().unwrap(), b"kept");
+}
+
+/// Goal:   R1.9, DESIGN §5: where the budget is used up a session still gets on with its own slots; its caller sees that
+///         it waits, and gets leases once there is memory.
+/// Method: a budget that one session's slots use up but for less than a lease; long calls of another; then the first
+///         goes.
+#[test]
+fn r1_9_without_memory_to_lease_calls_go_on_in_base_slots() {
+    let server = TestServer::start_with(ServerConfig { reactors: 1, ..ServerConfig::default() });
+    let client = IpcClient::connect(server.path()).unwrap();
+    let connection = client.open().unwrap();
+    let held = all_memory(&server);
     assert_eq!(client.waits_for_memory(), None);
     for seed in 0..3 {
         let request = body(100_000, seed);

@@ -47,7 +47,8 @@ static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// Faults that were taken care of since the process began.
 pub fn faults() -> u32 {
-    FAULTS.load(Relaxed)
+    // Acquire pairs with the Release in `replaces`: which ranges have failed is seen with their number.
+    FAULTS.load(Acquire)
 }
 
 /// Has faults in guarded memory taken care of from here on, in the whole process. What was installed for SIGBUS before is
@@ -91,7 +92,7 @@ fn range_of(address: usize) -> Option<&'static Range> {
 extern "C" fn on_fault(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel hands a valid siginfo to a handler with SA_SIGINFO; SIGBUS has an address.
     let address = unsafe { (*info).si_addr() } as usize;
-    if range_of(address).is_some_and(|range| is_replaced(range, address)) {
+    if range_of(address).is_some_and(|range| replaces(range, address)) {
         return;
     }
     let (previous, flags) = (PREVIOUS.load(Acquire), PREVIOUS_FLAGS.load(Relaxed));
@@ -115,7 +116,7 @@ extern "C" fn on_fault(signal: libc::c_int, info: *mut libc::siginfo_t, context:
 }
 
 /// Puts a page of zeros where `address` lies; says whether it could.
-fn is_replaced(range: &Range, address: usize) -> bool {
+fn replaces(range: &Range, address: usize) -> bool {
     let page = address & !(PAGE - 1);
     let (rights, how) =
         (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
@@ -181,7 +182,7 @@ pub fn guarded() -> Vec<(usize, usize)> {
 /// Has the page at `address` lost as a fault there would have it; says whether it is guarded: for tests.
 #[doc(hidden)]
 pub fn lose(address: usize) -> bool {
-    range_of(address).is_some_and(|range| is_replaced(range, address))
+    range_of(address).is_some_and(|range| replaces(range, address))
 }
 
 #[cfg(all(test, not(miri), not(loom)))]

@@ -216,8 +216,9 @@ impl Bodies {
 
     /// Calls of a lane that have frames of their requests to send.
     fn sending_on(&self, lane: u32) -> usize {
+        let body = |index: &u32| self.all[*index as usize].as_deref();
         let sends = |body: &&Body| body.lane == lane && body.stage == Stage::Begun && !body.finished;
-        self.all.iter().filter_map(Option::as_deref).filter(sends).count()
+        self.sending.iter().filter_map(body).filter(sends).count()
     }
 
     /// An index that is not in use.

@@ -33,6 +33,8 @@ const LEASE: u32 = u32::MAX - 1;
 const UNPUBLISHED: u64 = u64::MAX;
 /// How long no lease is asked for after the lane was found full.
 const FULL_REST: Duration = Duration::from_millis(100);
+/// Whatever a server says, it is asked again after this.
+const REST_MAX: Duration = Duration::from_secs(1);
 
 /// One frame of an answer that has several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -392,13 +394,18 @@ impl Lane {
             return Ok(true);
         }
         let refused = self.refused_until.is_some_and(|until| now < until);
-        if self.geometry.lease_pages == 0 || refused || self.lane.slots.free() <= spare {
+        // Slots by which leases are given back come back at once: that needs no memory.
+        let few = self.lane.slots.free() + self.controls <= spare;
+        if self.geometry.lease_pages == 0 || refused || few {
             return Ok(false);
         }
         self.return_void_leases()?;
-        // Giving leases back takes slots, which come back at once: that needs no memory.
-        if self.unusable.is_some() || self.lane.slots.free() + self.controls <= spare {
+        if self.unusable.is_some() {
             return Ok(false);
+        }
+        if self.lane.slots.free() < 2 {
+            // The last slot is for what needs it; others come.
+            return Ok(true);
         }
         let Some(name) = self.lane.slots.take(0) else { return Ok(false) };
         let entry = Submission {
@@ -467,7 +474,7 @@ impl Lane {
                 self.granted(first, slots, bytes, completion.frame)?;
             }
             _ => {
-                let rest = Duration::from_millis(completion.detail);
+                let rest = Duration::from_millis(completion.detail).min(REST_MAX);
                 self.refused_until = Some(machine::now() + if rest.is_zero() { FULL_REST } else { rest });
             }
         }

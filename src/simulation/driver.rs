@@ -22,7 +22,10 @@ pub struct Simulated {
     by_words: bool,
 }
 
-#[allow(clippy::large_enum_variant)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there are few, each in its place for as long as its reactor lives"
+)]
 pub enum Driver {
     Kernel(doorbell_uring::Driver),
     Simulated(Simulated),
