@@ -8,6 +8,7 @@
 # What was built stays, so a mutant costs what it changes. Delete target/fault-mutants/state to begin anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. ci/mutants/plant.sh
 list=ci/mutants/faults.txt
 home=${CARGO_TARGET_DIR:-$PWD/target}/fault-mutants
 tree=$home/tree state=$home/state
@@ -22,15 +23,6 @@ mutants() {
           line = NR OFS field[1] OFS place[1] OFS place[2]
           for (i = 3; i <= 6; i++) line = line OFS field[i]
           gsub("\1", "|", line); print line }'
-}
-
-# The first line of a file that reads $line, or the nth such, is replaced; prints what comes of it.
-weaken() {
-    LINE=$line WITH=$replacement awk -v nth="$nth" '
-        { bare = $0; sub(/^ +/, "", bare) }
-        bare == ENVIRON["LINE"] && ++seen == nth { print ENVIRON["WITH"]; done = 1; next }
-        { print }
-        END { exit !done }' "$file"
 }
 
 # Where the test may stand that the arguments of cargo select.
@@ -51,7 +43,7 @@ all=$(mutants) # the same all the time, whatever becomes of the file
 if [ "${1:-}" = --check ]; then
     bad=0
     while IFS=$'\t' read -r "${fields[@]}"; do
-        weaken >/dev/null || { echo "$row ($name): $file has no such line" && bad=1; }
+        plant "$file" "$nth" >/dev/null || { echo "$row ($name): $file has no such line" && bad=1; }
         # shellcheck disable=SC2046,SC2086 # arguments
         grep -rq "^ *fn ${test##* }(" $(place_of_test $test) || { echo "$row ($name): there is no such test" && bad=1; }
     done <<<"$all"
@@ -125,7 +117,7 @@ for mutated in no yes; do
                 [ "$verdict" = passes ] || failures+=("$row: the test $verdict without a mutant: ${test##* }")
                 continue
             fi
-            if weaken >"$home/mutant"; then
+            if plant "$file" "$nth" >"$home/mutant"; then
                 cp "$home/mutant" "$tree/$file"
                 verdict=$(judge)
                 cp "$file" "$tree/$file"

@@ -5,12 +5,13 @@
 set -euo pipefail
 shopt -s extglob
 cd "$(dirname "$0")/.."
+. ci/mutants/plant.sh
 step=1 first=0
 if [ "${1:-}" = quick ]; then
     shift
     step=12 first=$(($(git rev-list --count HEAD 2>/dev/null || echo 0) % 12))
 fi
-[ $# -gt 0 ] || set -- ci/mutants/!(faults).txt # those are ci/fault-mutants.sh's
+[ $# -gt 0 ] || set -- ci/mutants/!(faults|simulation).txt # those are other scripts'
 
 export RUSTFLAGS="--cfg loom"
 # Directories of their own: cargo would take the artifacts of a mutant for those of the real tree.
@@ -23,26 +24,14 @@ trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM
 mapfile -t mutants < <(cat "$@" | grep -v -e '^#' -e '^$' | awk -v s="$step" -v f="$first" 'NR % s == f % s')
 
-field() { printf '%s\n' "$entry" | awk -F' [|] ' -v n="$1" '{ gsub(/\\[|]/, "\1"); $0 = $0; gsub(/\1/, "|", $n); print $n }'; }
-
 # models TREE SECONDS [ARGUMENT ...]
 models() {
     local tree=$1 limit=$2 && shift 2
     (cd "$tree" && timeout "$limit" cargo test --quiet -p doorbell-shm --test loom "$@") >"$tree.log" 2>&1
 }
 
-# The first line of a file that reads LINE, or the nth such, is replaced.
-weaken() {
-    local file=$1 nth=$2
-    LINE=$line WITH=$replacement awk -v nth="$nth" '
-        { bare = $0; sub(/^ +/, "", bare) }
-        bare == ENVIRON["LINE"] && ++seen == nth { print ENVIRON["WITH"]; done = 1; next }
-        { print }
-        END { exit !done }' "shm/src/$file" >"$tree/shm/src/$file"
-}
-
 judge() {
-    if ! weaken "$file" "$nth"; then
+    if ! plant "shm/src/$file" "$nth" >"$tree/shm/src/$file"; then
         echo "DOES NOT APPLY"
     elif ! models "$tree" 120 --no-run; then
         cat "$tree.log" >&2

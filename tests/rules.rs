@@ -185,6 +185,15 @@ fn every_row_has_a_test_that_exists() {
     assert!(rows > 60, "only {rows} rows found");
 }
 
+/// Goal:   every bug that the simulation is to find can still be planted.
+/// Method: what `ci/simulation-mutants.sh` checks without compiling anything.
+#[test]
+fn every_bug_for_the_simulation_has_its_line() {
+    let script = root().join("ci/simulation-mutants.sh");
+    let output = std::process::Command::new(script).arg("--check").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
 /// Goal:   every fault has a mutant, which has its line and its test, and the book says which.
 /// Method: the rows of docs/ids.md against the list; what `ci/fault-mutants.sh` checks without compiling anything; the
 ///         table in docs/reliability.md against its table.
