@@ -11,7 +11,7 @@ use crate::load::{Outcome, Schedule};
 use crate::machine::Cores;
 use crate::memory::{Peak, Sampler, Segments};
 use crate::processes::Process;
-use crate::report::{self, Check, Row, grouped, mib};
+use crate::report::{self, Check, Row, Verdict, grouped, mib};
 use crate::scratch::Directory;
 use crate::server::{self, ServerJob};
 use serde::Serialize;
@@ -21,11 +21,16 @@ use std::time::Duration;
 pub const LEVEL: u32 = 1;
 /// What the level is about; fewer are for trying it out, and their rate is not judged.
 pub const CONNECTIONS: usize = 1000;
+/// The claim that is judged by time.
+const RATE: &str = "messages per second";
 /// Messages per second that have to be exceeded (R5.2).
 const RATE_LIMIT: u64 = 1_000_000;
 /// Where a bare ring between the same processes carries less than so many times that, the host has slowed the cores down: the
 /// limit is then this part of the bare ring.
 const FLOOR_PARTS: f64 = 4.0;
+/// Runs of a row of which one has to exceed it: a host that slows the cores down in the midst of one, and not in the bare ring
+/// before and after it, makes it slower, never faster.
+const TRIES: usize = 3;
 /// Left out of the window.
 const WARM_UP_NS: u64 = SECOND / 2;
 /// The bare ring's window is as long as the level's, up to this.
@@ -65,7 +70,29 @@ pub fn run(plan: &Plan, cores: &Cores, progress: impl Fn(&str)) -> Result<Vec<Ro
         Spread { row: "one session", sessions: 1, processes: 1 },
         Spread { row: "a session each, 10 processes", sessions: n, processes: n.min(10) },
     ];
-    spreads.iter().map(|spread| run_row(plan, spread, cores, &progress)).collect()
+    spreads.iter().map(|spread| run_row_again(plan, spread, cores, &progress)).collect()
+}
+
+/// Runs a row; once more where nothing but its rate falls short.
+fn run_row_again(
+    plan: &Plan,
+    spread: &Spread,
+    cores: &Cores,
+    progress: &impl Fn(&str),
+) -> Result<Row, StressError> {
+    let mut row = run_row(plan, spread, cores, progress)?;
+    let mut tries = 1;
+    while tries < TRIES && is_only_slow(&row) {
+        row = run_row(plan, spread, cores, progress)?;
+        tries += 1;
+    }
+    row.checks.push(Check::reported("runs of the row", tries.to_string()));
+    Ok(row)
+}
+
+fn is_only_slow(row: &Row) -> bool {
+    let failed = |check: &&Check| check.verdict == Verdict::Fail;
+    row.checks.iter().filter(failed).map(|check| check.claim).eq([RATE])
 }
 
 fn run_row(
@@ -235,7 +262,7 @@ fn row(plan: &Plan, spread: &Spread, found: Found) -> Row {
         (plan.connections == CONNECTIONS).then_some(RATE_LIMIT.min((better / FLOOR_PARTS) as u64));
     let samples = format!("{} ({:.0} per second)", memory.samples, memory.samples_per_second);
     let checks = vec![
-        Check::above("messages per second", rate_limit, rate as u64),
+        Check::above(RATE, rate_limit, rate as u64),
         Check::exactly("connections alive at the end", plan.connections as u64, outcome.alive),
         Check::exactly("answers with wrong content", 0, outcome.wrong),
         Check::exactly("errors", 0, outcome.errors),
@@ -284,7 +311,6 @@ fn row(plan: &Plan, spread: &Spread, found: Found) -> Row {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::Verdict;
 
     #[test]
     fn every_connection_is_in_exactly_one_session_of_one_process() {
@@ -298,12 +324,33 @@ mod tests {
     }
 
     fn verdicts(connections: usize, outcome: Outcome) -> Vec<Verdict> {
+        row_of(connections, outcome).checks.iter().map(|check| check.verdict).collect()
+    }
+
+    fn row_of(connections: usize, outcome: Outcome) -> Row {
         let plan = Plan { seconds: 2.0, seed: 1, connections };
         let spread = Spread { row: "", sessions: 1, processes: 1 };
         let in_all = outcome.answered_in_all;
         let counted = Counted { calls: in_all, bytes_out: in_all * 1024, connections: connections as u64 };
         let found = Found { outcome, counted, memory: Peak::default(), floor: [4e6, 2e6], ready_ms: 1.0 };
-        row(&plan, &spread, found).checks.iter().map(|check| check.verdict).collect()
+        row(&plan, &spread, found)
+    }
+
+    /// Goal:   a row is run again for its rate alone, never for an answer that is wrong or missing.
+    /// Method: rows with and without faults.
+    #[test]
+    fn only_a_rate_is_tried_again() {
+        let slow = || Outcome { answered: 1, alive: 1000, ..Outcome::default() };
+        assert!(is_only_slow(&row_of(CONNECTIONS, slow())));
+        assert!(!is_only_slow(&row_of(CONNECTIONS, Outcome { answered: 2_000_002, ..slow() })));
+        for fault in [
+            Outcome { wrong: 1, ..slow() },
+            Outcome { errors: 1, ..slow() },
+            Outcome { lost: 1, ..slow() },
+            Outcome { alive: 999, ..slow() },
+        ] {
+            assert!(!is_only_slow(&row_of(CONNECTIONS, fault)));
+        }
     }
 
     /// Goal:   each way to fail fails the row.
