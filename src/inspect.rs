@@ -2,16 +2,21 @@
 //! payload. Messages of the types [`MessageType::INSPECT`] and [`MessageType::END_SESSION`]; `doorbell stat`, `ps`, `top`
 //! and `trace` are made of them.
 //!
+//! Both need the feature `messages`, which has the JSON.
+//!
 //! Everybody who can connect may ask: only processes of the server's own user can.
 
 use crate::metrics::{ReactorMetrics, TypeMetrics};
 use crate::protocol::MessageType;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// What is asked of [`MessageType::INSPECT`], as JSON; an empty body stands for the default, which is counters alone.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "messages",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 pub struct Inquiry {
     /// Tell of sessions.
     pub sessions: bool,
@@ -31,8 +36,8 @@ pub const TRACE_SECONDS: u64 = 5;
 pub const TRACE_MAX: usize = 1024;
 
 /// What is asked of [`MessageType::END_SESSION`], as JSON.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "messages", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 pub struct EndSession {
     /// The session's number.
     pub session: u32,
@@ -41,7 +46,8 @@ pub struct EndSession {
 }
 
 /// The answer of [`MessageType::INSPECT`], as JSON.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq)]
+#[cfg_attr(feature = "messages", derive(serde::Serialize, serde::Deserialize))]
 pub struct Report {
     /// CLOCK_MONOTONIC of the server, ns.
     pub now_ns: u64,
@@ -72,7 +78,8 @@ pub struct Report {
 }
 
 /// A handler that runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "messages", derive(serde::Serialize, serde::Deserialize))]
 pub struct Running {
     /// The reactor that it holds.
     pub reactor: u32,
@@ -85,7 +92,8 @@ pub struct Running {
 }
 
 /// One lane of a session.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "messages", derive(serde::Serialize, serde::Deserialize))]
 pub struct LaneReport {
     /// The session's number.
     pub session: u32,
@@ -112,7 +120,8 @@ pub struct LaneReport {
 }
 
 /// A connection, as far as one reactor has served it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "messages", derive(serde::Serialize, serde::Deserialize))]
 pub struct ConnectionReport {
     /// Its session.
     pub session: u32,
@@ -131,8 +140,12 @@ pub struct ConnectionReport {
 }
 
 /// What a call is waiting for, or doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "messages",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
 pub enum CallState {
     /// In the ring: the reactor has not taken it.
     Queued,
@@ -153,7 +166,8 @@ pub enum CallState {
 }
 
 /// A call in flight.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "messages", derive(serde::Serialize, serde::Deserialize))]
 pub struct CallReport {
     /// Its session.
     pub session: u32,
@@ -178,7 +192,8 @@ pub struct CallReport {
 }
 
 /// A call that was traced from beginning to end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "messages", derive(serde::Serialize, serde::Deserialize))]
 pub struct TracedCall {
     /// Its session.
     pub session: u32,

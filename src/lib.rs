@@ -17,6 +17,7 @@ struct ReadmeExamples;
 struct BookExamples;
 
 mod client;
+#[cfg(feature = "messages")]
 pub mod codec;
 pub mod config;
 mod error;
@@ -24,6 +25,7 @@ mod error;
 pub mod exporter;
 pub mod inspect;
 mod machine;
+#[cfg(feature = "messages")]
 pub mod messages;
 mod metrics;
 pub mod protocol;
@@ -56,10 +58,12 @@ pub use protocol::{MessageType, TraceParent, TraceParentError, default_socket_pa
 pub use provider::ProviderPool;
 pub use server::{
     Answering, AsyncHandler, BoundServer, BufferPool, Caretaker, ConnectionPool, Context, Deferred,
-    DeferredError, DeferredHandler, Executor, FileQuestion, FileQuestionHandler, Handler, HandlerError,
-    HandlerTable, IpcServer, MakePieces, Pieces, Progress, ReloadHandle, Reply, ShutdownHandle, TABLE_LEN,
-    check_socket_path, files, prepare_default_directory, reactor_cores, wake_cost,
+    DeferredError, DeferredHandler, Executor, Handler, HandlerError, HandlerTable, IpcServer, MakePieces,
+    Pieces, Progress, ReloadHandle, Reply, ShutdownHandle, TABLE_LEN, check_socket_path,
+    prepare_default_directory, reactor_cores, wake_cost,
 };
+#[cfg(feature = "messages")]
+pub use server::{FileQuestion, FileQuestionHandler, files};
 #[cfg(fuzzing)]
 #[doc(hidden)]
 pub use server::{fuzz, simulation};

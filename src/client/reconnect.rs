@@ -86,7 +86,7 @@ impl fmt::Debug for Reconnect {
 /// The connection of a client that many use, and what becomes of it when the server goes.
 #[derive(Debug, Clone)]
 pub struct LinkOptions {
-    /// What the bodies on the connection are, one of [`codec`](crate::codec)'s numbers; raw bytes unless said otherwise.
+    /// What the bodies on the connection are, one of [`doorbell_shm::entry::codec`]; raw bytes unless said otherwise.
     pub codec: u8,
     /// Its calls take the bulk rings: interactive ones of others overtake them (R2.8).
     pub bulk: bool,

@@ -164,7 +164,8 @@ pub struct ServerConfig {
     pub sweep_interval: Duration,
     /// 4 KiB staging buffers of a reactor, made when first needed.
     pub buffer_pool_size: u32,
-    /// Directories beneath which clients may have files read; none unless configured. Each is absolute.
+    /// Directories beneath which clients may have files read; none unless configured. Each is absolute. Without the
+    /// feature `messages` no file is read, and a server with directories is refused when it is bound.
     pub file_roots: Vec<PathBuf>,
     /// Longest file that is read for a client, bytes.
     pub max_file_size: u64,

@@ -30,7 +30,8 @@ pub struct Metrics {
 }
 
 /// What one reactor has counted.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "messages", derive(serde::Serialize, serde::Deserialize))]
 pub struct ReactorMetrics {
     /// Calls answered.
     pub calls: u64,

@@ -197,7 +197,8 @@ impl TypeTable {
 }
 
 /// What has been counted of one message type.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "messages", derive(serde::Serialize, serde::Deserialize))]
 pub struct TypeMetrics {
     /// The type, or [`OTHER_TYPES`].
     pub message_type: u32,

@@ -4,14 +4,17 @@
 //!         From then on the ring reads, and the reactor does what it always does.
 //! Memory: buffers that were not used for a second go back to the kernel (R1.6).
 
-use super::files::{Ended, FileError, FileReads, ReadId, Roots};
+pub(super) use super::files::ReadId;
+use super::files::{Analysis, AnalyzeRequest, Ended, FileError, FileFacts, FileReads, Roots, Subject};
 use super::jobs::{Answer, Job, Ticket};
 use super::reactor::{Reactor, Source};
-use super::table::{FileQuestion, HandlerError};
-use crate::config::QUESTION_MAX;
+use super::table::{Deferral, HandlerError};
+use crate::codec::{Json, codec_of};
+use crate::config::{QUESTION_MAX, ServerConfig};
 use crate::error::Result;
 use crate::protocol::rendezvous::monotonic_ns;
 use rustix::io::Errno;
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
@@ -19,6 +22,17 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 const FILES_PER_ROUND: u32 = 4;
 /// Between two looks at buffers that are not used.
 const TRIM_NS: u64 = 1_000_000_000;
+
+/// A file, and what is asked about it (`AnalyzeFile`, R2.11).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileQuestion {
+    /// What doorbell itself found out.
+    pub facts: FileFacts,
+    /// The file, at most [`QUESTION_MAX`](crate::config::QUESTION_MAX) bytes; not UTF-8 if the facts say so.
+    pub content: Vec<u8>,
+    /// The question, in words.
+    pub question: String,
+}
 
 /// What all reactors of a server share.
 #[derive(Debug)]
@@ -29,8 +43,14 @@ pub(super) struct FileSource {
 }
 
 impl FileSource {
-    pub fn new(roots: Roots) -> Self {
-        Self { roots, refusal_is_told: AtomicBool::new(false) }
+    /// Opens the roots.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Roots::open`].
+    pub fn open(config: &ServerConfig) -> Result<Self> {
+        let roots = Roots::open(&config.file_roots, config.max_file_size)?;
+        Ok(Self { roots, refusal_is_told: AtomicBool::new(false) })
     }
 }
 
@@ -144,3 +164,25 @@ impl<S> Reactor<S> {
         Ok(())
     }
 }
+
+/// Content is analysed at once, a file when it has been read; a question about either goes on from there.
+pub(super) fn analyze_file(codec: u8, request: &[u8]) -> Result<Deferral, HandlerError> {
+    let codec = codec_of(codec).unwrap_or(&JSON);
+    let AnalyzeRequest { subject, question } = AnalyzeRequest::decode(codec, request)?;
+    let question = question.map(Cow::into_owned);
+    let text = match subject {
+        Subject::Content(text) => text,
+        Subject::Path(path) => return Ok(Deferral::File(path.into_owned().into(), question)),
+    };
+    let facts = Analysis::of(text.as_bytes());
+    let Some(question) = question else { return Ok(Deferral::Answer(facts.to_json().into_bytes())) };
+    if text.len() as u64 > QUESTION_MAX {
+        let len = text.len();
+        let why = format!("`content` has {len} bytes: questions are answered about {QUESTION_MAX} at most");
+        return Err(HandlerError::Decode(why));
+    }
+    Ok(Deferral::Question(FileQuestion { facts, content: text.into_owned().into_bytes(), question }))
+}
+
+/// Bodies that are not said to be anything else are taken for JSON.
+static JSON: Json = Json::new();

@@ -1,13 +1,13 @@
 //! How a lane moves its calls of several frames (`exchange.rs` says what they are).
 
+use super::analyze::FileQuestion;
 use super::deferred::{AsyncCall, DROPPED, Deferred, End, Executor};
 use super::exchange::{Body, Exchange, Frame, LaneExchanges, Plan, Terminal, Work};
 use super::inspect::QUESTION_NS;
 use super::jobs::{Answer, Ticket};
 use super::lane::{Bench, Outcome, Places, SessionLane, Turn, failure};
 use super::table::{
-    Context, Defer, Deferral, Elsewhere, Entry, FileQuestion, Handler, HandlerError, Progress, Reply, Rest,
-    Window,
+    Context, Defer, Deferral, Elsewhere, Entry, Handler, HandlerError, Progress, Reply, Rest, Window,
 };
 use super::tickets::Look;
 use crate::inspect::TracedCall;

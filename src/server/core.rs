@@ -1,6 +1,7 @@
 //! The sans-I/O heart of a reactor: lanes, connections, the hot set, dispatch. Time, hellos, segments, hang-ups
 //! and what other reactors tell are its inputs; completions to ring for and sessions to end its outputs.
 
+use super::analyze::FileQuestion;
 use super::budget::Budget;
 use super::connections::{Connection, ConnectionPool};
 use super::crew::{Inbox, Message, Notice};
@@ -12,7 +13,7 @@ use super::jobs::{Answer, Job, Ticket};
 use super::lane::{Batch, Bench, SessionLane, TurnLimits};
 use super::leases::{LeaseQueue, Verdict as LeaseVerdict};
 use super::staging::BufferPool;
-use super::table::{Entry, FileQuestion, Rest};
+use super::table::{Entry, Rest};
 use super::tickets::Tickets;
 use super::trace::Trace;
 use super::watch::Pulse;
@@ -686,11 +687,6 @@ impl<S> Core<S> {
         self.exchanges.jobs.has_work()
     }
 
-    /// The next file that the reactor is to read; [`Core::answer`] ends that.
-    pub fn next_job(&mut self) -> Option<Job> {
-        self.exchanges.jobs.next()
-    }
-
     /// Whether somebody asks about the server.
     #[inline(always)]
     pub fn has_questions(&self) -> bool {
@@ -753,11 +749,6 @@ impl<S> Core<S> {
         self.timing.trace(self.trace.connection());
     }
 
-    /// Numbers of jobs that the reactor has and that nobody waits for any more.
-    pub fn take_given_up(&mut self) -> Vec<u64> {
-        self.exchanges.jobs.take_given_up()
-    }
-
     /// Answers the call of a job; returns whose lane is to be polled, so that the answer is sent. `None` if the call
     /// has ended meanwhile.
     pub fn answer(&mut self, ticket: Ticket, answer: Answer) -> Option<SessionId> {
@@ -766,17 +757,6 @@ impl<S> Core<S> {
         let message_max = self.config.max_message_size as usize;
         let id = SessionId { index: ticket.seat, generation: seat.generation };
         lane.answer_deferred(ticket, answer, &mut self.exchanges, message_max).then_some(id)
-    }
-
-    /// Has the question of a job answered, whose file has been read; returns as [`Core::answer`] does.
-    pub fn ask(&mut self, ticket: Ticket, question: FileQuestion) -> Option<SessionId> {
-        let mut now_ns = || 0;
-        let mut announce = |_, _| {};
-        let mut bench = bench!(self, &mut now_ns, &mut announce, None);
-        let seat = self.seats.get_mut(ticket.seat as usize)?;
-        let lane = seat.lane.as_deref_mut()?;
-        let id = SessionId { index: ticket.seat, generation: seat.generation };
-        lane.ask_deferred(ticket, question, &mut bench).then_some(id)
     }
 
     /// The calls of several frames.
@@ -889,6 +869,31 @@ impl<S> Core<S> {
     /// Whether no lane is polled.
     pub fn all_cold(&self) -> bool {
         self.hot.is_empty()
+    }
+}
+
+/// What calls of `AnalyzeFile` want of the reactor.
+#[cfg_attr(not(feature = "messages"), expect(dead_code, reason = "nobody asks for files"))]
+impl<S> Core<S> {
+    /// The next file that the reactor is to read; [`Core::answer`] ends that.
+    pub fn next_job(&mut self) -> Option<Job> {
+        self.exchanges.jobs.next()
+    }
+
+    /// Numbers of jobs that the reactor has and that nobody waits for any more.
+    pub fn take_given_up(&mut self) -> Vec<u64> {
+        self.exchanges.jobs.take_given_up()
+    }
+
+    /// Has the question of a job answered, whose file has been read; returns as [`Core::answer`] does.
+    pub fn ask(&mut self, ticket: Ticket, question: FileQuestion) -> Option<SessionId> {
+        let mut now_ns = || 0;
+        let mut announce = |_, _| {};
+        let mut bench = bench!(self, &mut now_ns, &mut announce, None);
+        let seat = self.seats.get_mut(ticket.seat as usize)?;
+        let lane = seat.lane.as_deref_mut()?;
+        let id = SessionId { index: ticket.seat, generation: seat.generation };
+        lane.ask_deferred(ticket, question, &mut bench).then_some(id)
     }
 }
 
@@ -1208,10 +1213,12 @@ mod tests {
     }
 
     /// Text of `AnalyzeFile` for a file.
+    #[cfg(feature = "messages")]
     const FILE: &[u8] = br#"{"path":"some/file"}"#;
 
     impl Client {
         /// A call of `AnalyzeFile` with this body, in one frame.
+        #[cfg(feature = "messages")]
         fn analyze(&mut self, ring: usize, body: &[u8], deadline: u64) -> (u32, u32) {
             let grant = self.lane.slots.take(body.len()).unwrap();
             self.lane.common.payload.write(LaneLayout::slot_offset(grant.slot), body);
@@ -1246,6 +1253,7 @@ mod tests {
     /// Goal:   R2.11: a call that takes system calls is handed out, holds up nobody, and is answered once the reactor
     ///         has its answer, on either ring, also of a lane that sleeps; content takes none.
     /// Method: by hand.
+    #[cfg(feature = "messages")]
     #[test]
     fn r2_11_a_deferred_call_is_answered_from_outside() {
         let mut core = core(ServerConfig::default());
@@ -1278,6 +1286,7 @@ mod tests {
 
     /// Goal:   R2.6: a client that cancels a call which waits, and sends nothing else, is among those to be woken: its end
     ///         has been published.
+    #[cfg(feature = "messages")]
     #[test]
     fn r2_6_whoever_cancels_a_waiting_call_is_woken() {
         let mut core = core(ServerConfig::default());
@@ -1301,6 +1310,7 @@ mod tests {
     ///         told that nobody waits.
     /// Method: a deadline that passes, a session that ends; each time another call takes the same slot, exchange and
     ///         seat before the answer comes.
+    #[cfg(feature = "messages")]
     #[test]
     fn s10_trap15_a_late_answer_of_a_deferred_call_meets_nobody() {
         let mut core = core(ServerConfig::default());
@@ -1336,6 +1346,7 @@ mod tests {
 
     /// Goal:   S12: calls beyond the jobs that there may be are answered `Overloaded` at once and leave nothing.
     /// Method: one more than there may be; a job that nobody has taken yet goes with its session.
+    #[cfg(feature = "messages")]
     #[test]
     fn s12_deferred_calls_beyond_the_limit_are_refused() {
         let mut core = core(ServerConfig { entries_per_turn: 1000, ..ServerConfig::default() });
@@ -1351,6 +1362,7 @@ mod tests {
     }
 
     /// Goal:   an answer that exceeds the longest message is `TooLarge`, deferred or not.
+    #[cfg(feature = "messages")]
     #[test]
     fn r1_5_a_deferred_answer_that_is_too_long_is_refused() {
         let mut core = core(ServerConfig { max_message_size: 20, ..ServerConfig::default() });

@@ -7,8 +7,8 @@
 use super::core::SessionId;
 use super::crew::Message;
 use super::jobs::{Answer, Ticket};
+use super::json;
 use super::reactor::Reactor;
-use super::table::HandlerError;
 use crate::error::Result;
 use crate::inspect::{CallReport, ConnectionReport, EndSession, Inquiry, LaneReport, Report, TracedCall};
 use crate::metrics::Metrics;
@@ -168,11 +168,7 @@ impl<S> Reactor<S> {
             traced,
             untraced,
         };
-        let answer = match serde_json::to_vec(&report) {
-            Ok(json) => Answer::of(json),
-            Err(error) => HandlerError::Failed(format!("the report could not be written: {error}")).into(),
-        };
-        self.answer_question(ticket, answer);
+        self.answer_question(ticket, json::write(&report).map_or_else(Answer::from, Answer::of));
     }
 
     fn answer_question(&mut self, ticket: Ticket, answer: Answer) {

@@ -28,6 +28,7 @@ pub(crate) struct Ticket {
 
 /// A file that is to be analysed.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "messages"), expect(dead_code, reason = "nobody asks for files"))]
 pub(crate) struct Job {
     pub ticket: Ticket,
     /// As the client named it.

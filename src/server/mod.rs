@@ -1,5 +1,9 @@
 //! The server: a static handler table, a listener, a reactor for each core.
 
+#[cfg(feature = "messages")]
+mod analyze;
+#[cfg(not(feature = "messages"))]
+#[path = "without_messages.rs"]
 mod analyze;
 mod bodies;
 pub(crate) mod budget;
@@ -11,6 +15,7 @@ mod crew;
 mod deferred;
 mod drain;
 mod exchange;
+#[cfg(feature = "messages")]
 pub mod files;
 #[cfg(fuzzing)]
 pub mod fuzz;
@@ -19,6 +24,7 @@ mod home;
 mod idle;
 mod inspect;
 mod jobs;
+mod json;
 mod lane;
 mod leases;
 mod linger;
@@ -40,6 +46,8 @@ mod tickets;
 mod trace;
 mod watch;
 
+#[cfg(feature = "messages")]
+pub use analyze::FileQuestion;
 pub use connections::ConnectionPool;
 pub use control::{ReloadHandle, ShutdownHandle};
 pub use deferred::{Answering, AsyncHandler, Deferred, DeferredError, DeferredHandler, Executor};
@@ -47,9 +55,10 @@ pub(crate) use listener::open_start_lock;
 pub use listener::{check_socket_path, prepare_default_directory};
 pub use staging::BufferPool;
 pub use start::{reactor_cores, wake_cost};
+#[cfg(feature = "messages")]
+pub use table::FileQuestionHandler;
 pub use table::{
-    Context, FileQuestion, FileQuestionHandler, Handler, HandlerError, HandlerTable, MakePieces, Pieces,
-    Progress, Reply, TABLE_LEN,
+    Context, Handler, HandlerError, HandlerTable, MakePieces, Pieces, Progress, Reply, TABLE_LEN,
 };
 pub use watch::Caretaker;
 
@@ -58,7 +67,6 @@ use crate::error::{IpcError, Result};
 use crate::metrics::{Metrics, MetricsReader};
 use analyze::FileSource;
 use control::Control;
-use files::Roots;
 use listener::Listener;
 use start::Helpers;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -112,10 +120,10 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
     ///
     /// # Errors
     ///
-    /// [`IpcError::Config`] for a limit out of range, a directory in `file_roots` that cannot be opened, or handlers
-    /// that are futures without an [`executor`](IpcServer::executor);
-    /// [`IpcError::AlreadyRunning`],
-    /// [`IpcError::SocketPath`] or [`IpcError::SocketPathTooLong`] for a path that cannot be had.
+    /// [`IpcError::Config`] for a limit out of range, a directory in `file_roots` that cannot be opened (any of
+    /// them without the feature `messages`), or handlers that are futures without an
+    /// [`executor`](IpcServer::executor); [`IpcError::AlreadyRunning`], [`IpcError::SocketPath`] or
+    /// [`IpcError::SocketPathTooLong`] for a path that cannot be had.
     pub fn bind(self, path: impl AsRef<Path>) -> Result<BoundServer<S>> {
         self.bind_with(|| Listener::bind(path.as_ref()))
     }
@@ -142,12 +150,12 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
             )));
         }
         self.config.raise_file_limit()?;
-        let roots = Roots::open(&self.config.file_roots, self.config.max_file_size)?;
+        let files = FileSource::open(&self.config)?;
         let listener = listener()?;
         let (control, shutdown, reload) = Control::new()?;
         Ok(BoundServer {
             server: self,
-            roots,
+            files,
             listener,
             control,
             shutdown,
@@ -162,7 +170,7 @@ impl<S: Send + Sync + 'static> IpcServer<S> {
 /// A server that holds its path and can serve.
 pub struct BoundServer<S: 'static> {
     server: IpcServer<S>,
-    roots: Roots,
+    files: FileSource,
     listener: Listener,
     control: Control,
     shutdown: ShutdownHandle,
@@ -231,9 +239,8 @@ impl<S: Send + Sync + 'static> BoundServer<S> {
     /// reactor waits with. A client can cause none of them.
     pub fn serve(self) -> Result<Metrics> {
         let IpcServer { handlers, state, config, executor } = self.server;
-        let files = Arc::new(FileSource::new(self.roots));
         let helpers = Helpers {
-            files,
+            files: Arc::new(self.files),
             executor: executor.map(Arc::new),
             metrics: self.metrics,
             caretaker: self.caretaker,

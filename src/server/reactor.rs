@@ -3,10 +3,9 @@
 //!
 //! Reactor 0 is home to every session and has the duties of `home.rs` beside; the others have lanes only.
 
-use super::analyze::FileDesk;
+use super::analyze::{FileDesk, ReadId};
 use super::core::{Core, SessionId};
 use super::crew::{BellSocket, Crew, Message, Notice};
-use super::files::ReadId;
 use super::home::Home;
 use super::idle::{Habits, LOOKS};
 use super::inspect::Inspections;

@@ -6,7 +6,6 @@ use super::budget::Budget;
 use super::control::{Control, ShutdownHandle};
 use super::core::Core;
 use super::crew::{Address, Crew};
-use super::files::Roots;
 use super::home::Home;
 use super::listener::Listener;
 use super::reactor::{Pace, Reactor};
@@ -85,7 +84,7 @@ impl<S: Send + Sync + 'static> Server<S> {
         let unused = budget.used();
         let (control, shutdown, _) = Control::new()?;
         let mut home = Some(Home::new(Listener::nowhere()?, control, config)?);
-        let files = Arc::new(FileSource::new(Roots::none()));
+        let files = Arc::new(FileSource::open(config)?);
         let mut nodes = Vec::new();
         for (own, (driver, inbox)) in drivers.into_iter().zip(inboxes).enumerate() {
             let totals = Totals { own, ..totals.clone() };

@@ -1,7 +1,7 @@
 //! The static handler table, and what a handler sees: a context, a private request, a reply to write.
 
+use super::analyze::FileQuestion;
 use super::deferred::{AsyncHandler, Deferred, DeferredHandler};
-use super::files::FileFacts;
 use crate::metrics::{Counters, Metrics, Totals};
 use crate::protocol::{MessageType, TraceParent};
 use doorbell_shm::bytes::SharedBytes;
@@ -78,22 +78,12 @@ pub enum Progress {
 /// Answers a question about a file, whose bytes are at hand, through a ticket.
 pub type FileQuestionHandler<S> = fn(&Context<'_, S>, FileQuestion, Deferred) -> Result<(), HandlerError>;
 
-/// A file, and what is asked about it (`AnalyzeFile`, R2.11).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FileQuestion {
-    /// What doorbell itself found out.
-    pub facts: FileFacts,
-    /// The file, at most [`QUESTION_MAX`](crate::config::QUESTION_MAX) bytes; not UTF-8 if the facts say so.
-    pub content: Vec<u8>,
-    /// The question, in words.
-    pub question: String,
-}
-
 /// Runs one call of this codec whose whole request is at hand, as far as that takes no system call.
 pub(crate) type Defer = fn(u8, &[u8]) -> Result<Deferral, HandlerError>;
 
 /// How a call goes on that may take system calls.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "messages"), expect(dead_code, reason = "what AnalyzeFile is answered with"))]
 pub(crate) enum Deferral {
     /// It does not: this is the answer.
     Answer(Vec<u8>),
@@ -263,6 +253,7 @@ impl<S, const N: usize> HandlerTable<S, N> {
     ///
     /// At compile time for a `static`: if the table does not serve `AnalyzeFile`
     /// ([`HandlerTable::with_builtins`]), or has such a handler already.
+    #[cfg(feature = "messages")]
     pub const fn on_file_question(mut self, handler: FileQuestionHandler<S>) -> Self {
         let entry = &mut self.entries[MessageType::ANALYZE_FILE.0 as usize];
         assert!(entry.deferred.is_some(), "the table does not serve AnalyzeFile");
@@ -557,6 +548,13 @@ pub enum HandlerError {
 }
 
 impl HandlerError {
+    /// The answer to what needs the feature `messages`.
+    #[cfg(not(feature = "messages"))]
+    pub(crate) fn left_out() -> Self {
+        let why = "this server was built without the feature `messages`, which Inspect, EndSession and AnalyzeFile need";
+        Self::Failed(why.to_owned())
+    }
+
     pub(crate) fn status(&self) -> Status {
         match self {
             Self::TooLarge => Status::TooLarge,
