@@ -292,6 +292,7 @@ pub struct SlotAllocator {
     free: [Vec<u32>; 3],
     generations: Vec<u32>,
     capacities: Vec<u32>,
+    largest: u32,
 }
 
 impl SlotAllocator {
@@ -308,7 +309,8 @@ impl SlotAllocator {
                 })
                 .collect()
         });
-        Self { free, generations: vec![0; numbers as usize], capacities }
+        let largest = capacities.iter().copied().max().unwrap_or(0);
+        Self { free, generations: vec![0; numbers as usize], capacities, largest }
     }
 
     #[inline(always)]
@@ -358,8 +360,9 @@ impl SlotAllocator {
     }
 
     /// Bytes of the largest slot that the lane has, free or not.
+    #[inline(always)]
     pub fn largest(&self) -> usize {
-        self.capacities.iter().copied().max().unwrap_or(0) as usize
+        self.largest as usize
     }
 
     /// Free slots of any class.
