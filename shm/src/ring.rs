@@ -225,7 +225,7 @@ where
         }
     }
 
-    /// The words of the next entry if it is there: a hint for prefetching, not to be acted upon.
+    /// The words of the next entry if it is there: a hint for prefetching. What is read later may differ.
     #[inline(always)]
     pub fn peek(&self) -> Option<[u64; W]> {
         let entry = self.current();
@@ -282,6 +282,19 @@ where
         }
         self.next += 1;
         Ok(Some(words))
+    }
+
+    /// Takes the oldest entry if it is there and `accepts` its words; otherwise nothing is consumed, and
+    /// [`Consumer::pop`] says what there is.
+    #[inline(always)]
+    pub fn pop_if(&mut self, accepts: impl FnOnce(&[u64; W]) -> bool) -> Option<[u64; W]> {
+        // Copied out once, as in `pop`: what is judged is what is returned.
+        let words = self.peek()?;
+        if !accepts(&words) {
+            return None;
+        }
+        self.next += 1;
+        Some(words)
     }
 
     /// Tells the producer that everything popped so far may be written again.

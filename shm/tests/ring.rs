@@ -369,6 +369,29 @@ fn f15_the_copy_of_an_entry_does_not_change_with_the_entry() {
     assert_eq!([copy[0] & !LAP_MASK, copy[1], copy[2], copy[3]], message(5));
 }
 
+/// Goal:   an entry that is not accepted stays where it is, and what was judged is what is taken (S4, F15).
+/// Method: an empty ring, an entry refused, then accepted and overwritten, a lap that is wrong.
+#[test]
+fn f15_an_entry_that_is_not_accepted_is_not_taken() {
+    let mut ring = Ring::<W>::new(2);
+    assert_eq!(ring.rx.pop_if(|_| true), None);
+    ring.tx.push(message(5)).unwrap();
+    assert_eq!(ring.rx.pop_if(|_| false), None);
+    let mut judged = None;
+    let taken = ring.rx.pop_if(|words| {
+        judged = Some(*words);
+        ring.words.iter().for_each(|word| word.store(u64::MAX, Relaxed));
+        true
+    });
+    assert_eq!(taken, judged);
+    assert_eq!(taken.map(|words| words[1..].to_vec()), Some(message(5)[1..].to_vec()));
+    assert_eq!(ring.rx.pop_if(|_| true), None, "no entry of this lap");
+    assert!(
+        matches!(ring.rx.pop(), Err(PeerFault::Lap { position: 1, .. })),
+        "the same entry is judged by pop"
+    );
+}
+
 /// Goal:   F18: a hole punched into a ring (entries read as zero) is found out, after the first lap.
 /// Method: all words zeroed at a later lap: violation. In the first lap zero is just an empty ring.
 #[test]

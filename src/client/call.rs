@@ -1,7 +1,7 @@
 //! What a caller says with a call, writes into it, and gets back.
 
 use super::IpcClient;
-use super::lane::{Answered, Outcome};
+use super::lane::{Answered, Outcome, Plain};
 use crate::error::{IpcError, Result};
 use crate::protocol::traceparent::BLOCK_LEN;
 use crate::protocol::{MessageType, TraceParent};
@@ -139,6 +139,13 @@ impl Taken {
             Outcome::Lost { .. } => (None, 0),
         };
         Self { tag: answered.tag, len: len as usize, status }
+    }
+
+    #[inline(always)]
+    pub(super) fn of_plain(plain: &Plain) -> Self {
+        let status =
+            if plain.status == Status::Ok as u8 { Some(Status::Ok) } else { Status::from_code(plain.status) };
+        Self { tag: plain.tag, len: plain.len as usize, status }
     }
 }
 

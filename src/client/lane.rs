@@ -121,6 +121,33 @@ pub(super) struct Taken {
     pub answered: Option<Answered>,
 }
 
+/// An answered call of one frame whose answer lies in a base slot of the home lane.
+pub(super) struct Plain {
+    pub slot: u32,
+    pub generation: u32,
+    pub response_slot: u32,
+    pub tag: u64,
+    pub status: u8,
+    /// Bytes of the answer.
+    pub len: u32,
+    pub detail: u64,
+}
+
+impl From<Plain> for Answered {
+    #[inline(always)]
+    fn from(plain: Plain) -> Self {
+        let Plain { slot, generation, response_slot, tag, status, len, detail } = plain;
+        Self {
+            slot,
+            generation,
+            response_slot,
+            lane: 0,
+            tag,
+            outcome: Outcome::Reply { status, len, detail },
+        }
+    }
+}
+
 /// One lane, its slots and the calls in them.
 #[derive(Debug)]
 pub(super) struct Lane {
@@ -656,6 +683,41 @@ impl Lane {
         self.unrung.get_or_insert(Published::Consumed);
         self.prefetch_next(ring);
         self.complete(words).map(Some)
+    }
+
+    /// Takes the next completion of one ring if it ends a call of one frame, somebody waits for that, and its answer lies in
+    /// a base slot: the same as [`Lane::take`] for most, with most of its conditions known, in half the time. Whatever
+    /// else there is, nothing is taken.
+    #[inline(always)]
+    pub fn take_plain(&mut self, ring: usize) -> Option<Plain> {
+        /// Kind and flags of such a completion, in word 0 without its status.
+        const HEAD: u64 = (kind::REPLY as u64) << 32 | (flag::END as u64) << 48;
+        const HEAD_MASK: u64 = 0xffff_00ff << 32;
+        let (calls, slots) = (&mut self.calls, &self.lane.slots);
+        let mut plain = None;
+        self.lane.completions[ring].pop_if(|words| {
+            let (slot, generation, len) = (words[1] as u32, (words[1] >> 32) as u32, words[2] as u32);
+            let Some(call) = calls.get_mut(slot as usize) else { return false };
+            let expected = words[0] & HEAD_MASK == HEAD
+                && call.generation == generation
+                && call.phase == Phase::InFlight;
+            let capacity = slots.capacity(call.response_slot);
+            if !expected || capacity == 0 || len > capacity {
+                return false;
+            }
+            call.phase = Phase::Answered;
+            let Call { tag, response_slot, .. } = *call;
+            let (status, detail) = ((words[0] >> 40) as u8, words[3]);
+            plain = Some(Plain { slot, generation, response_slot, tag, status, len, detail });
+            true
+        })?;
+        kill_point!("client.answer.taken");
+        self.lane.completions[ring].publish();
+        kill_point!("client.answer.passed");
+        self.unrung.get_or_insert(Published::Consumed);
+        self.prefetch_next(ring);
+        self.in_flight -= 1;
+        plain
     }
 
     /// The next answer's lines travel while this one is looked at; its slot, and an entry, will probably be

@@ -37,6 +37,7 @@ use crate::error::{IpcError, Result};
 use crate::machine;
 use crate::protocol::MessageType;
 use doorbell_shm::entry::{Status, codec, flag};
+use doorbell_shm::layout::LaneLayout;
 use lane::{Answered, Outcome};
 use session::Session;
 use std::cell::RefCell;
@@ -155,7 +156,11 @@ impl IpcClient {
     #[inline(always)]
     pub fn poll(&self) -> Result<Option<Reply<'_>>> {
         let mut session = self.session.borrow_mut();
-        Ok(session.next()?.map(|answered| Reply { client: self, answered }))
+        let next = match session.next_plain() {
+            Some(plain) => Some(plain.into()),
+            None => session.next()?,
+        };
+        Ok(next.map(|answered| Reply { client: self, answered }))
     }
 
     /// Takes the next answer, if one has come, into `target`, as many of its bytes as fit, and gives its slot
@@ -167,6 +172,13 @@ impl IpcClient {
     #[inline(always)]
     pub fn poll_into(&self, target: &mut [u8]) -> Result<Option<Taken>> {
         let mut session = self.session.borrow_mut();
+        if let Some(plain) = session.next_plain() {
+            let len = (plain.len as usize).min(target.len());
+            let offset = LaneLayout::slot_offset(plain.response_slot);
+            session.payload(0).read(offset, &mut target[..len]);
+            session.home.release(plain.slot);
+            return Ok(Some(Taken::of_plain(&plain)));
+        }
         let Some(answered) = session.next()? else { return Ok(None) };
         let mut taken = Taken::of(&answered);
         if matches!(answered.outcome, Outcome::Piece(_)) {

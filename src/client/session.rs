@@ -4,7 +4,7 @@ use super::body::Bodies;
 use super::call::{CallId, CallOptions, SlotWriter};
 use super::classify::Witness;
 use super::doorbell::Doorbell;
-use super::lane::{Answered, Lane, NO_CONNECTION, Outcome};
+use super::lane::{Answered, Lane, NO_CONNECTION, Outcome, Plain};
 use super::route::Routes;
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
@@ -349,6 +349,17 @@ impl Session {
         let mut waiting = std::mem::take(&mut self.closing);
         waiting.retain(|(connection, bulk)| !self.close_now(*connection, *bulk));
         self.closing = waiting;
+    }
+
+    /// As [`Session::next`] where there is nothing but calls of one frame on one lane, which is most of the time; of whatever
+    /// else there is nothing is taken.
+    #[inline(always)]
+    pub fn next_plain(&mut self) -> Option<Plain> {
+        let others = !self.kept.is_empty()
+            || !self.further.is_empty()
+            || self.routes.is_some()
+            || self.bodies.are_active();
+        if others { None } else { self.home.take_plain(INTERACTIVE) }
     }
 
     /// The next answered call, kept ones first.

@@ -71,7 +71,7 @@ impl SessionLane {
         exchange.parked.push_back(Frame { slot: places.payload, len: call.len, at: meta });
         let counted = exchange.count(call.len - meta, call.flags & flag::END != 0);
         bench.pulse.runs(call.message_type);
-        let context = context(bench.state, bench.metrics, bench.totals, call, places.traceparent);
+        let context = context(bench.state, bench.metrics, bench.totals, call, places.traceparent.as_ref());
         let announced = (call.body_len != 0).then_some(call.body_len);
         match plan {
             Plan::Whole(most) => exchange.work = Work::Waits(announced.map_or(most, |len| len as usize)),
@@ -212,7 +212,8 @@ impl SessionLane {
         };
         e.work = Work::Ticket(number);
         bench.pulse.runs(e.call.message_type);
-        let context = context(bench.state, bench.metrics, bench.totals, &e.call, e.traceparent);
+        let traceparent = e.traceparent;
+        let context = context(bench.state, bench.metrics, bench.totals, &e.call, traceparent.as_ref());
         let executor = bench.executor;
         let begun = catch_unwind(AssertUnwindSafe(|| begin(&context, ticket, executor)));
         if !matches!(begun, Ok(Ok(()))) {
@@ -829,7 +830,8 @@ impl SessionLane {
         bench: &mut Bench<'_, S>,
     ) {
         bench.pulse.runs(e.call.message_type);
-        let context = context(bench.state, bench.metrics, bench.totals, &e.call, e.traceparent);
+        let traceparent = e.traceparent;
+        let context = context(bench.state, bench.metrics, bench.totals, &e.call, traceparent.as_ref());
         prepare(bench.rest, e, 0, bench.message_max);
         let payload = &self.lane().common.payload;
         let mut reply = Reply::new(payload, e.offset(), e.window.capacity as usize, 0, bench.rest);
@@ -864,7 +866,8 @@ impl SessionLane {
         let given = there.min(room.max(SLOT_SMALL));
         let last = e.ended && e.parked.len() <= 1 && given == there;
         bench.pulse.runs(e.call.message_type);
-        let context = context(bench.state, bench.metrics, bench.totals, &e.call, e.traceparent);
+        let traceparent = e.traceparent;
+        let context = context(bench.state, bench.metrics, bench.totals, &e.call, traceparent.as_ref());
         // Copied once: a byte that the handler has taken is never looked at again (S3, F15).
         let shared = e.parked.front().is_some_and(|frame| frame.slot == e.window.first);
         let all = bench.staging.take(if shared { there } else { given });
@@ -1062,7 +1065,7 @@ fn context<'a, S>(
     metrics: &'a Counters,
     totals: &'a Totals,
     call: &Submission,
-    traceparent: Option<TraceParent>,
+    traceparent: Option<&'a TraceParent>,
 ) -> Context<'a, S> {
     Context {
         state,

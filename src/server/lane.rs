@@ -658,16 +658,18 @@ impl SessionLane {
         connection.bytes += u64::from(call.len);
         if PLAIN {
             let (capacity, hinted) = self.lane.slots.lend(call.slot, call.generation, call.len)?;
-            let places = Places { payload: call.slot, count: 1, capacity, traceparent: None };
+            // Made where they are needed: to copy what has just been written in pieces waits for every store before it,
+            // those to lines of the client's among them.
+            let places = || Places { payload: call.slot, count: 1, capacity, traceparent: None };
             let outcome = match self.refusal(call, hinted, bench) {
                 Some(refusal) => refusal,
-                None => match self.run(call, places, bench) {
+                None => match self.run(call, call.slot, capacity, None, bench) {
                     Some(outcome) => outcome,
-                    None => return self.begin(id, ring, call, places, bench),
+                    None => return self.begin(id, ring, call, places(), bench),
                 },
             };
             if bench.rest.used {
-                return self.go_on(id, ring, call, places, outcome, bench);
+                return self.go_on(id, ring, call, places(), outcome, bench);
             }
             return self.complete_now(id, ring, call, record, outcome, bench);
         }
@@ -700,7 +702,8 @@ impl SessionLane {
         let outcome = match self.refusal(call, hinted, bench) {
             Some(refusal) => refusal,
             None if more => return self.begin(id, ring, call, places, bench),
-            None => match self.run(call, places, bench) {
+            None => match self.run(call, places.payload, places.capacity, places.traceparent.as_ref(), bench)
+            {
                 Some(outcome) => outcome,
                 None => return self.begin(id, ring, call, places, bench),
             },
@@ -811,7 +814,14 @@ impl SessionLane {
     /// Copies the request, runs its handler, and says how that went. `None` if there is no handler for whole requests:
     /// the call is one for [`SessionLane::begin`].
     #[inline(always)]
-    fn run<S>(&mut self, call: &Submission, places: Places, bench: &mut Bench<'_, S>) -> Option<Outcome> {
+    fn run<S>(
+        &mut self,
+        call: &Submission,
+        payload_slot: u32,
+        capacity: u32,
+        traceparent: Option<&TraceParent>,
+        bench: &mut Bench<'_, S>,
+    ) -> Option<Outcome> {
         let message_type = MessageType(call.message_type);
         let Some(Entry { whole: Some(handler), .. }) = bench.handlers.get(message_type.0 as usize) else {
             return None;
@@ -819,11 +829,11 @@ impl SessionLane {
         let payload = &self.lane.common.payload;
         // Copied once: from here on the client can change the slot but not the request (S3, F15).
         let request = bench.staging.take(call.len as usize);
-        payload.read(LaneLayout::slot_offset(places.payload), request);
+        payload.read(LaneLayout::slot_offset(payload_slot), request);
         kill_point!("server.request.staged");
         let request = &request[call.meta_len as usize..];
         let offset = LaneLayout::slot_offset(call.response_slot);
-        let capacity = (places.capacity as usize).min(bench.message_max);
+        let capacity = (capacity as usize).min(bench.message_max);
         let mut reply = Reply::new(payload, offset, capacity, 0, bench.rest);
         let context = Context {
             state: bench.state,
@@ -832,7 +842,7 @@ impl SessionLane {
             message_type,
             connection: call.connection,
             codec: call.codec,
-            traceparent: places.traceparent,
+            traceparent,
         };
         bench.pulse.runs(message_type.0);
         // A handler owns nothing of ours that its unwinding could leave half done (F43).

@@ -298,7 +298,8 @@ pub struct Context<'a, S> {
     pub(crate) message_type: MessageType,
     pub(crate) connection: u32,
     pub(crate) codec: u8,
-    pub(crate) traceparent: Option<TraceParent>,
+    /// By reference: a copy of what the lane has just written in pieces would wait for all of its stores.
+    pub(crate) traceparent: Option<&'a TraceParent>,
 }
 
 impl<'a, S> Context<'a, S> {
@@ -331,7 +332,7 @@ impl<'a, S> Context<'a, S> {
     /// The trace that the caller has named as the call's
     /// ([`CallOptions::traceparent`](crate::CallOptions::traceparent)).
     pub fn traceparent(&self) -> Option<TraceParent> {
-        self.traceparent
+        self.traceparent.copied()
     }
 }
 
