@@ -4,8 +4,9 @@ mod common;
 
 use common::{TestServer, client, eventually};
 use doorbell::protocol::handshake::DisconnectReason;
-use doorbell::{IpcError, MessageType, WaitPolicy};
+use doorbell::{CallOptions, IpcError, MessageType, WaitPolicy};
 use doorbell_shm::bus;
+use std::time::Duration;
 
 /// Goal:   F19: a session of which memory is lost is ended and its client told why; the server and everybody else go on, and
 ///         the client can come back.
@@ -22,9 +23,12 @@ fn f19_a_session_whose_memory_is_lost_ends_alone() {
     let own: Vec<_> = bus::guarded().into_iter().filter(|range| !before.contains(range)).collect();
     let [(start, len)] = own[..] else { panic!("{own:?}") };
     assert!((start..start + len).step_by(4096).all(bus::lose));
-    let under_way = connection.call(MessageType::PING, b"");
+    // Bounded: without what is tested, nobody would answer.
+    let bounded = CallOptions { timeout: Some(Duration::from_secs(20)), ..CallOptions::default() };
+    let ping = || connection.call_with(MessageType::PING, b"", &bounded, |_| ());
+    let under_way = ping();
     assert!(matches!(under_way, Err(IpcError::NotExecuted)), "{under_way:?}");
-    let end = connection.call(MessageType::PING, b"");
+    let end = ping();
     assert!(matches!(end, Err(IpcError::Disconnected(DisconnectReason::MemoryLost))), "{end:?}");
     assert_eq!(watching.call(MessageType::ECHO, b"on").unwrap(), b"on");
     drop(connection);

@@ -188,10 +188,9 @@ mod tests {
         for len in [100, 30_000] {
             let options = CallOptions { timeout: Some(Duration::from_millis(20)), ..CallOptions::default() };
             let called = connection.call_with(ledger::MIRROR, &vec![0; len], &options, |_| ());
-            assert!(
-                matches!(called, Err(crate::IpcError::Timeout | crate::IpcError::Decode(_))),
-                "{called:?}"
-            );
+            // A short one may find a slot that is left, and be answered; a long one needs two.
+            let answered = len == 100 && matches!(called, Err(crate::IpcError::Decode(_)));
+            assert!(answered || matches!(called, Err(crate::IpcError::Timeout)), "{len} bytes: {called:?}");
         }
     }
 
