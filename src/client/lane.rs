@@ -677,12 +677,18 @@ impl Lane {
         let Some(words) = self.lane.completions[ring].pop().map_err(IpcError::ServerFault)? else {
             return Ok(None);
         };
+        self.pass(ring);
+        self.complete(words).map(Some)
+    }
+
+    /// A completion has been copied out: the server may write there again.
+    #[inline(always)]
+    fn pass(&mut self, ring: usize) {
         kill_point!("client.answer.taken");
         self.lane.completions[ring].publish();
         kill_point!("client.answer.passed");
         self.unrung.get_or_insert(Published::Consumed);
         self.prefetch_next(ring);
-        self.complete(words).map(Some)
     }
 
     /// Takes the next completion of one ring if it ends a call of one frame, somebody waits for that, and its answer lies in
@@ -711,11 +717,7 @@ impl Lane {
             plain = Some(Plain { slot, generation, response_slot, tag, status, len, detail });
             true
         })?;
-        kill_point!("client.answer.taken");
-        self.lane.completions[ring].publish();
-        kill_point!("client.answer.passed");
-        self.unrung.get_or_insert(Published::Consumed);
-        self.prefetch_next(ring);
+        self.pass(ring);
         self.in_flight -= 1;
         plain
     }
