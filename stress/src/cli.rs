@@ -7,6 +7,7 @@ use crate::kills::{self, KillsOptions};
 use crate::machine::{Cores, Machine};
 use crate::points::{self, PointsOptions};
 use crate::processes::{self, ChildOptions};
+use crate::reclaim::{self, ReclaimOptions};
 use crate::reconnect::{self, ReconnectOptions};
 use crate::report::Report;
 use crate::scratch;
@@ -54,6 +55,8 @@ enum Command {
     Gallery(GalleryOptions),
     /// Clients killed at random moments, while one that means well calls on.
     Kills(KillsOptions),
+    /// How soon a server holds nothing of a client that was killed.
+    Reclaim(ReclaimOptions),
     /// Every labelled point of client and server, suffered by real processes (built with `--features kill-points`).
     KillPoints(PointsOptions),
     /// Chaos for long against one server, and whether it comes to hold more and more.
@@ -156,6 +159,9 @@ pub fn run() -> ExitCode {
             return run_gallery(&options).unwrap_or_else(|error| failed(&error));
         }
         Some(Command::Kills(options)) => return run_kills(&options).unwrap_or_else(|error| failed(&error)),
+        Some(Command::Reclaim(options)) => {
+            return run_reclaim(&options).unwrap_or_else(|error| failed(&error));
+        }
         Some(Command::KillPoints(options)) => {
             return run_points(&options).unwrap_or_else(|error| failed(&error));
         }
@@ -209,6 +215,13 @@ fn run_kills(options: &KillsOptions) -> Result<ExitCode, StressError> {
     let counts = kills::run(options, &Cores::plan()?, random_seed()?)?;
     print!("{counts}");
     Ok(if counts.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_reclaim(options: &ReclaimOptions) -> Result<ExitCode, StressError> {
+    scratch::remove_on_signals()?;
+    let reclaim = reclaim::run(options, &Cores::plan()?, random_seed()?)?;
+    print!("{reclaim}");
+    Ok(if reclaim.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn run_soak(options: &SoakOptions) -> Result<ExitCode, StressError> {

@@ -37,6 +37,12 @@ pub enum StressError {
         /// Its exit status, or what it said instead of what was expected.
         how: String,
     },
+    /// A server holds something of a client long after its end (I2, I8).
+    #[error("something of client {number} is left 10 s after its end")]
+    Left {
+        /// Which of those that were started.
+        number: u64,
+    },
     /// A process did not say in time what it had to say.
     #[error("the {role} process said nothing for {seconds} s: it hangs")]
     Silent {

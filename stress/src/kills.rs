@@ -122,6 +122,11 @@ pub struct KillsJob {
 }
 
 impl KillsJob {
+    /// That of a client that is to be killed.
+    pub fn victim(path: &Path, answered: &Path, core: usize, number: u64) -> Self {
+        Self { path: path.to_owned(), answered: answered.to_owned(), core, number }
+    }
+
     /// That of a bystander.
     pub fn bystander(path: &Path, core: usize) -> Self {
         Self { path: path.to_owned(), answered: PathBuf::new(), core, number: 0 }
@@ -274,7 +279,12 @@ pub fn settled(
     }
 }
 
-fn held(pid: u32) -> Result<Held, StressError> {
+/// What a process holds now.
+///
+/// # Errors
+///
+/// [`StressError::Os`] if it cannot be looked at.
+pub fn held(pid: u32) -> Result<Held, StressError> {
     let read = |name: &str| {
         std::fs::read_to_string(format!("/proc/{pid}/{name}"))
             .map_err(|source| StressError::Os { call: "reading /proc", source })

@@ -35,6 +35,7 @@ mod processes;
 #[path = "../../tests/common/raw.rs"]
 #[allow(dead_code)] // The tests use all of it.
 mod raw;
+mod reclaim;
 mod reconnect;
 mod report;
 mod scratch;

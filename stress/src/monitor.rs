@@ -3,6 +3,7 @@
 use crate::error::StressError;
 use doorbell::{CallOptions, ClientConfig, IpcClient, MessageType, WaitPolicy};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use std::cell::Cell;
 use std::path::Path;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -49,6 +50,21 @@ pub struct Counters {
     pub body_bytes: u64,
 }
 
+/// What a server has at this moment, as its STATS call names it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[allow(missing_docs)] // The names are the server's own.
+pub struct State {
+    pub sessions_open: u64,
+    pub connections_open: u64,
+    pub leased_bytes: u64,
+    pub leases_waiting: u64,
+    pub exchanges_live: u64,
+    pub deferred_live: u64,
+    pub jobs_live: u64,
+    pub body_bytes: u64,
+    pub budget_used: u64,
+}
+
 /// A session with the server for nothing else.
 #[derive(Debug)]
 pub struct Monitor {
@@ -77,16 +93,30 @@ impl Monitor {
     ///
     /// [`StressError::Ipc`] if it does not say, [`StressError::Job`] if it says something else.
     pub fn count(&self) -> Result<Counters, StressError> {
+        let mut counters: Counters = self.ask()?;
+        // The call that asks is not counted yet when it is answered.
+        counters.calls_ok -= self.asked.get() - 1;
+        Ok(counters)
+    }
+
+    /// What the server has at this moment, this monitor's own session included.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Monitor::count`].
+    pub fn state(&self) -> Result<State, StressError> {
+        self.ask()
+    }
+
+    fn ask<T: DeserializeOwned>(&self) -> Result<T, StressError> {
         let options = CallOptions { timeout: Some(TIMEOUT), ..CallOptions::default() };
         let ask = || {
             let connection = self.client.open()?;
             connection.call_with(MessageType::STATS, b"", &options, |reply| reply.to_vec())?
         };
         let json = ask().map_err(StressError::ipc("asking for counters"))?;
-        let mut counters: Counters = serde_json::from_slice(&json)?;
-        // The call that asks is not counted yet when it is answered.
-        counters.calls_ok -= self.asked.replace(self.asked.get() + 1);
-        Ok(counters)
+        self.asked.set(self.asked.get() + 1);
+        Ok(serde_json::from_slice(&json)?)
     }
 }
 

@@ -1,0 +1,147 @@
+//! `doorbell-stress reclaim`: how soon a server holds nothing of a client that was killed (R3.2, I2, I8).
+//!
+//! Clients live one after the other, each with calls of all lengths under way, and are killed at random moments. From the
+//! signal on the server is asked what it has, and looked at from outside, until it has what it had before the client
+//! came: sessions, connections, calls, leases and budget as it counts them, descriptors and mappings as /proc shows them. The
+//! kernel's own work at the end of the process is part of the time.
+
+use crate::clock::{SECOND, now_ns, sleep_until};
+use crate::error::StressError;
+use crate::kills::{KillsJob, held};
+use crate::machine::Cores;
+use crate::monitor::Monitor;
+use crate::points::ledger::{LedgerJob, mix};
+use crate::processes::{self, Role};
+use crate::scratch::Directory;
+use clap::Args;
+use rustix::process::Signal;
+use std::fmt;
+use std::process::Stdio;
+use std::time::Duration;
+
+/// Clients before the first that is timed.
+const WARM_UP: u64 = 4;
+/// The longest life of a client once it is connected.
+const LIFE_NS: u64 = 8_000_000;
+/// How long the server may take at all.
+const SETTLED_NS: u64 = 10 * SECOND;
+/// How long a process may take to say what it has to.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What to do.
+#[derive(Debug, Clone, Args)]
+pub struct ReclaimOptions {
+    /// Clients to kill.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    count: u64,
+    /// Judge: 99 of 100 clients are gone within so many milliseconds.
+    #[arg(long, default_value_t = 10.0)]
+    goal_ms: f64,
+    /// Seed of all random moments; random unless given.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// What was found; times from the signal on, milliseconds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Reclaim {
+    times_ms: Vec<f64>,
+    goal_ms: f64,
+    seed: u64,
+}
+
+impl Reclaim {
+    fn of_rank(&self, part: f64) -> f64 {
+        let rank = (self.times_ms.len() as f64 * part).ceil() as usize;
+        self.times_ms[rank.max(1) - 1]
+    }
+
+    /// Whether the goal is met.
+    pub fn passed(&self) -> bool {
+        self.of_rank(0.99) <= self.goal_ms
+    }
+}
+
+impl fmt::Display for Reclaim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (p50, p99, max) = (self.of_rank(0.5), self.of_rank(0.99), self.of_rank(1.0));
+        writeln!(f, "{} clients killed one after the other, seed {}", self.times_ms.len(), self.seed)?;
+        writeln!(
+            f,
+            "ms from the signal until nothing is left of it: p50 {p50:.2}, p99 {p99:.2}, longest {max:.2}"
+        )?;
+        let verdict = if self.passed() { "passed" } else { "FAILED" };
+        writeln!(f, "{verdict}: p99 {p99:.2} ms (goal {})", self.goal_ms)
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+///
+/// [`StressError`] if a process cannot be started, a client ends by itself, or something of one is left for good.
+pub fn run(options: &ReclaimOptions, cores: &Cores, random: u64) -> Result<Reclaim, StressError> {
+    let seed = options.seed.unwrap_or(random);
+    let directory = Directory::new("reclaim")?;
+    let path = directory.path().join("s");
+    let job = LedgerJob { path: path.clone(), log: directory.path().join("log"), cores: vec![cores.server] };
+    let mut server = processes::spawn(Role::LedgerServer, &job, Stdio::null())?;
+    let () = server.receive(PATIENCE)?;
+    let monitor = Monitor::connect(&path)?;
+    let answered = directory.path().join("answered");
+    let mut times_ms = Vec::with_capacity(options.count as usize);
+    let mut before = None;
+    for number in 0..WARM_UP + options.count {
+        if number == WARM_UP {
+            before = Some((monitor.state()?, held(server.pid())?.without_memory()));
+        }
+        let job = KillsJob::victim(&path, &answered, cores.clients[0], number);
+        let mut victim = processes::spawn(Role::Victim, &job, Stdio::null())?;
+        let () = victim.receive(PATIENCE)?;
+        sleep_until(now_ns() + mix(seed ^ number) % LIFE_NS);
+        if let Some(how) = victim.has_ended() {
+            return Err(StressError::Child { role: "victim", how });
+        }
+        let began_ns = now_ns();
+        victim.signal(Signal::KILL)?;
+        let Some((state, others)) = &before else {
+            until(number, began_ns, || Ok(monitor.state()?.sessions_open == 1))?;
+            continue;
+        };
+        let is_reclaimed =
+            || Ok(monitor.state()? == *state && held(server.pid())?.without_memory() == *others);
+        times_ms.push(until(number, began_ns, is_reclaimed)? as f64 / 1e6);
+    }
+    times_ms.sort_by(f64::total_cmp);
+    Ok(Reclaim { times_ms, goal_ms: options.goal_ms, seed })
+}
+
+/// Nanoseconds since `began_ns` when `condition` has come to hold.
+fn until(
+    number: u64,
+    began_ns: u64,
+    condition: impl Fn() -> Result<bool, StressError>,
+) -> Result<u64, StressError> {
+    while !condition()? {
+        if now_ns() - began_ns > SETTLED_NS {
+            return Err(StressError::Left { number });
+        }
+    }
+    Ok(now_ns() - began_ns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_99th_of_a_hundred_is_judged() {
+        let of = |last_ms: f64| {
+            let mut times_ms = vec![1.0; 98];
+            times_ms.extend([last_ms, 50.0]);
+            Reclaim { times_ms, goal_ms: 10.0, seed: 0 }
+        };
+        assert!(!of(10.5).passed());
+        assert!(of(10.0).of_rank(1.0) == 50.0 && of(9.0).of_rank(0.5) == 1.0);
+    }
+}
