@@ -38,10 +38,12 @@ pub enum StressError {
         how: String,
     },
     /// A server holds something of a client long after its end (I2, I8).
-    #[error("something of client {number} is left 10 s after its end")]
+    #[error("something of client {number} is left 10 s after its end: {what}")]
     Left {
         /// Which of those that were started.
         number: u64,
+        /// What there was before it, and is now.
+        what: String,
     },
     /// A process did not say in time what it had to say.
     #[error("the {role} process said nothing for {seconds} s: it hangs")]

@@ -217,7 +217,7 @@ fn kill_batch(job: &KillsJob, counts: &mut Counts, most: u64) -> Result<(), Stre
 }
 
 /// Sessions that stay: the bystander's.
-const OTHERS: usize = 1;
+pub const OTHERS: usize = 1;
 
 /// When the server has done with all victims: what they noted against what was executed.
 fn compare(server: &Process, ledger: &mut VictimsLedger, counts: &mut Counts) -> Result<(), StressError> {

@@ -50,19 +50,14 @@ pub struct Counters {
     pub body_bytes: u64,
 }
 
-/// What a server has at this moment, as its STATS call names it.
+/// What a server has, as its STATS call names it, a few milliseconds ago at most.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[allow(missing_docs)] // The names are the server's own.
 pub struct State {
     pub sessions_open: u64,
-    pub connections_open: u64,
     pub leased_bytes: u64,
-    pub leases_waiting: u64,
-    pub exchanges_live: u64,
-    pub deferred_live: u64,
-    pub jobs_live: u64,
-    pub body_bytes: u64,
     pub budget_used: u64,
+    pub body_bytes: u64,
 }
 
 /// A session with the server for nothing else.
@@ -99,7 +94,7 @@ impl Monitor {
         Ok(counters)
     }
 
-    /// What the server has at this moment, this monitor's own session included.
+    /// What the server has, this monitor's own session included.
     ///
     /// # Errors
     ///

@@ -1,13 +1,13 @@
 //! `doorbell-stress reclaim`: how soon a server holds nothing of a client that was killed (R3.2, I2, I8).
 //!
-//! Clients live one after the other, each with calls of all lengths under way, and are killed at random moments. From the
-//! signal on the server is asked what it has, and looked at from outside, until it has what it had before the client
-//! came: sessions, connections, calls, leases and budget as it counts them, descriptors and mappings as /proc shows them. The
-//! kernel's own work at the end of the process is part of the time.
+//! Clients live one after the other, each with calls of all lengths under way, and are killed at random moments. Timed from the
+//! signal on is how long the server has more descriptors or mappings than before the client came, as /proc shows them; the
+//! kernel's own work at the end of the process is part of that. Then its counters have to say so, too: sessions, leases,
+//! bodies, budget.
 
 use crate::clock::{SECOND, now_ns, sleep_until};
 use crate::error::StressError;
-use crate::kills::{KillsJob, held};
+use crate::kills::{KillsJob, OTHERS, held, settled};
 use crate::machine::Cores;
 use crate::monitor::Monitor;
 use crate::points::ledger::{LedgerJob, mix};
@@ -90,10 +90,15 @@ pub fn run(options: &ReclaimOptions, cores: &Cores, random: u64) -> Result<Recla
     let monitor = Monitor::connect(&path)?;
     let answered = directory.path().join("answered");
     let mut times_ms = Vec::with_capacity(options.count as usize);
+    // Counters are shown now and then: until they know of the monitor itself, they are of before.
+    let mut idle = monitor.state()?;
+    while idle.sessions_open != OTHERS as u64 || idle.budget_used == 0 {
+        idle = monitor.state()?;
+    }
     let mut before = None;
     for number in 0..WARM_UP + options.count {
         if number == WARM_UP {
-            before = Some((monitor.state()?, held(server.pid())?.without_memory()));
+            before = Some(settled(&server, None, OTHERS)?.0.without_memory());
         }
         let job = KillsJob::victim(&path, &answered, cores.clients[0], number);
         let mut victim = processes::spawn(Role::Victim, &job, Stdio::null())?;
@@ -104,13 +109,23 @@ pub fn run(options: &ReclaimOptions, cores: &Cores, random: u64) -> Result<Recla
         }
         let began_ns = now_ns();
         victim.signal(Signal::KILL)?;
-        let Some((state, others)) = &before else {
-            until(number, began_ns, || Ok(monitor.state()?.sessions_open == 1))?;
-            continue;
+        let is_reclaimed = || match before {
+            Some(before) => Ok(held(server.pid())?.without_memory() == before),
+            None => Ok(true),
         };
-        let is_reclaimed =
-            || Ok(monitor.state()? == *state && held(server.pid())?.without_memory() == *others);
-        times_ms.push(until(number, began_ns, is_reclaimed)? as f64 / 1e6);
+        let what_is_left = || {
+            Ok(format!(
+                "{:?} and {before:?} were, {:?} and {:?} are",
+                idle,
+                monitor.state()?,
+                held(server.pid())?
+            ))
+        };
+        let time_ns = until(number, began_ns, is_reclaimed, what_is_left)?;
+        until(number, began_ns, || Ok(monitor.state()? == idle), what_is_left)?;
+        if before.is_some() {
+            times_ms.push(time_ns as f64 / 1e6);
+        }
     }
     times_ms.sort_by(f64::total_cmp);
     Ok(Reclaim { times_ms, goal_ms: options.goal_ms, seed })
@@ -121,10 +136,11 @@ fn until(
     number: u64,
     began_ns: u64,
     condition: impl Fn() -> Result<bool, StressError>,
+    what_is_left: impl Fn() -> Result<String, StressError>,
 ) -> Result<u64, StressError> {
     while !condition()? {
         if now_ns() - began_ns > SETTLED_NS {
-            return Err(StressError::Left { number });
+            return Err(StressError::Left { number, what: what_is_left()? });
         }
     }
     Ok(now_ns() - began_ns)
