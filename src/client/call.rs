@@ -133,8 +133,7 @@ impl Taken {
     #[inline(always)]
     pub(super) fn of(answered: &Answered) -> Self {
         let (status, len) = match answered.outcome {
-            Outcome::Reply { status, len, .. } if status == Status::Ok as u8 => (Some(Status::Ok), len),
-            Outcome::Reply { status, len, .. } => (Status::from_code(status), len),
+            Outcome::Reply { status, len, .. } => (status_of(status), len),
             Outcome::Piece(piece) => (Status::from_code(piece.status), piece.len),
             Outcome::Lost { .. } => (None, 0),
         };
@@ -143,10 +142,14 @@ impl Taken {
 
     #[inline(always)]
     pub(super) fn of_plain(plain: &Plain) -> Self {
-        let status =
-            if plain.status == Status::Ok as u8 { Some(Status::Ok) } else { Status::from_code(plain.status) };
-        Self { tag: plain.tag, len: plain.len as usize, status }
+        Self { tag: plain.tag, len: plain.len as usize, status: status_of(plain.status) }
     }
+}
+
+/// As [`Status::from_code`], which looks through all of them: it is success nearly always.
+#[inline(always)]
+fn status_of(code: u8) -> Option<Status> {
+    if code == Status::Ok as u8 { Some(Status::Ok) } else { Status::from_code(code) }
 }
 
 /// The answer of a call, or a frame of it. Dropping it gives its slot back.

@@ -692,8 +692,8 @@ impl Lane {
     }
 
     /// Takes the next completion of one ring if it ends a call of one frame, somebody waits for that, and its answer lies in
-    /// a base slot: the same as [`Lane::take`] for most, with most of its conditions known, in half the time. Whatever
-    /// else there is, nothing is taken.
+    /// a base slot: the same as [`Lane::take`] for most, with most of its conditions known. Whatever else there is, nothing
+    /// is taken.
     #[inline(always)]
     pub fn take_plain(&mut self, ring: usize) -> Option<Plain> {
         /// Kind and flags of such a completion, in word 0 without its status.
