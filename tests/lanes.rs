@@ -138,6 +138,16 @@ fn p6_a_connection_with_a_call_in_flight_stays_on_its_lane() {
     assert_eq!(answers, [2, 3, 4]);
 }
 
+/// A connection whose lane is that of this core, with a call that holds its reactor until the gate opens.
+fn hold_further<'c>(server: &TestServer, client: &'c IpcClient, core: usize) -> Connection<'c> {
+    let connection = client.open().unwrap();
+    settle(&connection, core);
+    connection.submit(GATE, b"", &CallOptions::default()).unwrap();
+    client.flush().unwrap();
+    eventually("the gate holds the further reactor", || server.entered() == 1);
+    connection
+}
+
 /// Goal:   P6: a connection that is dropped while its last call runs on another lane is closed after that call,
 ///         not before; the session goes on.
 /// Method: a gated call on the further lane, the connection dropped, the home lane used meanwhile.
@@ -147,11 +157,7 @@ fn p6_a_close_does_not_overtake_calls_on_another_lane() {
     let server = server(WaitPolicy::Handoff, pair);
     pin(pair.1);
     let client = client(server.path(), WaitPolicy::Handoff);
-    let dropped = client.open().unwrap();
-    settle(&dropped, pair.1);
-    dropped.submit(GATE, b"", &CallOptions::default()).unwrap();
-    client.flush().unwrap();
-    eventually("the gate holds the further reactor", || server.entered() == 1);
+    let dropped = hold_further(&server, &client, pair.1);
     drop(dropped);
     pin(pair.0);
     let other = client.open().unwrap();
@@ -213,11 +219,7 @@ fn f50_an_answer_that_comes_after_the_end_of_its_session_is_nobodys() {
     let server = server(WaitPolicy::Handoff, pair);
     pin(pair.1);
     let client = client(server.path(), WaitPolicy::Handoff);
-    let connection = client.open().unwrap();
-    settle(&connection, pair.1);
-    connection.submit(GATE, b"", &CallOptions::default()).unwrap();
-    client.flush().unwrap();
-    eventually("the gate holds the further reactor", || server.entered() == 1);
+    let _connection = hold_further(&server, &client, pair.1);
     server.end_at_once();
     let lost = loop {
         match client.poll().unwrap() {
