@@ -52,11 +52,14 @@ pub struct Counters {
 
 /// What a server has, as its STATS call names it, a few milliseconds ago at most.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[allow(missing_docs)] // The names are the server's own.
 pub struct State {
+    /// Sessions open.
     pub sessions_open: u64,
+    /// Bytes leased.
     pub leased_bytes: u64,
+    /// Bytes of the budget in use.
     pub budget_used: u64,
+    /// Bytes reserved for requests that are put together, beside the budget.
     pub body_bytes: u64,
 }
 
