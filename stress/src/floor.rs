@@ -49,8 +49,30 @@ pub struct FloorJob {
     seed: u64,
     /// For the client.
     schedule: Schedule,
-    /// For the client: one call after the other, each timed.
-    timed: bool,
+    /// For the client: one call at a time, each timed.
+    timed: Option<Pace>,
+}
+
+/// When timed calls begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pace {
+    /// Each when the one before it is over. Of a core that stands still they show how long, hardly how often: one call waits,
+    /// where millions are made between two times.
+    AtOnce,
+    /// From half to one and a half of so many nanoseconds after the one before it, by chance. Of a core that stands still a
+    /// hundredth of the time one call in a hundred shows it.
+    Every(u64),
+}
+
+impl Pace {
+    /// When the next call begins after one that was over at `now`, of nonce `nonce`.
+    #[inline(always)]
+    pub fn next(self, now: u64, nonce: u64) -> u64 {
+        match self {
+            Self::AtOnce => now,
+            Self::Every(ns) => now + ns / 2 + nonce % ns,
+        }
+    }
 }
 
 fn mapping_len(calls: usize) -> usize {
@@ -72,7 +94,7 @@ pub fn measure(
     let (_map, fd) = segment::scratch(mapping_len(calls))?;
     let second = fd.try_clone().map_err(|e| StressError::os("dup(memfd)", e))?;
     let schedule = Schedule::after(warm_up_ns, window_ns);
-    let job = FloorJob { calls, core: cores.server, seed, schedule, timed: false };
+    let job = FloorJob { calls, core: cores.server, seed, schedule, timed: None };
     let mut server = processes::spawn(Role::FloorServer, &job, Stdio::from(second))?;
     let job = FloorJob { core: cores.client(0), ..job };
     let mut client = processes::spawn(Role::FloorClient, &job, Stdio::from(fd))?;
@@ -86,17 +108,17 @@ pub fn measure(
     Ok(outcome.answered as f64 * SECOND as f64 / window_ns as f64)
 }
 
-/// Measures its tail: one call of [`SIZE`] bytes after the other, each timed from before its request is written until its
-/// answer has been checked. What the longest ones show is the host, which stops the cores now and then.
+/// Measures its tail: one call of [`SIZE`] bytes at a time, each timed from before its request is written until its answer
+/// has been checked. What the longest ones show is whoever stops the cores now and then: the host, and other processes.
 ///
 /// # Errors
 ///
 /// As for [`measure`].
-pub fn latency(seed: u64, cores: &Cores, window_ns: u64) -> Result<Latency, StressError> {
+pub fn latency(seed: u64, cores: &Cores, window_ns: u64, pace: Pace) -> Result<Latency, StressError> {
     let (_map, fd) = segment::scratch(mapping_len(1))?;
     let second = fd.try_clone().map_err(|e| StressError::os("dup(memfd)", e))?;
     let schedule = Schedule::after(SETTLE_NS, window_ns);
-    let job = FloorJob { calls: 1, core: cores.server, seed, schedule, timed: true };
+    let job = FloorJob { calls: 1, core: cores.server, seed, schedule, timed: Some(pace) };
     let mut server = processes::spawn(Role::FloorServer, &job, Stdio::from(second))?;
     let job = FloorJob { core: cores.client(0), ..job };
     let mut client = processes::spawn(Role::FloorClient, &job, Stdio::from(fd))?;
@@ -128,8 +150,8 @@ pub fn drive(fd: OwnedFd, job: &FloorJob) -> Result<(), StressError> {
     machine::pin(job.core)?;
     let map = segment::attach_scratch(fd.as_fd(), mapping_len(job.calls))?;
     let mut client = Client::new(Rings::open(&map, job.calls)?);
-    if job.timed {
-        let latency = client.time(Nonces::new(job.seed, 0), &job.schedule);
+    if let Some(pace) = job.timed {
+        let latency = client.time(Nonces::new(job.seed, 0), &job.schedule, pace);
         client.rings.stop.store(1, Relaxed);
         return processes::say(&latency);
     }
@@ -220,13 +242,18 @@ impl Client {
         Self { rings, sent: 0, taken: 0 }
     }
 
-    /// One call after the other; how long those of the window took, or `None` if one was answered wrongly or not.
-    fn time(&mut self, mut nonces: Nonces, schedule: &Schedule) -> Option<Latency> {
+    /// One call at a time; how long those of the window took, or `None` if one was answered wrongly or not.
+    fn time(&mut self, mut nonces: Nonces, schedule: &Schedule, pace: Pace) -> Option<Latency> {
         let mut histogram = Histogram::new();
         let (mut request, mut answer) = ([0; SIZE], [0; SIZE]);
+        let mut due = 0;
         loop {
             let nonce = nonces.draw();
-            let begun = now_ns();
+            let mut begun = now_ns();
+            while begun < due {
+                std::hint::spin_loop();
+                begun = now_ns();
+            }
             if begun >= schedule.end_ns {
                 return Some(histogram.summary());
             }
@@ -240,8 +267,10 @@ impl Client {
             if !content::is_right(nonce, &answer) {
                 return None;
             }
+            let now = now_ns();
+            due = pace.next(now, nonce);
             if begun >= schedule.begin_ns {
-                histogram.add(now_ns() - begun);
+                histogram.add(now - begun);
             }
         }
     }
@@ -288,6 +317,25 @@ mod tests {
             assert_eq!((outcome.wrong, outcome.errors, outcome.lost), (0, 0, 0), "{calls}");
             assert_eq!(outcome.alive, calls as u64);
         }
+    }
+
+    /// Goal:   paced calls begin half to one and a half of the pace after the one before, and a window of a hundred paces has
+    ///         200 of them at most, all timed.
+    #[test]
+    fn paced_calls_keep_their_distance() {
+        assert_eq!(Pace::AtOnce.next(7, 9), 7);
+        let pace = Pace::Every(100_000);
+        assert_eq!((pace.next(7, 0), pace.next(7, 99_999)), (50_007, 150_006));
+        let map = Mapping::on_heap(mapping_len(1));
+        let rings = Rings::open(&map, 1).unwrap();
+        let server = std::thread::spawn(move || rings.serve(true));
+        let mut client = Client::new(Rings::open(&map, 1).unwrap());
+        let timed = client.time(Nonces::new(3, 0), &Schedule::after(0, 10_000_000), pace);
+        client.rings.stop.store(1, Relaxed);
+        server.join().unwrap();
+        let samples = timed.unwrap().samples;
+        // Fewer where another test has the core.
+        assert!((1..=200).contains(&samples), "{samples}");
     }
 
     #[test]

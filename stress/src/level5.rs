@@ -9,7 +9,7 @@
 use crate::clock::{SECOND, now_ns, sleep_until};
 use crate::content::Nonces;
 use crate::error::StressError;
-use crate::floor;
+use crate::floor::{self, Pace};
 use crate::hostile::{self, Attack, HostileJob};
 use crate::latency::{Latency, MAX_NS, us};
 use crate::level1;
@@ -103,7 +103,7 @@ pub struct Injected {
 pub fn run(plan: &Plan, cores: &Cores, progress: impl Fn(&str)) -> Result<Vec<Row>, StressError> {
     let say = |doing: &str| progress(&format!("level {LEVEL}: {doing}"));
     say("the bare ring");
-    let before = floor::latency(plan.seed, cores, FLOOR_NS)?;
+    let before = floor::latency(plan.seed, cores, FLOOR_NS, Pace::AtOnce)?;
     let mut chaos = Chaos::start(plan, cores)?;
     let begin_ns = now_ns();
     let end_ns = begin_ns + (plan.seconds * SECOND as f64) as u64;
@@ -130,7 +130,7 @@ pub fn run(plan: &Plan, cores: &Cores, progress: impl Fn(&str)) -> Result<Vec<Ro
     let endured = chaos.normal.receive(STEP)?;
     let mut found = chaos.end(endured)?;
     say("the bare ring again");
-    found.floor = before.worse(floor::latency(plan.seed, cores, FLOOR_NS)?);
+    found.floor = before.worse(floor::latency(plan.seed, cores, FLOOR_NS, Pace::AtOnce)?);
     Ok(vec![to_row(plan, found)])
 }
 

@@ -9,6 +9,7 @@ use crate::client::{Connect, Ready};
 use crate::clock::{now_ns, sleep_until};
 use crate::content::{self, Nonces, SIZE};
 use crate::error::StressError;
+use crate::floor::Pace;
 use crate::latency::{Histogram, Latency};
 use crate::load::{Outcome, Schedule, Silence};
 use crate::machine;
@@ -25,9 +26,8 @@ use std::process::Stdio;
 pub const BULK: usize = 4 << 10;
 /// Bulk calls in flight at most: their slots are a third of the memory that server and clients may take.
 const SLOTS: usize = 256;
-/// From one probe to the next on average, nanoseconds; from half to one and a half of it, by chance, so that probes keep
-/// no step with the load.
-const INTERVAL_NS: u64 = 700_000;
+/// From one probe to the next, by chance, so that probes keep no step with the load.
+pub const PACE: Pace = Pace::Every(700_000);
 /// The probe's tag; those of bulk calls are the numbers of their connections.
 const PROBE: u64 = u64::MAX;
 
@@ -259,8 +259,7 @@ impl<'a> Torture<'a> {
         let answer: &[u8; SIZE] = self.buffer[..SIZE].try_into().expect("it is that long");
         let right = len == SIZE && content::is_right(nonce, answer);
         let now = now_ns();
-        // By chance, of the nonces' kind: half to one and a half.
-        self.probe = Probe::Due(now + INTERVAL_NS / 2 + nonce % INTERVAL_NS);
+        self.probe = Probe::Due(PACE.next(now, nonce));
         if right {
             self.histogram.add(now - begun);
             self.found.faults.answered_in_all += 1;
@@ -295,7 +294,7 @@ impl<'a> Torture<'a> {
     fn refused(&mut self, tag: u64, status: Option<Status>) {
         self.fault(format!("refused: {status:?}"));
         if tag == PROBE {
-            self.probe = Probe::Due(now_ns() + INTERVAL_NS);
+            self.probe = Probe::Due(PACE.next(now_ns(), self.nonces.draw()));
         } else if self.finish(tag).is_none() {
             self.wrong(format!("a refusal of nothing, tag {tag}"));
         }
