@@ -392,6 +392,44 @@ fn f15_an_entry_that_is_not_accepted_is_not_taken() {
     );
 }
 
+/// Goal:   whoever looks at what is queued sees each entry at its place, takes none, and nothing beyond the ring.
+/// Method: rings filled by and by, from the start and across the wraps of position and lap; every place from one lap back to
+///         one beyond the end.
+#[test]
+fn entries_that_are_looked_at_stay_where_they_are() {
+    for start in [0, 6, u64::from(u32::MAX) - 2, (u64::from(u32::MAX) << 2) - 2] {
+        let mut ring = Ring::<W>::starting_at(2, start);
+        for pushed in 0..=ring.len {
+            for ahead in 0..=2 * ring.len {
+                let expected = (ahead < pushed).then(|| message(start + ahead));
+                let seen = ring.rx.peek_at(ahead);
+                if let Some(words) = seen {
+                    assert_eq!(words[0] & LAP_MASK, u64::from(lap(start + ahead, 2)));
+                }
+                let seen = seen.map(|words| [words[0] & !LAP_MASK, words[1], words[2], words[3]]);
+                assert_eq!(seen, expected, "{ahead} ahead of {start} with {pushed} there");
+            }
+            assert_eq!(ring.rx.next(), start);
+            assert_eq!(ring.tx.push(message(start + pushed)), Ok(pushed < ring.len));
+        }
+    }
+}
+
+/// Goal:   a producer knows how far the consumer had come when it last looked.
+/// Method: a ring of two that runs full; what is published shows only after a look.
+#[test]
+fn how_far_the_consumer_had_come_is_known_from_the_last_look() {
+    let mut ring = Ring::<W>::new(1);
+    for id in 0..2 {
+        assert_eq!(ring.tx.push(message(id)), Ok(true));
+    }
+    assert_eq!((pop_id(&mut ring), pop_id(&mut ring)), (Some(0), Some(1)));
+    ring.rx.publish();
+    assert_eq!((ring.tx.passed(), ring.tx.outstanding()), (0, 2));
+    ring.tx.refresh().unwrap();
+    assert_eq!((ring.tx.passed(), ring.tx.outstanding()), (2, 0));
+}
+
 /// Goal:   F18: a hole punched into a ring (entries read as zero) is found out, after the first lap.
 /// Method: all words zeroed at a later lap: violation. In the first lap zero is just an empty ring.
 #[test]

@@ -337,3 +337,15 @@ fn f58_a_lent_slot_is_not_granted_again() {
     client.put_back(2);
     assert_eq!(client.take(0), Some(Grant { slot: 2, generation: 2, capacity: 1024 }));
 }
+
+/// Goal:   what a server says it has copied out of a request is what its client reads.
+/// Method: a word written and read, from zeroed memory on.
+#[test]
+fn how_many_frames_were_taken_is_read_as_it_was_published() {
+    let word = AtomicU64::new(0);
+    assert_eq!(ServerWord::read(&word), ServerWord::default());
+    let said = ServerWord { generation: u32::MAX - 1, taken: 0x8000_0001 };
+    said.publish(&word);
+    assert_eq!(ServerWord::read(&word), said);
+    assert_eq!(word.load(Relaxed), u64::from(said.generation) | u64::from(said.taken) << 32);
+}

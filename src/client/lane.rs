@@ -501,8 +501,7 @@ impl Lane {
                 self.granted(first, slots, bytes, completion.frame)?;
             }
             _ => {
-                let rest = Duration::from_millis(completion.detail).min(REST_MAX);
-                self.refused_until = Some(machine::now() + if rest.is_zero() { FULL_REST } else { rest });
+                self.refused_until = Some(machine::now() + rest(completion.detail));
             }
         }
         Ok(())
@@ -873,5 +872,24 @@ impl Lane {
         (self.in_flight, self.controls) = (0, 0);
         self.judged = true;
         Ok(())
+    }
+}
+
+/// How long no lease is asked for after a refusal, which says so many milliseconds, or 0 for no time of its own.
+fn rest(millis: u64) -> Duration {
+    if millis == 0 { FULL_REST } else { Duration::from_millis(millis).min(REST_MAX) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal:   S6: a server cannot keep a client from its leases for longer than [`REST_MAX`], nor have it ask without pause.
+    #[test]
+    fn s6_a_rest_is_what_the_server_says_within_bounds() {
+        let said = [0, 1, 999, 1000, 1001, u64::MAX].map(rest);
+        let ms = Duration::from_millis;
+        assert_eq!(said, [FULL_REST, ms(1), ms(999), REST_MAX, REST_MAX, REST_MAX]);
+        assert!(!FULL_REST.is_zero());
     }
 }

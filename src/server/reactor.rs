@@ -1027,6 +1027,7 @@ impl<S> Reactor<S> {
     fn trim(&mut self) {
         if self.gone >= GONE_PER_TRIM && self.parting.is_empty() {
             self.gone = 0;
+            self.driver.forget();
             doorbell_uring::trim_heap();
         }
     }

@@ -120,6 +120,10 @@ impl Driver {
         either!(self, driver => driver.take_registration_refusal(), _simulated => None)
     }
 
+    pub fn forget(&mut self) {
+        either!(self, driver => driver.forget(), _simulated => ())
+    }
+
     pub fn trim(&mut self, staging: &Staging) -> Result<usize, DriverError> {
         // Nothing is registered with a simulated kernel.
         either!(self, driver => driver.trim(staging), _simulated => Ok(0))

@@ -70,20 +70,15 @@ pub fn run(plan: &Plan, cores: &Cores, progress: impl Fn(&str)) -> Result<Vec<Ro
         Spread { row: "one session", sessions: 1, processes: 1 },
         Spread { row: "a session each, 10 processes", sessions: n, processes: n.min(10) },
     ];
-    spreads.iter().map(|spread| run_row_again(plan, spread, cores, &progress)).collect()
+    spreads.iter().map(|spread| again(|| run_row(plan, spread, cores, &progress))).collect()
 }
 
-/// Runs a row; once more where nothing but its rate falls short.
-fn run_row_again(
-    plan: &Plan,
-    spread: &Spread,
-    cores: &Cores,
-    progress: &impl Fn(&str),
-) -> Result<Row, StressError> {
-    let mut row = run_row(plan, spread, cores, progress)?;
+/// A row, run once more where nothing but its rate falls short, [`TRIES`] times at most; the last run counts.
+fn again(mut run: impl FnMut() -> Result<Row, StressError>) -> Result<Row, StressError> {
+    let mut row = run()?;
     let mut tries = 1;
     while tries < TRIES && is_only_slow(&row) {
-        row = run_row(plan, spread, cores, progress)?;
+        row = run()?;
         tries += 1;
     }
     row.checks.push(Check::reported("runs of the row", tries.to_string()));
@@ -351,6 +346,37 @@ mod tests {
         ] {
             assert!(!is_only_slow(&row_of(CONNECTIONS, fault)));
         }
+    }
+
+    /// Goal:   a slow row is run again and the last run counts; a fault, and an error, are not tried away.
+    /// Method: runs that are slow a number of times first, or fault.
+    #[test]
+    fn a_row_is_tried_three_times_at_most() {
+        let slow = Outcome { answered: 1, alive: 1000, ..Outcome::default() };
+        let good = Outcome { answered: 2_000_002, ..slow.clone() };
+        let wrong = Outcome { wrong: 1, ..slow.clone() };
+        for (outcomes, runs) in [
+            (vec![&good], 1),
+            (vec![&slow, &good], 2),
+            (vec![&slow, &slow, &good], 3),
+            (vec![&slow; 3], 3),
+            (vec![&wrong], 1),
+            (vec![&slow, &wrong], 2),
+        ] {
+            let mut left = outcomes.iter();
+            // Whoever asks for more than there are panics.
+            let row = again(|| Ok(row_of(CONNECTIONS, (*left.next().unwrap()).clone()))).unwrap();
+            assert!(left.next().is_none());
+            assert_eq!(row.wrong, outcomes.last().unwrap().wrong);
+            assert_eq!(row.checks.last().unwrap().measured, runs.to_string());
+        }
+        let mut runs = 0;
+        let failing = again(|| {
+            runs += 1;
+            Err(StressError::Floor(String::new()))
+        });
+        assert!(failing.is_err());
+        assert_eq!(runs, 1);
     }
 
     /// Goal:   each way to fail fails the row.

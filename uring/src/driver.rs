@@ -206,6 +206,13 @@ impl Driver {
         }
     }
 
+    /// Gives back memory that grew with descriptors which are closed by now. Costs a look through them.
+    pub fn forget(&mut self) {
+        if let Self::Epoll(epoll) = self {
+            epoll.forget();
+        }
+    }
+
     /// See [`RingDriver::cancel`].
     ///
     /// # Errors

@@ -52,8 +52,10 @@ pub struct EpollDriver {
     /// An eventfd that others write to: messages, and reads of the helper that have ended.
     mail: OwnedFd,
     mail_token: Token,
-    /// By descriptor.
+    /// By descriptor, as far as the highest that was polled since [`EpollDriver::forget`].
     watches: Vec<Watch>,
+    /// The last one given to a watch.
+    serial: u32,
     timers: BinaryHeap<Reverse<(Duration, Token)>>,
     /// Reads that no enter has tried yet.
     reads: VecDeque<Read>,
@@ -75,9 +77,9 @@ pub struct EpollDriver {
 #[derive(Debug, Clone, Copy)]
 struct Watch {
     token: Token,
-    /// Told from an earlier file of the same number by this: an event of such a one means nothing.
+    /// No other has it: an event of an earlier watch of the same number means nothing.
     serial: u32,
-    /// epoll has had it under this number; a closed file has left by itself.
+    /// epoll has probably had it under this number; a closed file has left by itself.
     known: bool,
     /// Its completion is still to come.
     armed: bool,
@@ -121,6 +123,7 @@ impl EpollDriver {
             mail: eventfd,
             mail_token: mail,
             watches: Vec::new(),
+            serial: 0,
             timers: BinaryHeap::with_capacity(TIMERS),
             reads: VecDeque::new(),
             helper: None,
@@ -160,8 +163,8 @@ impl EpollDriver {
         if self.watches.len() <= index {
             self.watches.resize(index + 1, UNWATCHED);
         }
-        let watch = &mut self.watches[index];
-        let serial = watch.serial.wrapping_add(1);
+        self.serial = self.serial.wrapping_add(1);
+        let (watch, serial) = (&mut self.watches[index], self.serial);
         let data = EventData::new_u64(u64::from(serial) << 32 | index as u64);
         let flags = EventFlags::from_bits_retain(events.bits().into()) | EventFlags::ONESHOT;
         let changed = match watch.known {
@@ -170,7 +173,11 @@ impl EpollDriver {
                 Err(Errno::NOENT) => epoll::add(&self.epoll, fd, data, flags),
                 other => other,
             },
-            false => epoll::add(&self.epoll, fd, data, flags),
+            false => match epoll::add(&self.epoll, fd, data, flags) {
+                // It was forgotten, not closed.
+                Err(Errno::EXIST) => epoll::modify(&self.epoll, fd, data, flags),
+                other => other,
+            },
         };
         match changed {
             Ok(()) => *watch = Watch { token, serial, known: true, armed: true },
@@ -181,6 +188,13 @@ impl EpollDriver {
             Err(source) => return Err(os("epoll_ctl", source)),
         }
         Ok(())
+    }
+
+    /// Gives back what is kept for descriptors above the highest that is polled now.
+    pub fn forget(&mut self) {
+        let kept = self.watches.iter().rposition(|watch| watch.armed).map_or(0, |last| last + 1);
+        self.watches.truncate(kept);
+        self.watches.shrink_to_fit();
     }
 
     /// Completes with `TIME` at the CLOCK_MONOTONIC time `at`, or up to a millisecond later.
@@ -239,9 +253,8 @@ impl EpollDriver {
         self.counters.cancels += 1;
         let watched = self.watches.iter_mut().find(|watch| watch.armed && watch.token == token);
         if let Some(watch) = watched {
-            // epoll goes on watching, and reports it once at most, under a serial that means nothing any more.
+            // epoll goes on watching, and reports it once at most, which means nothing any more.
             watch.armed = false;
-            watch.serial = watch.serial.wrapping_add(1);
             self.done(token, Err(Errno::CANCELED), None);
         } else if self.timers.iter().any(|Reverse((_, timer))| *timer == token) {
             self.timers.retain(|Reverse((_, timer))| *timer != token);

@@ -98,6 +98,28 @@ fn f38_what_is_cancelled_ends_once() {
     assert_eq!(next(&mut driver).token, Token(3));
 }
 
+/// Goal:   what was forgotten of descriptors is not needed again: what is polled stays polled, what was cancelled stays so,
+///         and each can be polled anew, whether it was closed since or not.
+/// Method: two eventfds, the one with the higher number cancelled; both rung before and after.
+#[test]
+fn f38_descriptors_that_nobody_waits_for_are_forgotten() {
+    let (mut driver, low, high) = (driver(), bell(), bell());
+    driver.poll(low.as_fd(), PollFlags::IN, Token(1)).unwrap();
+    driver.poll(high.as_fd(), PollFlags::IN, Token(2)).unwrap();
+    driver.cancel(Token(2)).unwrap();
+    assert_eq!(next(&mut driver).token, Token(2));
+    driver.forget();
+    ring(&low);
+    ring(&high);
+    assert_eq!(next(&mut driver).token, Token(1));
+    nothing(&mut driver);
+    driver.forget();
+    for (bell, token) in [(&high, Token(3)), (&low, Token(4))] {
+        driver.poll(bell.as_fd(), PollFlags::IN, token).unwrap();
+        assert_eq!(next(&mut driver).token, token);
+    }
+}
+
 /// Goal:   timeouts complete in the order of their times, none too early, and a wait ends with them.
 #[test]
 fn f38_timeouts_are_never_early() {
