@@ -15,5 +15,5 @@ cargo llvm-cov --no-report --workspace --ignore-run-fail "$@"
 # What is compiled in for them alone: points at which processes kill themselves.
 cargo llvm-cov --no-report --ignore-run-fail -p doorbell-stress -p doorbell-shm \
     --features doorbell-stress/kill-points -- t9_ what_arms
-cargo llvm-cov report --json --output-path target/coverage.json --ignore-filename-regex '/(tests|benches|fuzz)/'
+cargo llvm-cov report -p doorbell -p doorbell-shm -p doorbell-uring -p doorbell-stress --json --output-path target/coverage.json --ignore-filename-regex '/(tests|benches|fuzz)/'
 exec python3 ci/coverage.py target/coverage.json

@@ -28,7 +28,9 @@ shm() {
 
 classifier() {
     rm -rf "$out/classifier"
-    mutate classifier --file src/client/classify.rs -- --lib client::classify
+    # Building takes longer than its tests do.
+    CARGO_PROFILE_DEV_OPT_LEVEL=0 mutate classifier --package doorbell --no-default-features \
+        --file src/client/classify.rs -- --lib client::classify
 }
 
 case ${1:-both} in

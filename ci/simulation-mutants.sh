@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Plants the bugs of ci/mutants/simulation.txt in a copy of the tree, one at a time, and expects the simulation to find each
-# within 3000 seeds of 600 steps. A bug that is not found, no longer applies or no longer compiles fails the run.
+# within 3000 seeds of 600 steps. A bug that is not found, no longer applies or no longer compiles fails the run, but for those
+# of which the list says why they are not found here.
 # Usage: ci/simulation-mutants.sh [FIRST [LAST]]: all of them, or those of these numbers;
 #        ci/simulation-mutants.sh --check: only whether each has its line; compiles nothing.
 set -euo pipefail
@@ -59,7 +60,7 @@ judge() {
     fi
 }
 
-found=0 tried=0
+found=0 tried=0 known=0
 for i in "${!mutants[@]}"; do
     [ $((i + 1)) -ge "$first" ] && [ $((i + 1)) -le "$last" ] || continue
     take "$i"
@@ -68,9 +69,15 @@ for i in "${!mutants[@]}"; do
     printf '%2d %-16s %s: %s (%s)\n' "$((i + 1))" "$verdict" "$file" "$(field 4)" "$seed"
     cp "$file" "$work/$file"
     touch "$work/$file"
-    tried=$((tried + 1))
+    why=$(field 5)
+    if [ "$verdict" = SURVIVED ] && [ -n "$why" ]; then
+        echo "   as known: $why"
+        known=$((known + 1))
+    else
+        tried=$((tried + 1))
+    fi
     [ "$verdict" != found ] || found=$((found + 1))
 done
 rm -f "$work.log"
-echo "$found bugs found, $((tried - found)) not"
-[ "$found" -gt 0 ] && [ "$found" -eq "$tried" ]
+echo "$found bugs found, $((tried - found)) not, $known not to be found here"
+[ $((found + known)) -gt 0 ] && [ "$found" -eq "$tried" ]

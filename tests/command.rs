@@ -499,6 +499,38 @@ fn r1_5_bench_carries_long_bodies() {
     assert!(value["connect_last_ms"].is_f64() && value["frames"].is_null() && value["requests"] == 0);
 }
 
+/// Goal:   `bench-stream` measures each of its questions with real processes, every chunk in order, and counts no errors.
+/// Method: a short run of each, with the policies that make a difference; wrong options say which.
+#[test]
+fn bench_stream_answers_each_of_its_questions() {
+    for (line, key) in [
+        ("latency --policy handoff --rate 500", "floor_p50_ns"),
+        ("latency --policy spin --rate 500", "delay_p50_ns"),
+        ("throughput --policy spin --same-core", "chunks_per_s"),
+        ("many --policy handoff --streams 6 --sessions 2 --rate 100 --unpinned", "footprint_bytes"),
+        ("cancel --policy block", "cancel_to_end_p99_ns"),
+    ] {
+        let arguments: Vec<&str> = line.split_whitespace().collect();
+        let output = run(&[&["bench-stream", "--json", "--seconds", "0.2"], &arguments[..]].concat());
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{line}: {text}{}", stderr(&output));
+        let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(report["errors"], 0, "{line}: {text}");
+        assert!(report["chunks"].as_u64() > Some(0) && report[key].is_number(), "{line}: {key} of {text}");
+    }
+    for (line, named) in [
+        ("many --size 4", "size"),
+        ("many --streams 1 --sessions 2", "sessions"),
+        ("latency --rate 0", "rate"),
+        ("sideways", "throughput"),
+    ] {
+        let arguments: Vec<&str> = line.split_whitespace().collect();
+        let output = run(&[&["bench-stream"], &arguments[..]].concat());
+        assert_eq!(output.status.code(), Some(2), "{line}: {}", stderr(&output));
+        assert!(stderr(&output).contains(named), "{line}: {}", stderr(&output));
+    }
+}
+
 /// Goal:   the probe is measured beside long bodies, and alone before them, in the load's process and in its own.
 #[test]
 fn bench_probe_measures_one_interactive_call_beside_long_bodies() {

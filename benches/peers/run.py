@@ -48,6 +48,8 @@ PEERS = {
     "grpc": dict(crate="grpc", idle=[SLEEP]),
     "shmipc": dict(crate="shmipc", idle=[SLEEP]),
     "aeron": dict(crate="aeron", idle=[SPIN, SLEEP], driver=True),
+    # No peer: what the two cores allow, for the same work. `doorbell bench` has it beside each of its runs.
+    "bare-ring": dict(bench=True, idle=[SPIN]),
 }
 ALL, WARM, COLD = "all", "warm", "cold"
 # name: how peers wait (WARM: polling where they can, COLD: sleeping, ALL: both ways), what they are asked, placements
@@ -70,6 +72,8 @@ CURVES = {
     **{f"many-{n}": (ALL, dict(size=1024, connections=n), ["apart"]) for n in (10, 100)},
     **{f"load-{us}": (COLD, dict(size=1024, think_us=us), ["apart"]) for us in (100, 10)},
 }
+# What the bare ring is asked: whoever sleeps waits for the kernel, and it holds no connections.
+BARE = ["warm-64", "warm-1k", "warm-1m", "flight-64", "flight-1k", "connections-1000"]
 # Bodies of a mebibyte in these say nothing that the others do not.
 NOT_LONG = ["node-json", "node-clone", "tokio-uring", "grpc", "ipc-channel"]
 TIMEOUT = 30
@@ -97,6 +101,7 @@ def build():
     """Builds both groups; returns what cannot be built, with the compiler's reason."""
     missing = {}
     subprocess.run([HERE / "setup.sh"], check=False)
+    subprocess.run(["cargo", "build", "--release", "--locked", "--quiet"], cwd=ROOT, check=True)
     cmake = ROOT / "target/peers-cmake/bin/cmake"
     for names, flags in ((STATIC, {}), (DYNAMIC, {"RUSTFLAGS": ""})):
         for name in names:
@@ -111,6 +116,23 @@ def build():
                 missing[name] = (" / ".join(errors) or done.stderr[-300:])[:400]
                 print(f"{name} cannot be built: {missing[name]}", file=sys.stderr)
     return missing
+
+
+COMMAND = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / TRIPLE / "release/doorbell"
+
+
+def bare(asked, seconds):
+    """The bare ring beside a run of `doorbell bench`, in the words of a peer's client."""
+    words = ["--size", asked["size"], "--in-flight", asked.get("in_flight", 1), "--connections", asked.get("connections", 1)]
+    command = [COMMAND, "bench", "--json", "--policy", "spin", "--seconds", seconds, *words]
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise Failed(f"ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    report = json.loads(done.stdout)
+    found = {name: report[f"floor_{name}"] for name in ("per_second", "p50_ns", "p99_ns", "p999_ns", "max_ns")}
+    # Its server polls all the time, and the report has no ninth decile.
+    requests = found["per_second"] * seconds
+    return dict(found, p90_ns=0, requests=requests, server_cpu_ns=seconds * 1e9, elapsed_s=seconds, wrong=0)
 
 
 def libraries():
@@ -218,6 +240,8 @@ def run(peer, idle, placement, asked, seconds, warm, experiment):
     global NUMBER
     NUMBER += 1
     about = PEERS[peer]
+    if "bench" in about:
+        return bare(asked, seconds)
     before, kernel = leftovers(), kernel_bytes()
     processes = []
     with tempfile.TemporaryDirectory(prefix="peers-") as directory:
@@ -338,7 +362,7 @@ def plan_of(options):
     for name, (how, asked, placements) in experiments.items():
         for placement in placements:
             for peer in peers:
-                if name == "warm-1m" and peer in NOT_LONG or name == "sessions-1000" and peer != "doorbell":
+                if peer == "bare-ring" and name not in BARE or name == "warm-1m" and peer in NOT_LONG or name == "sessions-1000" and peer != "doorbell":
                     continue
                 runs += [(name, peer, idle, placement, asked) for idle in waits(peer, how)]
     return runs
@@ -370,7 +394,7 @@ def main():
             for number, (experiment, peer, idle, placement, asked) in enumerate(runs):
                 about = PEERS[peer]
                 line = dict(round=turn + 1, experiment=experiment, peer=peer, idle=idle, placement=placement, **asked)
-                why = missing.get(about.get("crate")) or (None if "crate" in about or shutil.which("node") else "no node")
+                why = missing.get(about.get("crate")) or ("no node" if "node" in about and not shutil.which("node") else None)
                 # What has failed once fails again: its time is others'. What is held is the same each time.
                 once = options.quick and asked.get("hold") and turn > 0
                 if why or once or (experiment, peer, idle) in failed:

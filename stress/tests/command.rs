@@ -277,3 +277,27 @@ fn r3_4_f50_trap25_reconnect_counts_every_call_once() {
         );
     }
 }
+
+/// Goal:   T6, R6.5: `reclaim` kills clients and sees all that the server held of them go; `soak` has every kind of chaos but the
+///         death of the server, and its normal client comes to no harm.
+/// Method: five clients, and six minutes of a second each. How long things took, and how much memory there was, is not
+///         judged here.
+#[test]
+fn r6_5_what_is_left_of_the_dead_and_of_chaos_is_looked_at() {
+    let output = stress("reclaim --count 5 --goal-ms 60000 --seed 3");
+    let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    if errors.contains("server and clients need one each") {
+        return;
+    }
+    assert_eq!(output.status.code(), Some(0), "{text}{errors}");
+    assert!(text.starts_with("5 clients killed") && text.contains("passed: p99 "), "{text}");
+    let output = stress("soak --minutes 6 --minute 1 --seed 3 --json");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{text}{errors}");
+    let soak: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&soak["injections"], &soak["passed"]), (&6.into(), &Value::Bool(true)), "{text}");
+    assert_eq!([&soak["wrong"], &soak["errors"]], [0, 0], "{text}");
+    assert!(soak["calls"].as_u64() > Some(0), "{text}");
+    assert_eq!(soak["anonymous"].as_array().unwrap().len(), 6, "{text}");
+}

@@ -4,12 +4,16 @@ use doorbell::{
     CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient, IpcError,
     IpcServer, MessageType, Pieces, Progress, Reply, ServerConfig, Status, WaitPolicy,
 };
+use std::collections::VecDeque;
+
 use peers_common::{Link, Meter, Plan, Result, answer, drive, fill, finish, say};
 
 const WORK: MessageType = MessageType::USER;
 const BLOCK: usize = 1024;
 /// The longest body that goes in one piece.
 const SLOT: usize = 16 << 10;
+/// Calls in flight at most where memory is what matters; more wait in the client.
+const FEW: u32 = 64;
 
 static TABLE: HandlerTable<()> = HandlerTable::with_builtins().on(WORK, work).on_pieces(WORK, long_work);
 
@@ -56,6 +60,7 @@ fn main() -> Result<()> {
         return hold_sessions(&plan);
     }
     let most = (plan.connections * plan.in_flight).min(1000) as u32;
+    let most = if plan.holds { most.min(FEW) } else { most };
     let base = ClientConfig::for_load(most, plan.size.min(SLOT));
     let lease_pages = if plan.size > SLOT { 256 } else { 0 };
     let client = IpcClient::connect_with(&plan.path, &ClientConfig { policy, lease_pages, ..base })?;
@@ -68,7 +73,17 @@ fn main() -> Result<()> {
         return Err("long bodies go one after the other here".into());
     }
     drive(
-        &mut Session { client: &client, connections, buffer, answer, waiting: None, spins, alone, size },
+        &mut Session {
+            client: &client,
+            connections,
+            buffer,
+            answer,
+            waiting: None,
+            queued: VecDeque::new(),
+            spins,
+            alone,
+            size,
+        },
         &plan,
     )
 }
@@ -100,6 +115,8 @@ struct Session<'a> {
     answer: Vec<u8>,
     /// A call that is made by receiving: a long one.
     waiting: Option<(usize, u64)>,
+    /// Calls that found no slot, in order.
+    queued: VecDeque<(usize, u64)>,
     spins: bool,
     /// One call after the other.
     alone: bool,
@@ -112,12 +129,19 @@ impl Link for Session<'_> {
             self.waiting = Some((connection, nonce));
             return Ok(());
         }
-        self.submit(connection, nonce)
+        if !self.queued.is_empty() || !self.submit(connection, nonce)? {
+            self.queued.push_back((connection, nonce));
+        }
+        Ok(())
     }
 
     fn receive(&mut self, take: &mut impl FnMut(usize, &[u8])) -> Result<()> {
         if let Some((connection, nonce)) = self.waiting.take() {
-            return self.call(connection, nonce, take);
+            return if self.size > SLOT {
+                self.long_call(connection, nonce, take)
+            } else {
+                self.call(connection, nonce, take)
+            };
         }
         loop {
             let mut some = false;
@@ -127,6 +151,12 @@ impl Link for Session<'_> {
                 }
                 take(taken.tag as usize, &self.buffer[..taken.len.min(self.size)]);
                 some = true;
+            }
+            while let Some(&(connection, nonce)) = self.queued.front() {
+                if !self.submit(connection, nonce)? {
+                    break;
+                }
+                self.queued.pop_front();
             }
             if some {
                 return Ok(());
@@ -139,13 +169,14 @@ impl Link for Session<'_> {
 }
 
 impl Session<'_> {
-    fn submit(&mut self, connection: usize, nonce: u64) -> Result<()> {
+    /// Sends a call; says whether there was a slot for it.
+    fn submit(&mut self, connection: usize, nonce: u64) -> Result<bool> {
         let options = CallOptions { tag: connection as u64, ..CallOptions::default() };
         fill(nonce, &mut self.buffer);
         let to = self.client.attached(self.connections[connection]);
         match to.submit(WORK, &self.buffer, &options) {
-            Ok(_) => Ok(()),
-            Err(IpcError::WouldBlock) => Err("no slot: more in flight than there are".into()),
+            Ok(_) => Ok(true),
+            Err(IpcError::WouldBlock) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
@@ -158,6 +189,42 @@ impl Session<'_> {
         let to = client.attached(connections[connection]);
         let len = to.call_with(WORK, buffer, &options, |reply| reply.copy_to(answer))??;
         take(connection, &answer[..len]);
+        Ok(())
+    }
+    /// The same for a long one: frames of the answer are put together while those of the request are sent.
+    fn long_call(
+        &mut self,
+        connection: usize,
+        nonce: u64,
+        take: &mut impl FnMut(usize, &[u8]),
+    ) -> Result<()> {
+        fill(nonce, &mut self.buffer);
+        let options = CallOptions { pieces: true, reply_capacity: self.size, ..CallOptions::default() };
+        let to = self.client.attached(self.connections[connection]);
+        let call = to.start(WORK, Some(self.size as u64), &options)?;
+        let (mut sent, mut come, mut is_over) = (0, 0, false);
+        while !is_over {
+            let mut moved = false;
+            if sent < self.size {
+                let mut len = 0;
+                moved = self.client.send_with(call, |writer| {
+                    len = writer.remaining().min(self.size - sent);
+                    writer.write(&self.buffer[sent..sent + len])
+                })?;
+                sent += if moved { len } else { 0 };
+            }
+            if let Some(reply) = self.client.poll()? {
+                if !reply.is_ok() {
+                    return Err("refused".into());
+                }
+                come += reply.copy_to(&mut self.answer[come..])?;
+                (moved, is_over) = (true, reply.is_last());
+            }
+            if !moved && !self.spins {
+                self.client.wait(None)?;
+            }
+        }
+        take(connection, &self.answer[..come]);
         Ok(())
     }
 }
