@@ -349,3 +349,47 @@ fn how_many_frames_were_taken_is_read_as_it_was_published() {
     assert_eq!(ServerWord::read(&word), said);
     assert_eq!(word.load(Relaxed), u64::from(said.generation) | u64::from(said.taken) << 32);
 }
+
+/// Goal:   S1: a slot holds what its class says, lent or not; a number in the midst of a larger slot, or beyond all, names none.
+/// Method: every number of a lane with slots of each class, and two beyond.
+#[test]
+fn s1_a_slot_holds_what_its_class_says() {
+    let (mut table, allocator) = (SlotTable::new(&MIXED), SlotAllocator::new(&MIXED));
+    assert!(!table.is_empty() && table.len() == allocator.numbers());
+    let mut found = Vec::new();
+    for slot in 0..table.len() + 2 {
+        let capacity = table.capacity(slot);
+        match capacity {
+            Ok(bytes) => found.push(bytes as usize),
+            Err(fault) => assert_eq!(fault, PeerFault::Slot { slot }),
+        }
+        assert_eq!(capacity.unwrap_or(0), allocator.capacity(slot), "{slot}");
+        assert_eq!(table.lend(slot, 1, 0).is_ok(), capacity.is_ok(), "{slot}");
+        assert_eq!(table.capacity(slot), capacity, "{slot} is lent");
+    }
+    found.sort_unstable();
+    assert_eq!(found, [SLOT_SMALL, SLOT_SMALL, SLOT_SMALL, SLOT_SMALL, SLOT_MEDIUM, SLOT_LARGE]);
+    assert_eq!(allocator.largest(), SLOT_LARGE);
+}
+
+/// Goal:   S1: whoever asks for the call in a slot is told its generation and whether it goes on; of what is no slot, nothing.
+/// Method: every number of a lane with slots of each class, and two beyond: before a call, during it, after it, during the next.
+#[test]
+fn s1_the_call_in_a_slot_is_told_by_generation() {
+    let mut table = SlotTable::new(&MIXED);
+    for slot in 0..table.len() + 2 {
+        if table.capacity(slot).is_err() {
+            assert_eq!(table.call_in(slot), Err(PeerFault::Slot { slot }));
+            continue;
+        }
+        assert_eq!(table.call_in(slot), Ok((0, false)));
+        for generation in 1..4 {
+            table.lend(slot, generation, 0).unwrap();
+            assert_eq!(table.call_in(slot), Ok((generation, true)));
+            table.give_back(slot);
+            assert_eq!(table.call_in(slot), Ok((generation, false)));
+        }
+        table.lend_for_answer(slot).unwrap();
+        assert_eq!(table.call_in(slot), Ok((3, true)));
+    }
+}
