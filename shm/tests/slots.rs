@@ -393,3 +393,27 @@ fn s1_the_call_in_a_slot_is_told_by_generation() {
         assert_eq!(table.call_in(slot), Ok((3, true)));
     }
 }
+
+/// Goal:   whoever waits for a slot knows how many are free, and of what length the smallest is.
+/// Method: all slots of a lane with slots of each class taken, smallest first, and given back.
+#[test]
+fn the_smallest_free_slot_is_known() {
+    let mut slots = SlotAllocator::new(&MIXED);
+    let mut taken = Vec::new();
+    for (free, smallest) in [
+        (6, SLOT_SMALL),
+        (5, SLOT_SMALL),
+        (4, SLOT_SMALL),
+        (3, SLOT_SMALL),
+        (2, SLOT_MEDIUM),
+        (1, SLOT_LARGE),
+    ] {
+        assert_eq!((slots.free(), slots.smallest_free()), (free, smallest));
+        taken.push(slots.take(1).unwrap());
+    }
+    assert_eq!((slots.free(), slots.smallest_free(), slots.take(1)), (0, 0, None));
+    slots.put_back(taken[5].slot);
+    assert_eq!((slots.free(), slots.smallest_free()), (1, SLOT_LARGE));
+    slots.put_back(taken[0].slot);
+    assert_eq!((slots.free(), slots.smallest_free()), (2, SLOT_SMALL));
+}
