@@ -191,7 +191,7 @@ impl<T: ?Sized> Deref for Shared<T> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

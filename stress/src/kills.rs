@@ -8,11 +8,12 @@
 //! a call was not executed (I5), is for those of `points/`, whose server dies.
 
 use crate::clock::now_ns;
-use crate::content;
+use crate::content::{self, mix};
 use crate::error::StressError;
+use crate::kept;
 use crate::machine::{self, Cores};
 use crate::points::ledger::{
-    LOGGED, LedgerJob, Log, Numbers, VICTIMS, VictimsLedger, WRONG, is_right, mix, request,
+    LOGGED, LedgerJob, Log, Numbers, VICTIMS, VictimsLedger, WRONG, is_right, request,
 };
 use crate::processes::{self, Process, Role};
 use crate::scratch::Directory;
@@ -85,26 +86,10 @@ pub struct Counts {
 
 impl Counts {
     fn load(options: &KillsOptions, random: u64) -> Result<Self, StressError> {
-        let kept = match options.state.as_deref().map(std::fs::read_to_string) {
-            Some(Ok(text)) => Some(serde_json::from_str::<Self>(&text)?),
-            Some(Err(error)) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(StressError::Os { call: "reading the counts", source: error });
-            }
-            Some(Err(_)) | None => None,
-        };
+        let kept: Option<Self> = kept::load(options.state.as_deref())?;
         let mut counts = kept.unwrap_or_else(|| Self { seed: random, ..Self::default() });
         counts.seed = options.seed.unwrap_or(counts.seed);
         Ok(counts)
-    }
-
-    /// Written beside and renamed: a run that is cut off leaves whole counts.
-    fn keep(&self, options: &KillsOptions) -> Result<(), StressError> {
-        let Some(path) = &options.state else { return Ok(()) };
-        let text = serde_json::to_string(self).expect("numbers and texts are JSON");
-        let beside = path.with_extension("new");
-        std::fs::write(&beside, text)
-            .and_then(|()| std::fs::rename(&beside, path))
-            .map_err(|source| StressError::Os { call: "writing the counts", source })
     }
 }
 
@@ -172,7 +157,7 @@ pub fn run(options: &KillsOptions, cores: &Cores, random: u64) -> Result<Counts,
         if batch.is_multiple_of(BATCHES_PER_LOOK) {
             compare(&server, &mut ledger, &mut counts)?;
             look(&mut bystander, &mut counts)?;
-            counts.keep(options)?;
+            kept::keep(options.state.as_deref(), &counts)?;
         }
     }
     if counts.violations.is_empty() || server.has_ended().is_none() {
@@ -180,7 +165,7 @@ pub fn run(options: &KillsOptions, cores: &Cores, random: u64) -> Result<Counts,
         look(&mut bystander, &mut counts)?;
         bystander.end()?;
     }
-    counts.keep(options)?;
+    kept::keep(options.state.as_deref(), &counts)?;
     Ok(counts)
 }
 

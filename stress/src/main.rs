@@ -17,6 +17,7 @@ mod error;
 mod floor;
 mod gallery;
 mod hostile;
+mod kept;
 mod kills;
 mod latency;
 mod level1;

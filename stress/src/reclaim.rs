@@ -6,11 +6,12 @@
 //! leases, bodies, budget. They are shown now and then, so they are late.
 
 use crate::clock::{SECOND, now_ns, sleep_until};
+use crate::content::mix;
 use crate::error::StressError;
 use crate::kills::{KillsJob, OTHERS, held, settled};
 use crate::machine::Cores;
 use crate::monitor::Monitor;
-use crate::points::ledger::{LedgerJob, mix};
+use crate::points::ledger::LedgerJob;
 use crate::processes::{self, Role};
 use crate::scratch::Directory;
 use clap::Args;

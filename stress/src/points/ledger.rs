@@ -4,7 +4,7 @@
 //! A call's number is its request's first word; every other word follows from it. The handler writes the number down before
 //! it answers, in one appended write: whole or not at all, whatever happens to the process.
 
-use crate::content;
+use crate::content::{self, mix};
 use crate::error::StressError;
 use crate::server::{mask_piece, mask_whole};
 use doorbell::{
@@ -63,14 +63,6 @@ pub fn is_right(request: &[u8], answer: &[u8]) -> bool {
     let mut expected = vec![0; request.len()];
     content::answer(request, &mut expected);
     answer == expected
-}
-
-/// A number that looks like none of its neighbours (SplitMix64).
-pub fn mix(seed: u64) -> u64 {
-    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// Numbers that are written down so that they outlive the writer.

@@ -18,7 +18,9 @@ pub mod ledger;
 mod servers;
 pub mod victim;
 
+use crate::content::mix;
 use crate::error::StressError;
+use crate::kept;
 use crate::machine::Cores;
 use clap::{Args, ValueEnum};
 use doorbell_shm::kill;
@@ -238,7 +240,7 @@ impl Run<'_> {
                     if self.counts.tally(label).done(*raised) <= round {
                         let number = self.counts.processes;
                         self.counts.processes += 1;
-                        let dice = ledger::mix(self.counts.seed ^ number << 8);
+                        let dice = mix(self.counts.seed ^ number << 8);
                         items.push(Item { label, raised: *raised, number, dice });
                     }
                 }
@@ -252,26 +254,14 @@ impl Run<'_> {
         self.counts.violations.len() < 10
     }
 
-    /// Written beside and renamed: a run that is cut off leaves whole counts.
     fn keep(&mut self) -> Result<(), StressError> {
         self.counts.seconds = self.before + self.begun.elapsed().as_secs_f64();
-        let Some(path) = &self.options.state else { return Ok(()) };
-        let text = serde_json::to_string(&self.counts).expect("numbers and texts are JSON");
-        let beside = path.with_extension("new");
-        std::fs::write(&beside, text)
-            .and_then(|()| std::fs::rename(&beside, path))
-            .map_err(|source| StressError::os("writing the counts", source))
+        kept::keep(self.options.state.as_deref(), &self.counts)
     }
 }
 
 fn load(options: &PointsOptions, random: u64) -> Result<Counts, StressError> {
-    let kept = match options.state.as_deref().map(std::fs::read_to_string) {
-        Some(Ok(text)) => Some(serde_json::from_str::<Counts>(&text)?),
-        Some(Err(error)) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(StressError::os("reading the counts", error));
-        }
-        Some(Err(_)) | None => None,
-    };
+    let kept: Option<Counts> = kept::load(options.state.as_deref())?;
     let mut counts = kept.unwrap_or_else(|| Counts { seed: random, ..Counts::default() });
     counts.seed = options.seed.unwrap_or(counts.seed);
     Ok(counts)

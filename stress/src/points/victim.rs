@@ -1,7 +1,8 @@
 //! Clients that suffer a kill point. Where one does not come, or the process is continued behind it, all goes on: every
 //! answer is verified, and each call that was answered is noted in a file, for the parent to compare.
 
-use super::ledger::{LOGGED, Log, Numbers, Told, VICTIMS, is_right, mix, request};
+use super::ledger::{LOGGED, Log, Numbers, Told, VICTIMS, is_right, request};
+use crate::content::mix;
 use crate::error::StressError;
 use crate::{machine, processes};
 use doorbell::{
