@@ -158,7 +158,11 @@ mod tests {
                 if verdict == Verdict::NotExecuted {
                     assert!(fate == Fate::NotExecuted && terms.doubts == 0, "{terms:?} {fate:?}");
                 }
-                assert!(verdict != Verdict::StreamLost || terms.streams);
+                let lost = if terms.streams { Verdict::StreamLost } else { Verdict::Lost };
+                assert!(
+                    [lost, Verdict::Resend, Verdict::NotExecuted].contains(&verdict),
+                    "{terms:?} {fate:?}"
+                );
                 let can = terms.has_request && !terms.has_frames;
                 let within = fate == Fate::NotExecuted || terms.doubts < UNKNOWN_RESENDS_MAX;
                 assert_eq!(verdict == Verdict::Resend, sound && can && within, "{terms:?} {fate:?}");
