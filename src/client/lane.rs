@@ -884,9 +884,9 @@ fn rest(millis: u64) -> Duration {
 mod tests {
     use super::*;
 
-    /// Goal:   S6: a server cannot keep a client from its leases for longer than [`REST_MAX`], nor have it ask without pause.
+    /// Goal:   a server cannot keep a client from its leases for longer than [`REST_MAX`], nor have it ask without pause.
     #[test]
-    fn s6_a_rest_is_what_the_server_says_within_bounds() {
+    fn a_rest_is_what_the_server_says_within_bounds() {
         let said = [0, 1, 999, 1000, 1001, u64::MAX].map(rest);
         let ms = Duration::from_millis;
         assert_eq!(said, [FULL_REST, ms(1), ms(999), REST_MAX, REST_MAX, REST_MAX]);

@@ -463,9 +463,9 @@ mod tests {
         Hello::new(Geometry::default(), [1, 2], 3, "test")
     }
 
-    /// Goal:   F26, F31: every reason why a session ended has a code of its own, and words of its own for people.
+    /// Goal:   every reason why a session ended has a code of its own, and words of its own for people.
     #[test]
-    fn f31_every_reason_has_a_code_and_words() {
+    fn every_reason_has_a_code_and_words() {
         let words: BTreeSet<String> = DisconnectReason::ALL.iter().map(ToString::to_string).collect();
         assert_eq!(words.len(), DisconnectReason::ALL.len());
         for reason in DisconnectReason::ALL {

@@ -1,4 +1,4 @@
-//! `doorbell-stress reclaim`: how soon a server holds nothing of a client that was killed (R3.2, I2, I8).
+//! `doorbell-stress reclaim`: how soon a server holds nothing of a client that was killed (R3.3, I2, I8).
 //!
 //! Clients live one after the other, each with calls of all lengths under way, and are killed at random moments. Timed from the
 //! signal on is how long the server has more descriptors or mappings than before the client came, as /proc shows them; the
@@ -97,10 +97,12 @@ pub fn run(options: &ReclaimOptions, cores: &Cores, random: u64) -> Result<Recla
     let answered = directory.path().join("answered");
     let (mut times_ms, mut counted_ms) = (Vec::new(), Vec::new());
     // Counters are shown now and then: until they know of the monitor itself, they are of before.
-    let mut idle = monitor.state()?;
-    while idle.sessions_open != OTHERS as u64 || idle.budget_used == 0 {
-        idle = monitor.state()?;
-    }
+    let know_of_it = || {
+        let state = monitor.state()?;
+        Ok(state.sessions_open == OTHERS as u64 && state.budget_used > 0)
+    };
+    until(0, now_ns(), know_of_it, || Ok(format!("{:?}", monitor.state()?)))?;
+    let idle = monitor.state()?;
     let mut before = None;
     for number in 0..WARM_UP + options.count {
         if number == WARM_UP {

@@ -278,12 +278,12 @@ fn r3_4_f50_trap25_reconnect_counts_every_call_once() {
     }
 }
 
-/// Goal:   T6, R6.5: `reclaim` kills clients and sees all that the server held of them go; `soak` has every kind of chaos but the
+/// Goal:   I2, I8, R6: `reclaim` kills clients and sees all that the server held of them go; `soak` has every kind of chaos but the
 ///         death of the server, and its normal client comes to no harm.
 /// Method: five clients, and six minutes of a second each. How long things took, and how much memory there was, is not
 ///         judged here.
 #[test]
-fn r6_5_what_is_left_of_the_dead_and_of_chaos_is_looked_at() {
+fn r6_what_is_left_of_the_dead_and_of_chaos_is_looked_at() {
     let output = stress("reclaim --count 5 --goal-ms 60000 --seed 3");
     let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     if errors.contains("server and clients need one each") {

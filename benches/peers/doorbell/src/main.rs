@@ -4,9 +4,8 @@ use doorbell::{
     CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient, IpcError,
     IpcServer, MessageType, Pieces, Progress, Reply, ServerConfig, Status, WaitPolicy,
 };
-use std::collections::VecDeque;
-
 use peers_common::{Link, Meter, Plan, Result, answer, drive, fill, finish, say};
+use std::collections::VecDeque;
 
 const WORK: MessageType = MessageType::USER;
 const BLOCK: usize = 1024;
@@ -191,6 +190,7 @@ impl Session<'_> {
         take(connection, &answer[..len]);
         Ok(())
     }
+
     /// The same for a long one: frames of the answer are put together while those of the request are sent.
     fn long_call(
         &mut self,
