@@ -40,7 +40,7 @@ FAIRNESS = """
   the lowest and the highest. Nothing is left out but what comes before the window.
 - Each peer is used as somebody would who knows it: everything that has come on a socket is answered in one write, iceoryx2
   and Aeron write into loaned or claimed memory, Aeron's terms are small and touched beforehand, gRPC and shmipc have a stream
-  for each call in flight.
+  for each call in flight. Bodies that come in parts, as doorbell's of 1 MiB do, are made and checked part by part.
 - Warm runs poll on both sides where the peer can; cold runs sleep on both sides. Where a peer can do both, both are run, and
   its better one counts, for doorbell by the same rule.
 - Cold calls come a millisecond after the last one. They are run with server and client on two cores, both on one core, and

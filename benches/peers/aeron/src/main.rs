@@ -185,14 +185,14 @@ impl Link for Calls {
         })
     }
 
-    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8])) -> Result<()> {
+    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8], bool)) -> Result<()> {
         let mut some = false;
         loop {
             let each = |fragment: &[u8], _: _| {
                 self.assembler.take(HEAD + self.size, fragment, |answer| {
                     let mut head = [0; HEAD];
                     head.copy_from_slice(&answer[..HEAD]);
-                    take(u64::from_le_bytes(head) as usize, &answer[HEAD..]);
+                    take(u64::from_le_bytes(head) as usize, &answer[HEAD..], true);
                     some = true;
                 });
             };

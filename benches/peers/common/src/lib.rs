@@ -16,6 +16,8 @@ pub const MASK: u64 = 0x9E37_79B9_7F4A_7C15;
 const GOLDEN: u64 = 0xD134_2543_DE82_EF95;
 /// Words of a block; blocks of a longer body differ.
 const BLOCK: usize = 128;
+/// Bytes of a block.
+pub const BLOCK_BYTES: usize = BLOCK * 8;
 /// Calls of which one is timed, where several are in flight.
 const ONE_IN: u64 = 16;
 
@@ -38,7 +40,13 @@ const fn pattern() -> [u64; BLOCK] {
 /// Writes the request of this nonce; whole words only.
 #[inline]
 pub fn fill(nonce: u64, request: &mut [u8]) {
-    for (index, block) in request.chunks_mut(BLOCK * 8).enumerate() {
+    fill_at(nonce, 0, request);
+}
+
+/// Writes the part of it that begins with block `first`.
+#[inline]
+pub fn fill_at(nonce: u64, first: usize, part: &mut [u8]) {
+    for (index, block) in (first..).zip(part.chunks_mut(BLOCK_BYTES)) {
         let nonce = nonce.wrapping_add((index as u64).wrapping_mul(GOLDEN));
         for (word, constant) in block.as_chunks_mut::<8>().0.iter_mut().zip(&PATTERN) {
             *word = (nonce ^ constant).to_le_bytes();
@@ -57,8 +65,14 @@ pub fn answer(request: &[u8], answer: &mut [u8]) {
 /// Whether `answer` is, in every word, the answer to the request of this nonce.
 #[inline]
 pub fn is_right(nonce: u64, answer: &[u8]) -> bool {
+    is_right_at(nonce, 0, answer)
+}
+
+/// The same for the part of an answer that begins with block `first`.
+#[inline]
+pub fn is_right_at(nonce: u64, first: usize, part: &[u8]) -> bool {
     let mut wrong = 0;
-    for (index, block) in answer.chunks(BLOCK * 8).enumerate() {
+    for (index, block) in (first..).zip(part.chunks(BLOCK_BYTES)) {
         let nonce = nonce.wrapping_add((index as u64).wrapping_mul(GOLDEN)) ^ MASK;
         let words = block.as_chunks::<8>().0.iter().zip(&PATTERN);
         wrong |=
@@ -166,6 +180,10 @@ pub struct Call {
     pub nonce: u64,
     /// When it began, where it is timed.
     begun: Option<Instant>,
+    /// Bytes of its answer that came in parts before the last.
+    come: usize,
+    /// One of these was wrong.
+    wrong: bool,
 }
 
 /// Counts, times and checks.
@@ -219,14 +237,23 @@ impl Meter {
             self.over = true;
             return None;
         }
-        Some(Call { nonce: self.asked.wrapping_mul(GOLDEN), begun })
+        Some(Call { nonce: self.asked.wrapping_mul(GOLDEN), begun, come: 0, wrong: false })
     }
 
-    /// Its answer.
+    /// A part of its answer that is not the last, of whole blocks: it is checked.
+    #[inline]
+    pub fn part(&mut self, call: &mut Call, bytes: &[u8]) {
+        call.wrong |= !bytes.len().is_multiple_of(BLOCK_BYTES)
+            || !is_right_at(call.nonce, call.come / BLOCK_BYTES, bytes);
+        call.come += bytes.len();
+    }
+
+    /// Its answer, or the last part of it.
     #[inline]
     pub fn answer(&mut self, call: Call, bytes: &[u8], size: usize) {
         self.answered += 1;
-        if bytes.len() != size || !is_right(call.nonce, bytes) {
+        let is_right = is_right_at(call.nonce, call.come / BLOCK_BYTES, bytes);
+        if call.wrong || call.come + bytes.len() != size || !is_right {
             self.wrong += 1;
         }
         let Some(begun) = call.begun else { return };
@@ -322,12 +349,12 @@ pub trait Link {
     fn send(&mut self, connection: usize, nonce: u64) -> Result<()>;
 
     /// Sends what was kept, waits until at least one answer has come, and hands out all that have, in order on each
-    /// connection.
+    /// connection: whole, or in parts of whole blocks as they come; `true` says that an answer is over.
     ///
     /// # Errors
     ///
     /// Whatever ends the run.
-    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8])) -> Result<()>;
+    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8], bool)) -> Result<()>;
 }
 
 /// Runs a client, from the first call to the report.
@@ -350,8 +377,12 @@ pub fn drive(link: &mut impl Link, plan: &Plan) -> Result<()> {
         if meter.is_idle() {
             break;
         }
-        link.receive(&mut |connection, bytes| {
-            if let Some(call) = calls[connection].pop_front() {
+        link.receive(&mut |connection, bytes, is_over| {
+            if !is_over {
+                if let Some(call) = calls[connection].front_mut() {
+                    meter.part(call, bytes);
+                }
+            } else if let Some(call) = calls[connection].pop_front() {
                 meter.answer(call, bytes, plan.size);
                 ready.push(connection);
             }
@@ -394,7 +425,7 @@ impl Inbox {
     }
 
     /// The next whole frame.
-    pub fn next(&mut self) -> Option<&[u8]> {
+    pub fn next_frame(&mut self) -> Option<&[u8]> {
         let rest = &self.bytes[self.taken..];
         let (head, rest) = rest.split_first_chunk::<4>()?;
         let len = u32::from_le_bytes(*head) as usize;
@@ -422,7 +453,7 @@ impl Serving {
     /// Takes what has come and appends all answers to it.
     pub fn take(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
         self.inbox.push(bytes);
-        while let Some(request) = self.inbox.next() {
+        while let Some(request) = self.inbox.next_frame() {
             frame(out, request.len(), |target| answer(request, target));
         }
     }
@@ -456,7 +487,7 @@ impl Conversation {
     /// Takes what has come.
     pub fn take(&mut self, meter: &mut Meter, bytes: &[u8]) {
         self.inbox.push(bytes);
-        while let Some(answer) = self.inbox.next() {
+        while let Some(answer) = self.inbox.next_frame() {
             if let Some(call) = self.calls.pop_front() {
                 meter.answer(call, answer, self.size);
             }
@@ -483,6 +514,47 @@ mod tests {
         }
     }
 
+    /// Goal:   an answer that comes in parts is right only if all of them are, are whole blocks, and are as long as asked.
+    #[test]
+    fn parts_are_checked_where_they_belong() {
+        let plan = Plan {
+            role: "client".to_owned(),
+            path: String::new(),
+            spins: false,
+            size: 0,
+            connections: 1,
+            in_flight: 1,
+            think: Duration::ZERO,
+            seconds: 1.0,
+            warm: 0.0,
+            holds: true,
+        };
+        let size = 4 * BLOCK_BYTES + 64;
+        let judge = |cuts: &[usize], spoil: Option<usize>| {
+            let mut meter = Meter::new(&plan);
+            let mut call = meter.request().expect("one call");
+            let (mut request, mut reply) = (vec![0; size], vec![0; size]);
+            fill(call.nonce, &mut request);
+            answer(&request, &mut reply);
+            if let Some(at) = spoil {
+                reply[at] ^= 1;
+            }
+            let mut from = 0;
+            for to in cuts {
+                meter.part(&mut call, &reply[from..*to]);
+                from = *to;
+            }
+            meter.answer(call, &reply[from..], size);
+            meter.wrong == 0
+        };
+        let cuts = [BLOCK_BYTES, 3 * BLOCK_BYTES];
+        assert!(judge(&[], None) && judge(&cuts, None));
+        for at in [0, BLOCK_BYTES, 3 * BLOCK_BYTES - 1, size - 1] {
+            assert!(!judge(&cuts, Some(at)), "byte {at}");
+        }
+        assert!(!judge(&[100], None), "no whole block");
+    }
+
     #[test]
     fn quantiles_are_right_to_a_sixty_fourth() {
         let mut histogram = Histogram::default();
@@ -503,7 +575,7 @@ mod tests {
         let mut lens = Vec::new();
         for byte in out {
             inbox.push(&[byte]);
-            while let Some(frame) = inbox.next() {
+            while let Some(frame) = inbox.next_frame() {
                 lens.push(frame.len());
             }
         }

@@ -4,11 +4,12 @@ use doorbell::{
     CallOptions, ClientConfig, ConnectionId, Context, HandlerError, HandlerTable, IpcClient, IpcError,
     IpcServer, MessageType, Pieces, Progress, Reply, ServerConfig, Status, WaitPolicy,
 };
-use peers_common::{Link, Meter, Plan, Result, answer, drive, fill, finish, say};
+use peers_common::{
+    BLOCK_BYTES as BLOCK, Link, Meter, Plan, Result, answer, drive, fill, fill_at, finish, say,
+};
 use std::collections::VecDeque;
 
 const WORK: MessageType = MessageType::USER;
-const BLOCK: usize = 1024;
 /// The longest body that goes in one piece.
 const SLOT: usize = 16 << 10;
 /// Calls in flight at most where memory is what matters; more wait in the client.
@@ -134,7 +135,7 @@ impl Link for Session<'_> {
         Ok(())
     }
 
-    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8])) -> Result<()> {
+    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8], bool)) -> Result<()> {
         if let Some((connection, nonce)) = self.waiting.take() {
             return if self.size > SLOT {
                 self.long_call(connection, nonce, take)
@@ -148,7 +149,7 @@ impl Link for Session<'_> {
                 if taken.status != Some(Status::Ok) {
                     return Err(format!("refused: {:?}", taken.status).into());
                 }
-                take(taken.tag as usize, &self.buffer[..taken.len.min(self.size)]);
+                take(taken.tag as usize, &self.buffer[..taken.len.min(self.size)], true);
                 some = true;
             }
             while let Some(&(connection, nonce)) = self.queued.front() {
@@ -181,50 +182,60 @@ impl Session<'_> {
     }
 
     /// One call, made and waited for.
-    fn call(&mut self, connection: usize, nonce: u64, take: &mut impl FnMut(usize, &[u8])) -> Result<()> {
+    fn call(
+        &mut self,
+        connection: usize,
+        nonce: u64,
+        take: &mut impl FnMut(usize, &[u8], bool),
+    ) -> Result<()> {
         fill(nonce, &mut self.buffer);
         let Self { client, buffer, answer, connections, size, .. } = self;
         let options = CallOptions { reply_capacity: *size, ..CallOptions::default() };
         let to = client.attached(connections[connection]);
         let len = to.call_with(WORK, buffer, &options, |reply| reply.copy_to(answer))??;
-        take(connection, &answer[..len]);
+        take(connection, &answer[..len], true);
         Ok(())
     }
 
-    /// The same for a long one: frames of the answer are put together while those of the request are sent.
+    /// The same for a long one: its frames are written where they are sent from and checked as they come.
     fn long_call(
         &mut self,
         connection: usize,
         nonce: u64,
-        take: &mut impl FnMut(usize, &[u8]),
+        take: &mut impl FnMut(usize, &[u8], bool),
     ) -> Result<()> {
-        fill(nonce, &mut self.buffer);
         let options = CallOptions { pieces: true, reply_capacity: self.size, ..CallOptions::default() };
         let to = self.client.attached(self.connections[connection]);
         let call = to.start(WORK, Some(self.size as u64), &options)?;
-        let (mut sent, mut come, mut is_over) = (0, 0, false);
+        let (mut sent, mut is_over) = (0, false);
         while !is_over {
             let mut moved = false;
             if sent < self.size {
-                let mut len = 0;
                 moved = self.client.send_with(call, |writer| {
-                    len = writer.remaining().min(self.size - sent);
-                    writer.write(&self.buffer[sent..sent + len])
+                    // Frames are whole blocks, but for the last.
+                    let end = sent + writer.remaining().min(self.size - sent);
+                    let mut block = [0; BLOCK];
+                    while sent < end {
+                        let block = &mut block[..BLOCK.min(end - sent)];
+                        fill_at(nonce, sent / BLOCK, block);
+                        writer.write(block)?;
+                        sent += block.len();
+                    }
+                    Ok(())
                 })?;
-                sent += if moved { len } else { 0 };
             }
             if let Some(reply) = self.client.poll()? {
                 if !reply.is_ok() {
                     return Err("refused".into());
                 }
-                come += reply.copy_to(&mut self.answer[come..])?;
+                let len = reply.copy_to(&mut self.answer)?;
                 (moved, is_over) = (true, reply.is_last());
+                take(connection, &self.answer[..len], is_over);
             }
             if !moved && !self.spins {
                 self.client.wait(None)?;
             }
         }
-        take(connection, &self.answer[..come]);
         Ok(())
     }
 }

@@ -7,10 +7,11 @@ use iceoryx2::port::client::Client;
 use iceoryx2::port::listener::Listener;
 use iceoryx2::port::notifier::Notifier;
 use iceoryx2::prelude::*;
-use peers_common::{Link, MASK, Plan, Result, drive, fill, say};
+use peers_common::{BLOCK_BYTES, Link, MASK, Plan, Result, drive, fill_at, say};
 use std::collections::VecDeque;
 
 type Ipc = ipc::Service;
+type Asker = Client<Ipc, [u64], (), [u64], ()>;
 type Pending = PendingResponse<Ipc, [u64], (), [u64], ()>;
 
 fn main() -> Result<()> {
@@ -62,7 +63,7 @@ fn main() -> Result<()> {
         spins: plan.spins,
     };
     let pending = (0..plan.connections).map(|_| VecDeque::with_capacity(plan.in_flight)).collect();
-    drive(&mut Clients { clients, pending, bells, request: vec![0; plan.size], sent: false }, &plan)
+    drive(&mut Clients { clients, pending, bells, words, sent: false }, &plan)
 }
 
 fn work(request: &ActiveRequest<Ipc, [u64], (), [u64], ()>) -> Result<()> {
@@ -97,25 +98,33 @@ impl Bells {
 }
 
 struct Clients {
-    clients: Vec<Client<Ipc, [u64], (), [u64], ()>>,
+    clients: Vec<Asker>,
     pending: Vec<VecDeque<Pending>>,
     bells: Bells,
-    request: Vec<u8>,
+    /// Words of a request.
+    words: usize,
     sent: bool,
 }
 
 impl Link for Clients {
     fn send(&mut self, connection: usize, nonce: u64) -> Result<()> {
-        fill(nonce, &mut self.request);
-        let words = self.request.as_chunks::<8>().0;
-        let request = self.clients[connection].loan_slice_uninit(words.len())?;
-        let pending = request.write_from_fn(|i| u64::from_le_bytes(words[i])).send()?;
-        self.pending[connection].push_back(pending);
+        let mut request = self.clients[connection].loan_slice_uninit(self.words)?;
+        let mut block = [0; BLOCK_BYTES];
+        for (first, part) in request.payload_mut().chunks_mut(BLOCK_BYTES / 8).enumerate() {
+            let block = &mut block[..8 * part.len()];
+            fill_at(nonce, first, block);
+            for (to, word) in part.iter_mut().zip(block.as_chunks::<8>().0) {
+                to.write(u64::from_le_bytes(*word));
+            }
+        }
+        // SAFETY: every word has just been written.
+        let request = unsafe { request.assume_init() };
+        self.pending[connection].push_back(request.send()?);
         self.sent = true;
         Ok(())
     }
 
-    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8])) -> Result<()> {
+    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8], bool)) -> Result<()> {
         if std::mem::take(&mut self.sent) {
             self.bells.ring()?;
         }
@@ -125,7 +134,7 @@ impl Link for Clients {
                 while let Some(first) = pending.front() {
                     let Some(response) = first.receive()? else { break };
                     let words: &[u64] = response.payload();
-                    take(connection, as_bytes(words));
+                    take(connection, as_bytes(words), true);
                     drop(response);
                     pending.pop_front();
                     some = true;

@@ -60,14 +60,16 @@ fn worked(request: &[u8]) -> ByteBuf {
 }
 
 fn receive(from: &IpcReceiver<ByteBuf>, spins: bool) -> Result<ByteBuf> {
-    while spins {
+    if !spins {
+        return from.recv().map_err(|e| e.to_string().into());
+    }
+    loop {
         match from.try_recv() {
             Ok(bytes) => return Ok(bytes),
             Err(TryRecvError::Empty) => std::hint::spin_loop(),
             Err(error) => return Err(error.to_string().into()),
         }
     }
-    from.recv().map_err(|e| e.to_string().into())
 }
 
 struct Channels {
@@ -112,11 +114,11 @@ impl Link for Channels {
         self.requests[connection].send(ByteBuf::from(request)).map_err(|e| e.to_string().into())
     }
 
-    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8])) -> Result<()> {
+    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8], bool)) -> Result<()> {
         if let Some(one) = &self.one {
-            take(0, &receive(one, self.spins)?);
+            take(0, &receive(one, self.spins)?, true);
             while let Ok(bytes) = one.try_recv() {
-                take(0, &bytes);
+                take(0, &bytes, true);
             }
             return Ok(());
         }
@@ -125,7 +127,7 @@ impl Link for Channels {
                 return Err("the server is gone".into());
             };
             let bytes: ByteBuf = message.to().map_err(|e| e.to_string())?;
-            take(self.numbers[&id], &bytes);
+            take(self.numbers[&id], &bytes, true);
         }
         Ok(())
     }

@@ -154,7 +154,7 @@ impl Link for Streams {
         Ok(())
     }
 
-    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8])) -> Result<()> {
+    fn receive(&mut self, take: &mut impl FnMut(usize, &[u8], bool)) -> Result<()> {
         for connection in self.dirty.drain(..) {
             let (stream, _, out) = &mut self.streams[connection];
             write(stream, out)?;
@@ -175,8 +175,8 @@ impl Link for Streams {
                     Some(n) => inbox.push(&self.chunk[..n]),
                     None => std::hint::spin_loop(),
                 }
-                while let Some(answer) = inbox.next() {
-                    take(*number as usize, answer);
+                while let Some(answer) = inbox.next_frame() {
+                    take(*number as usize, answer, true);
                     some = true;
                 }
             }
