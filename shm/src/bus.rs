@@ -193,6 +193,7 @@ mod tests {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     use std::os::fd::OwnedFd;
     use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, ExitStatus};
 
     /// Two pages of a file that can be cut.
     fn file() -> (OwnedFd, MmapRaw) {
@@ -222,22 +223,79 @@ mod tests {
         assert_eq!(word(&kept, PAGE).load(Relaxed), 8);
     }
 
+    const CHILD: &str = "DOORBELL_TEST_FAULTS";
+
+    /// How the named test ends as a process of its own, in which [`CHILD`] is set.
+    fn as_process(name: &str) -> ExitStatus {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", &format!("bus::tests::{name}")]).env(CHILD, "1").output().unwrap().status
+    }
+
+    /// Runs into a fault in memory that nobody guards.
+    fn fault_elsewhere() -> ! {
+        install().unwrap();
+        let (cut, map) = file();
+        let map = Mapping::of_file(map);
+        ftruncate(&cut, 0).unwrap();
+        let value = map.object::<crate::sync::AtomicU64>(0).unwrap().load(Relaxed);
+        panic!("it reads {value}");
+    }
+
     /// Goal:   F19: a fault in memory that is not a segment's ends the process as it always did.
-    /// Method: this test once more as a process of its own, which runs into such a fault.
+    /// Method: this test once more as a process of its own, which runs into such a fault; the standard library's handler,
+    ///         which takes a siginfo, was there before.
     #[test]
     fn f19_a_fault_elsewhere_ends_the_process() {
-        const CHILD: &str = "DOORBELL_TEST_FAULTS";
         if std::env::var_os(CHILD).is_some() {
-            install().unwrap();
-            let (cut, map) = file();
-            let map = Mapping::of_file(map);
-            ftruncate(&cut, 0).unwrap();
-            let value = map.object::<crate::sync::AtomicU64>(0).unwrap().load(Relaxed);
-            panic!("it reads {value}");
+            fault_elsewhere();
         }
-        let name = "bus::tests::f19_a_fault_elsewhere_ends_the_process";
-        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-        let status = child.args(["--exact", name]).env(CHILD, "1").output().unwrap().status;
+        let status = as_process("f19_a_fault_elsewhere_ends_the_process");
         assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+    }
+
+    /// Goal:   the same where there was no handler before.
+    #[test]
+    fn f19_a_fault_elsewhere_ends_a_process_that_had_no_handler() {
+        if std::env::var_os(CHILD).is_some() {
+            // SAFETY: the default is no code of ours.
+            unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+            fault_elsewhere();
+        }
+        let status = as_process("f19_a_fault_elsewhere_ends_a_process_that_had_no_handler");
+        assert_eq!(status.signal(), Some(libc::SIGBUS), "{status}");
+    }
+
+    /// Goal:   the same where a handler was there that takes the signal alone: it is called.
+    #[test]
+    fn f19_a_fault_elsewhere_is_handed_to_the_handler_of_before() {
+        extern "C" fn leaves(signal: libc::c_int) {
+            // SAFETY: allowed in a handler.
+            unsafe { libc::_exit(40 + signal) }
+        }
+        if std::env::var_os(CHILD).is_some() {
+            // SAFETY: the handler does only what is safe in one.
+            unsafe { libc::signal(libc::SIGBUS, leaves as *const () as libc::sighandler_t) };
+            fault_elsewhere();
+        }
+        let status = as_process("f19_a_fault_elsewhere_is_handed_to_the_handler_of_before");
+        assert_eq!(status.code(), Some(40 + libc::SIGBUS), "{status}");
+    }
+
+    /// Goal:   nothing is guarded before there is a handler, nor more than there is room for; room comes back.
+    /// Method: a process of its own; ranges of addresses that nobody uses.
+    #[test]
+    fn f19_as_much_is_guarded_as_there_is_room_for() {
+        if std::env::var_os(CHILD).is_none() {
+            let status = as_process("f19_as_much_is_guarded_as_there_is_room_for");
+            return assert!(status.success(), "{status}");
+        }
+        let guard = |n: usize| Guard::of(n * PAGE, PAGE);
+        assert!(guard(1).is_none() && guarded().is_empty());
+        install().unwrap();
+        let mut guards: Vec<_> = (1..=RANGES_MAX).map(|n| guard(n).unwrap()).collect();
+        assert!(guard(RANGES_MAX + 1).is_none());
+        assert_eq!(guarded().len(), RANGES_MAX);
+        guards.remove(7);
+        assert!(guard(RANGES_MAX + 1).is_some_and(|guard| !guard.has_failed()));
     }
 }
