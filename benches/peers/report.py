@@ -3,6 +3,7 @@
 
 Usage: benches/peers/report.py [RAW ...]   (without a file: the newest docs/raw/peers-*.jsonl)
 """
+import copy
 import json
 import pathlib
 import statistics
@@ -37,7 +38,7 @@ FAIRNESS = """
 - One clock (CLOCK_MONOTONIC), one way of timing, from before a request is made until its answer has been checked. With one
   call in flight each is timed, with several one in sixteen.
 - Fresh processes for every run; peers take turns (A B C A B C ...); the tables have medians of all rounds, and in brackets
-  the lowest and the highest. Nothing is left out but what comes before the window.
+  the lowest and the highest; what comes before the window does not count.
 - Each peer is used as somebody would who knows it: everything that has come on a socket is answered in one write, iceoryx2
   and Aeron write into loaned or claimed memory, Aeron's terms are small and touched beforehand, gRPC and shmipc have a stream
   for each call in flight. Bodies that come in parts, as doorbell's of 1 MiB do, are made and checked part by part.
@@ -57,6 +58,19 @@ BARE_RULE = """- The bare ring is one ring each way and slots, nothing else, wit
 """
 
 
+def where_cores_were(runs):
+    """How the runs of a machine whose cores move are told apart."""
+    if not runs.state:
+        return ""
+    here, there = runs.counts[runs.state], runs.counts[FAR if runs.state == NEAR else NEAR]
+    return (
+        f"- The host moves the two cores of a virtual machine: a call of 64 B on the bare ring takes {runs.nearest} ns while they are\n"
+        "  near each other and more than 1.6 times that while they are far apart. It is asked before and after each run. Figures and\n"
+        f"  plots are of the {here} timed runs during which they were {runs.state}; {there} were made in the other state, whose ratios the goals\n"
+        f"  show, too, and {runs.counts[BETWEEN]} while it changed. Where a peer has no run in a state, all of its runs count.\n"
+    )
+
+
 def few_slots(slots):
     """The rule of memory, by what a run says of itself; earlier ones had a slot for each call."""
     if not slots:
@@ -64,26 +78,55 @@ def few_slots(slots):
     return f"- Memory of doorbell is that of a session of {slots} slots; calls that find none wait in the client.\n"
 
 
+NEAR, FAR, BETWEEN = "near", "far", "between"
+
+
 class Runs:
-    """What was kept, by what was asked of whom."""
+    """What was kept, by what was asked of whom: of an experiment that several files have, the last one's."""
 
     def __init__(self, files):
         self.heads, self.runs, self.errors = [], {}, {}
         for file in files:
-            for line in file.read_text().splitlines():
-                line = json.loads(line)
-                if "machine" in line:
-                    self.heads.append(line)
-                    continue
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            self.heads += [line for line in lines if "machine" in line]
+            lines = [line for line in lines if "machine" not in line]
+            again = {line["experiment"] for line in lines}
+            self.runs = {key: runs for key, runs in self.runs.items() if key[0] not in again}
+            self.errors = {key: rest for key, names in self.errors.items() if (rest := names - again)}
+            for line in lines:
                 key = (line["experiment"], line["peer"], line["idle"], line["placement"])
                 if "error" in line:
                     self.errors.setdefault((line["peer"], line["error"]), set()).add(line["experiment"])
                 else:
                     self.runs.setdefault(key, []).append(line)
+        looks = [ns for runs in self.runs.values() for run in runs for ns in run.get("cores_ns", [])]
+        self.nearest = min(looks, default=0)
+        states = [state for runs in self.runs.values() for run in runs if (state := self.state_of(run))]
+        self.counts = {state: states.count(state) for state in (NEAR, FAR, BETWEEN)}
+        # That of most runs.
+        self.state = max((NEAR, FAR), key=lambda state: self.counts[state]) if states else None
+
+    def state_of(self, run):
+        """Where the cores were during a run: close to each other, before it and after it, or not; None if nobody looked."""
+        are_far = [ns > 1.6 * self.nearest for ns in run.get("cores_ns", [])]
+        if not are_far:
+            return None
+        return BETWEEN if any(are_far) != all(are_far) else FAR if all(are_far) else NEAR
+
+    def other_state(self):
+        """The runs of the other state; None if there are none."""
+        other = {NEAR: FAR, FAR: NEAR, None: None}[self.state]
+        if not other or not self.counts[other]:
+            return None
+        found = copy.copy(self)
+        found.state = other
+        return found
 
     def values(self, experiment, peer, idle, placement, value):
+        """Of the runs in this state; of all where nobody looked, or there are none in it."""
         runs = self.runs.get((experiment, peer, idle, placement), [])
-        return [found for found in (value(run) for run in runs) if found]
+        of_state = [run for run in runs if self.state_of(run) in (self.state, None)]
+        return [found for found in (value(run) for run in of_state or runs) if found]
 
     def best(self, experiment, peers, value, least=True, ways=None):
         """The best of the peers' ways and placements: median, values, peer, way, placement; None if there is none."""
@@ -232,9 +275,17 @@ def goals_table(runs):
         return [whom, what, ours, theirs, number + (unit if number != "–" else ""), f"{sign} {limit}{unit}", verdict, floor]
 
     rows = [cells(row) for row in goals(runs)]
-    shown = slice(None if runs.has_bare() else -1)
     head = ["beside", "what", "doorbell", "the other", "ratio", "goal", "", "the bare ring's ratio"]
-    return table(head[shown], [row[shown] for row in rows]), rows
+    if not runs.has_bare():
+        head, shown = head[:-1], [row[:-1] for row in rows]
+    else:
+        shown = [list(row) for row in rows]
+    other = runs.other_state()
+    if other:
+        head.append(f"ratio while the cores were {other.state}")
+        for row, there in zip(shown, (cells(row) for row in goals(other))):
+            row.append(f"{there[4]}, {there[6]}" if there[2:4] != row[2:4] else "")
+    return table(head, shown), rows
 
 
 LOSSES = [
@@ -314,10 +365,11 @@ def describe(heads):
     machine = head["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(machine["versions"].items()))
     virtual = ", a virtual machine on a shared host, whose slow phases show in the ranges" if machine["hypervisor"] else ""
+    rounds = " and ".join(f"{head['rounds']} rounds, windows of {head['seconds']} s" for head in heads)
     return (
         f"{machine['cores']} cores of {machine['cpu']}{virtual}; Linux {machine['kernel']}; {machine['rustc']}; Node.js "
-        f"{machine['node']}; {versions}. doorbell at {machine['commit']}, {machine['date']}. {head['rounds']} rounds, windows "
-        f"of {head['seconds']} s. Server on core {machine['server_core']}, client on core {machine['client_core']} unless said "
+        f"{machine['node']}; {versions}. doorbell at {machine['commit']}, {machine['date']}. {rounds}. "
+        f"Server on core {machine['server_core']}, client on core {machine['client_core']} unless said "
         "otherwise.\n"
     )
 
@@ -337,7 +389,7 @@ def main():
     PLOTS.mkdir(exist_ok=True)
     plots = draw(runs)
     table_of_goals, rows = goals_table(runs)
-    met = sum(row[-2] == "met" for row in rows)
+    met = sum(row[6] == "met" for row in rows)
     latency = [("p90", p90, ns), ("p99", p99, ns), ("p99.9", p999, ns)]
     flow = [("server CPU a request", cpu, ns), ("p50", p50, ns), ("p99", p99, ns)]
     held = [
@@ -351,7 +403,7 @@ def main():
         "Made by `benches/peers/report.py` from what `benches/peers/run.py` kept "
         f"({', '.join(f'`{file.name}`' for file in files)}); not written by hand.\n",
         "## Where and how\n", describe(runs.heads), FAIRNESS.rstrip("\n") + "\n" + few_slots(runs.heads[0].get("memory_slots"))
-        + (BARE_RULE if runs.has_bare() else ""),
+        + where_cores_were(runs) + (BARE_RULE if runs.has_bare() else ""),
         table(["peer", "what it is"], [[peer, about] for peer, about in ABOUT.items()]),
         f"## Goals: {met} of {len(rows)} met\n", table_of_goals,
         "The cost of a request grows by as much as throughput falls from one connection with 64 calls in flight to 1000 "

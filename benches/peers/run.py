@@ -137,6 +137,12 @@ def bare(asked, seconds):
     return dict(found, requests=requests, server_cpu_ns=seconds * 1e9, elapsed_s=seconds, wrong=0)
 
 
+def distance():
+    """How far apart the two cores are now: p50 of a call of 64 B on the bare ring, ns. Those of a virtual machine move."""
+    command = [COMMAND, "bench", "--json", "--peer", "floor", "--size", "64", "--policy", "spin", "--seconds", "0.05"]
+    return json.loads(subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, check=True).stdout)["p50_ns"]
+
+
 def libraries():
     """Where Aeron's libraries were built: they are linked dynamically."""
     return ":".join(str(path) for path in TARGET["aeron"].glob(f"{TRIPLE}/release/build/rusteron-*/out/build/lib"))
@@ -392,6 +398,7 @@ def main():
     with options.out.open("w") as out:
         keep = lambda **line: print(json.dumps(line), file=out, flush=True)
         keep(machine=machine(), memory_slots=MEMORY_SLOTS, rounds=rounds, seconds=seconds, missing=missing, quick=options.quick)
+        before = None
         for turn in range(rounds):
             for number, (experiment, peer, idle, placement, asked) in enumerate(runs):
                 about = PEERS[peer]
@@ -408,10 +415,16 @@ def main():
                       f"{idle} {placement}", file=sys.stderr)
                 warm = 0.5 if "node" in about else 0.2
                 try:
-                    keep(**line, **run(peer, idle, placement, asked, seconds, warm, experiment))
+                    # What is held is not timed.
+                    before = before or distance() if not asked.get("hold") else None
+                    found = run(peer, idle, placement, asked, seconds, warm, experiment)
+                    after = distance() if before else None
+                    keep(**line, **found, **({"cores_ns": [before, after]} if before else {}))
+                    before = after
                 except (Failed, OSError, ValueError) as error:
                     print(f"     failed: {error}", file=sys.stderr)
                     failed.add((experiment, peer, idle))
+                    before = None
                     keep(**line, error=str(error))
     print(f"{options.out}, {time.monotonic() - begun:.0f} s", file=sys.stderr)
     sys.exit(1 if any(peer == "doorbell" for _, peer, _ in failed) else 0)
