@@ -99,12 +99,14 @@ class Runs:
                     self.errors.setdefault((line["peer"], line["error"]), set()).add(line["experiment"])
                 else:
                     self.runs.setdefault(key, []).append(line)
-        looks = [ns for runs in self.runs.values() for run in runs for ns in run.get("cores_ns", [])]
-        self.nearest = min(looks, default=0)
+        looks = sorted(ns for runs in self.runs.values() for run in runs for ns in run.get("cores_ns", []))
+        # One look in ten may be better than what is usual for cores that are near.
+        self.nearest = looks[len(looks) // 10] if looks else 0
         states = [state for runs in self.runs.values() for run in runs if (state := self.state_of(run))]
         self.counts = {state: states.count(state) for state in (NEAR, FAR, BETWEEN)}
         # That of most runs.
         self.state = max((NEAR, FAR), key=lambda state: self.counts[state]) if states else None
+        self.is_strict = False
 
     def state_of(self, run):
         """Where the cores were during a run: close to each other, before it and after it, or not; None if nobody looked."""
@@ -114,19 +116,21 @@ class Runs:
         return BETWEEN if any(are_far) != all(are_far) else FAR if all(are_far) else NEAR
 
     def other_state(self):
-        """The runs of the other state; None if there are none."""
+        """The runs of the other state, and none but those; None if there are none."""
         other = {NEAR: FAR, FAR: NEAR, None: None}[self.state]
         if not other or not self.counts[other]:
             return None
         found = copy.copy(self)
-        found.state = other
+        found.state, found.is_strict = other, True
         return found
 
     def values(self, experiment, peer, idle, placement, value):
-        """Of the runs in this state; of all where nobody looked, or there are none in it."""
+        """Of the runs in this state; of all where nobody looked, or, unless it must not be, there are none in it."""
         runs = self.runs.get((experiment, peer, idle, placement), [])
         of_state = [run for run in runs if self.state_of(run) in (self.state, None)]
-        return [found for found in (value(run) for run in of_state or runs) if found]
+        if not of_state and not self.is_strict:
+            of_state = runs
+        return [found for found in (value(run) for run in of_state) if found]
 
     def best(self, experiment, peers, value, least=True, ways=None):
         """The best of the peers' ways and placements: median, values, peer, way, placement; None if there is none."""
@@ -284,7 +288,8 @@ def goals_table(runs):
     if other:
         head.append(f"ratio while the cores were {other.state}")
         for row, there in zip(shown, (cells(row) for row in goals(other))):
-            row.append(f"{there[4]}, {there[6]}" if there[2:4] != row[2:4] else "")
+            is_known = there[2:4] != row[2:4] and "–" not in there[2:4]
+            row.append(f"{there[4]}, {there[6]}" if is_known else "")
     return table(head, shown), rows
 
 
