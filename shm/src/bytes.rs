@@ -191,6 +191,7 @@ mod tests {
     fn what_is_written_is_read_back_and_nothing_else_is_touched() {
         let map = Mapping::on_heap(PAGE);
         let bytes = SharedBytes::new(&map, 100, 50).unwrap();
+        assert_eq!((bytes.len(), bytes.is_empty()), (50, false));
         bytes.write(10, b"doorbell");
         let mut all = [9u8; 50];
         bytes.read(0, &mut all);

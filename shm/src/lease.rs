@@ -76,17 +76,6 @@ impl<W: Deref<Target = AtomicU32>> LeaseWords<W> {
         fence(SeqCst);
     }
 
-    /// Client: about to use a lease of `epoch`, the first one at the moment. `false` if it is void; nothing is in
-    /// use then.
-    pub fn begin(&self, epoch: u32) -> bool {
-        self.enter();
-        let good = !self.is_void(epoch);
-        if !good {
-            self.end();
-        }
-        good
-    }
-
     /// Client: no lease is used any more.
     pub fn end(&self) {
         // Release pairs with the Acquire in `take_back_idle`.
@@ -498,6 +487,29 @@ mod tests {
             }
             bits = bits.wrapping_mul(6364136223846793005).wrapping_add(most.into());
         }
+    }
+
+    /// Goal:   what nobody was granted is neither lent, freed nor put back, and what is in use is not lent twice.
+    /// Method: slots beyond the pages of the lane, before a grant and beside one.
+    #[test]
+    fn f12_slots_outside_any_lease_belong_to_nobody() {
+        let geometry = Geometry { lease_pages: 4, ..Geometry::SMALLEST };
+        let (mut table, mut client) = (LeaseTable::new(&geometry), LeaseAllocator::default());
+        let (page, _) = table.room(SLOT_MEDIUM as u32, 1).unwrap();
+        let slot = page * 4;
+        for nobodys in [slot, slot + 400, u32::MAX] {
+            table.free(nobodys);
+            assert_eq!(table.lend(nobodys), Err(PeerFault::Slot { slot: nobodys }));
+            assert!(!client.put_back(nobodys));
+        }
+        let epoch = table.grant(page, SLOT_MEDIUM as u32, 1);
+        client.add(&geometry, slot, 1, SLOT_MEDIUM as u32, epoch).unwrap();
+        assert_eq!(table.lend(slot), Ok(SLOT_MEDIUM as u32));
+        assert_eq!(table.lend(slot), Err(PeerFault::SlotBusy { slot, generation: 0 }));
+        table.free(slot);
+        assert_eq!(table.lend(slot), Ok(SLOT_MEDIUM as u32));
+        assert!(client.take(SLOT_MEDIUM, 1, |_| true).is_some() && client.put_back(slot));
+        assert!(!client.put_back(slot + 4));
     }
 
     #[derive(Debug, Clone, Copy)]

@@ -707,7 +707,9 @@ fn f59_an_idle_lease_is_taken_only_while_nobody_uses_it() {
         let shared = memory.clone();
         let client = thread::spawn(move || {
             for _ in 0..2 {
-                if !theirs.begin(1) {
+                theirs.enter();
+                if theirs.is_void(1) {
+                    theirs.end();
                     return;
                 }
                 // SAFETY: loom reports any access that is not ordered before or after this one.

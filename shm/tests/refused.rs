@@ -38,7 +38,8 @@ const GET_SEALS: Refusal<'_> = (libc::SYS_fcntl, &[(1, Eq, libc::F_GET_SEALS as 
 /// Shared mappings alone: what a thread allocates is private.
 const MAP: Refusal<'_> = (libc::SYS_mmap, &[(3, MaskedEq(libc::MAP_SHARED as u64), libc::MAP_SHARED as u64)]);
 /// What takes the place of something else.
-const MAP_OVER: Refusal<'_> = (libc::SYS_mmap, &[(3, MaskedEq(libc::MAP_FIXED as u64), libc::MAP_FIXED as u64)]);
+const MAP_OVER: Refusal<'_> =
+    (libc::SYS_mmap, &[(3, MaskedEq(libc::MAP_FIXED as u64), libc::MAP_FIXED as u64)]);
 const DONTFORK: Refusal<'_> = (libc::SYS_madvise, &[(2, Eq, libc::MADV_DONTFORK as u64)]);
 const ASK_HANDLER: Refusal<'_> = (libc::SYS_rt_sigaction, &[(0, Eq, libc::SIGBUS as u64), (1, Eq, 0)]);
 const SET_HANDLER: Refusal<'_> = (libc::SYS_rt_sigaction, &[(0, Eq, libc::SIGBUS as u64), (1, Ne, 0)]);
@@ -110,12 +111,9 @@ fn f33_every_refused_call_is_named_and_nothing_is_left() {
         let attach = || Segment::attach(memory, GEOMETRY, LANES, IDENTITY);
         assert_eq!(named(refused(refusal, attach)), name);
     }
-    for (refusal, name) in [
-        (MEMFD_CREATE, "memfd_create"),
-        (FTRUNCATE, "ftruncate"),
-        (BACK, "fallocate"),
-        (MAP, "mmap"),
-    ] {
+    for (refusal, name) in
+        [(MEMFD_CREATE, "memfd_create"), (FTRUNCATE, "ftruncate"), (BACK, "fallocate"), (MAP, "mmap")]
+    {
         assert_eq!(named(refused(refusal, || segment::scratch(PAGE))), name);
     }
     let attach = || segment::attach_scratch(scratch_memory.as_fd(), PAGE);
