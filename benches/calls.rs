@@ -15,23 +15,27 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::hint::{black_box, spin_loop};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 static TABLE: HandlerTable<()> = HandlerTable::with_builtins();
 const IN_FLIGHT: usize = 64;
 
-/// The first core that this process may use, and the last.
+/// The first core that this process might use when it began, before anything was pinned, and the last.
 fn cores() -> (usize, usize) {
-    let set = sched_getaffinity(None).unwrap();
-    let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|core| set.is_set(*core)).collect();
-    (cores[0], cores[cores.len() - 1])
+    static CORES: OnceLock<(usize, usize)> = OnceLock::new();
+    *CORES.get_or_init(|| {
+        let set = sched_getaffinity(None).unwrap();
+        let cores: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|core| set.is_set(*core)).collect();
+        (cores[0], cores[cores.len() - 1])
+    })
 }
 
-fn pin(core: usize) {
+/// Has this thread, and those that it starts from here on, run on these cores alone.
+fn pin(cores: &[usize]) {
     let mut set = CpuSet::new();
-    set.set(core);
+    cores.iter().for_each(|core| set.set(*core));
     sched_setaffinity(None, &set).unwrap();
 }
 
@@ -97,7 +101,7 @@ fn floor(c: &mut Criterion) {
     let over = Arc::new(AtomicBool::new(false));
     let ends = Arc::clone(&over);
     let echo = std::thread::spawn(move || {
-        pin(theirs);
+        pin(&[theirs]);
         while !ends.load(Relaxed) {
             match heard.pop().unwrap() {
                 Some(words) => {
@@ -108,7 +112,7 @@ fn floor(c: &mut Criterion) {
             }
         }
     });
-    pin(ours);
+    pin(&[ours]);
     let mut number = 0;
     c.bench_function("floor/bare_ring", |b| {
         b.iter(|| {
@@ -130,8 +134,10 @@ fn floor(c: &mut Criterion) {
 /// What does a call cost that carries nothing, and one of so many bytes?
 fn round_trips(c: &mut Criterion) {
     let (theirs, ours) = cores();
+    // A server takes only cores that whoever starts it may use.
+    pin(&[theirs, ours]);
     let server = Server::start(theirs);
-    pin(ours);
+    pin(&[ours]);
     let client = server.client();
     let connection = client.open().unwrap();
     c.bench_function("call/dispatch", |b| {
@@ -154,8 +160,10 @@ fn round_trips(c: &mut Criterion) {
 /// What does a call of 64 bytes cost with 64 of them in flight, over so many connections of one session?
 fn fan_in(c: &mut Criterion) {
     let (theirs, ours) = cores();
+    // A server takes only cores that whoever starts it may use.
+    pin(&[theirs, ours]);
     let server = Server::start(theirs);
-    pin(ours);
+    pin(&[ours]);
     let mut group = c.benchmark_group("call/fan_in");
     group.throughput(Throughput::Elements(1));
     for count in [1, 10, 100, 1000] {
