@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
 """Makes docs/benchmarks.md and its plots from what run.py kept.
 
-Usage: benches/peers/report.py [RAW ...]   (without a file: the newest docs/raw/peers-*.jsonl)
+Usage: benches/peers/report.py [--anew PEER,...] [RAW ...]   (without a file: the docs/raw/peers-*.jsonl that was written last)
+
+Of several files all runs count, but of the peers `--anew`, which were used otherwise in the earlier ones, only the last.
 """
+import argparse
 import copy
 import json
 import pathlib
@@ -82,23 +85,25 @@ NEAR, FAR, BETWEEN = "near", "far", "between"
 
 
 class Runs:
-    """What was kept, by what was asked of whom: of an experiment that several files have, the last one's."""
+    """What was kept, by what was asked of whom; of the peers `anew`, an experiment's last file alone."""
 
-    def __init__(self, files):
+    def __init__(self, files, anew=()):
         self.heads, self.runs, self.errors = [], {}, {}
         for file in files:
             lines = [json.loads(line) for line in file.read_text().splitlines()]
             self.heads += [line for line in lines if "machine" in line]
             lines = [line for line in lines if "machine" not in line]
-            again = {line["experiment"] for line in lines}
-            self.runs = {key: runs for key, runs in self.runs.items() if key[0] not in again}
-            self.errors = {key: rest for key, names in self.errors.items() if (rest := names - again)}
+            again = {(line["experiment"], line["peer"]) for line in lines if line["peer"] in anew}
+            self.runs = {key: runs for key, runs in self.runs.items() if key[:2] not in again}
             for line in lines:
                 key = (line["experiment"], line["peer"], line["idle"], line["placement"])
                 if "error" in line:
                     self.errors.setdefault((line["peer"], line["error"]), set()).add(line["experiment"])
                 else:
                     self.runs.setdefault(key, []).append(line)
+        # Runs that do not say where the cores were count only where none does.
+        for key, runs in self.runs.items():
+            self.runs[key] = [run for run in runs if "cores_ns" in run] or runs
         looks = sorted(ns for runs in self.runs.values() for run in runs for ns in run.get("cores_ns", []))
         # One look in ten may be better than what is usual for cores that are near.
         self.nearest = looks[len(looks) // 10] if looks else 0
@@ -387,10 +392,15 @@ def missing(runs):
 
 
 def main():
-    files = [pathlib.Path(name) for name in sys.argv[1:]] or sorted((ROOT / "docs/raw").glob("peers-*.jsonl"))[-1:]
+    kept = sorted((ROOT / "docs/raw").glob("peers-*.jsonl"), key=lambda file: (file.stat().st_mtime, file.name))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--anew", default="")
+    parser.add_argument("raw", nargs="*", type=pathlib.Path)
+    options = parser.parse_args()
+    files, anew = options.raw or kept[-1:], [name for name in options.anew.split(",") if name]
     if not files:
         sys.exit("there is no docs/raw/peers-*.jsonl: benches/peers/run.py makes one")
-    runs = Runs(files)
+    runs = Runs(files, anew)
     PLOTS.mkdir(exist_ok=True)
     plots = draw(runs)
     table_of_goals, rows = goals_table(runs)
@@ -406,7 +416,8 @@ def main():
     parts = [
         "# doorbell beside its peers\n",
         "Made by `benches/peers/report.py` from what `benches/peers/run.py` kept "
-        f"({', '.join(f'`{file.name}`' for file in files)}); not written by hand.\n",
+        f"({', '.join(f'`{file.name}`' for file in files)}"
+        + (f"; of {', '.join(anew)} only what the last of them have" if anew else "") + "); not written by hand.\n",
         "## Where and how\n", describe(runs.heads), FAIRNESS.rstrip("\n") + "\n" + few_slots(runs.heads[0].get("memory_slots"))
         + where_cores_were(runs) + (BARE_RULE if runs.has_bare() else ""),
         table(["peer", "what it is"], [[peer, about] for peer, about in ABOUT.items()]),
