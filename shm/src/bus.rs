@@ -228,7 +228,11 @@ mod tests {
     /// How the named test ends as a process of its own, in which [`CHILD`] is set.
     fn as_process(name: &str) -> ExitStatus {
         let mut child = Command::new(std::env::current_exe().unwrap());
-        child.args(["--exact", &format!("bus::tests::{name}")]).env(CHILD, "1").output().unwrap().status
+        let output =
+            child.args(["--exact", &format!("bus::tests::{name}")]).env(CHILD, "1").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains("running 1 test\n"), "there is no {name}: {said}");
+        output.status
     }
 
     /// Runs into a fault in memory that nobody guards.

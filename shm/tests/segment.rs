@@ -355,24 +355,6 @@ fn f34_f59_leased_pages_exist_while_they_are_granted_and_foreign_ones_are_seen()
     assert_eq!(heap.excess().unwrap(), 0);
 }
 
-/// Goal:   memory that the kernel refuses for a benchmark's mapping is an error that names the call.
-/// Method: more bytes than a file may have, and something that cannot be mapped.
-#[test]
-fn scratch_memory_that_is_refused_names_the_call() {
-    let call = |result: Result<_, SegmentError>| match result {
-        Err(SegmentError::Os { call, .. }) => call,
-        Err(other) => panic!("{other}"),
-        Ok(()) => panic!("it was not refused"),
-    };
-    assert_eq!(call(segment::scratch(usize::MAX).map(|_| ())), "ftruncate");
-    let (pipe, _writer) = rustix::pipe::pipe().unwrap();
-    assert_eq!(call(segment::attach_scratch(pipe.as_fd(), PAGE).map(|_| ())), "mmap");
-    let (map, fd) = segment::scratch(PAGE).unwrap();
-    let other = segment::attach_scratch(fd.as_fd(), PAGE).unwrap();
-    map.object::<AtomicU64>(8).unwrap().store(5, Relaxed);
-    assert_eq!(other.object::<AtomicU64>(8).unwrap().load(Relaxed), 5);
-}
-
 /// Goal:   F34: a segment on the heap, which simulations use, grants, refuses and clears pages as one in a memfd does.
 /// Method: pages refused once, granted, written, given back; nothing, and what lies outside, is punched.
 #[test]
