@@ -43,7 +43,8 @@ FAIRNESS = """
 - Fresh processes for every run; peers take turns (A B C A B C ...); the tables have medians of all rounds, and in brackets
   the lowest and the highest; what comes before the window does not count.
 - Each peer is used as somebody would who knows it: everything that has come on a socket is answered in one write, iceoryx2
-  and Aeron write into loaned or claimed memory, Aeron's terms are small and touched beforehand, gRPC and shmipc have a stream
+  and Aeron write into loaned or claimed memory, Aeron's terms are touched
+  beforehand and as small as what is in flight allows, its driver looks every 20 µs where others poll, gRPC and shmipc have a stream
   for each call in flight. Bodies that come in parts, as doorbell's of 1 MiB do, are made and checked part by part.
 - Warm runs poll on both sides where the peer can; cold runs sleep on both sides. Where a peer can do both, both are run, and
   its better one counts, for doorbell by the same rule.
@@ -70,7 +71,8 @@ def where_cores_were(runs):
         f"- The host moves the two cores of a virtual machine: a call of 64 B on the bare ring takes {runs.nearest} ns while they are\n"
         "  near each other and more than 1.6 times that while they are far apart. It is asked before and after each run. Figures and\n"
         f"  plots are of the {here} timed runs during which they were {runs.state}; {there} were made in the other state, whose ratios the goals\n"
-        f"  show, too, and {runs.counts[BETWEEN]} while it changed. Where a peer has no run in a state, all of its runs count.\n"
+        f"  show, too, and {runs.counts[BETWEEN]} while it changed. Where a peer has no run in a state, all of its runs count. Cores that moved\n"
+        "  and came back within a run are not noticed, and the rarer state has few runs: its ratios are rough.\n"
     )
 
 
@@ -95,6 +97,8 @@ class Runs:
             lines = [line for line in lines if "machine" not in line]
             again = {(line["experiment"], line["peer"]) for line in lines if line["peer"] in anew}
             self.runs = {key: runs for key, runs in self.runs.items() if key[:2] not in again}
+            for (peer, _), names in self.errors.items():
+                names -= {name for name, of in again if of == peer}
             for line in lines:
                 key = (line["experiment"], line["peer"], line["idle"], line["placement"])
                 if "error" in line:
@@ -375,10 +379,11 @@ def describe(heads):
     machine = head["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(machine["versions"].items()))
     virtual = ", a virtual machine on a shared host, whose slow phases show in the ranges" if machine["hypervisor"] else ""
+    commits = ", ".join(dict.fromkeys(head["machine"]["commit"] for head in heads))
     rounds = " and ".join(f"{head['rounds']} rounds, windows of {head['seconds']} s" for head in heads)
     return (
         f"{machine['cores']} cores of {machine['cpu']}{virtual}; Linux {machine['kernel']}; {machine['rustc']}; Node.js "
-        f"{machine['node']}; {versions}. doorbell at {machine['commit']}, {machine['date']}. {rounds}. "
+        f"{machine['node']}; {versions}. doorbell at {commits}, {machine['date']}. {rounds}. "
         f"Server on core {machine['server_core']}, client on core {machine['client_core']} unless said "
         "otherwise.\n"
     )
@@ -386,7 +391,7 @@ def describe(heads):
 
 def missing(runs):
     lines = [f"- {name}: cannot be built here: {why}" for head in runs.heads for name, why in head["missing"].items()]
-    for (peer, why), experiments in sorted(runs.errors.items()):
+    for (peer, why), experiments in sorted((key, names) for key, names in runs.errors.items() if names):
         lines.append(f"- {peer} in {', '.join(sorted(experiments))}: {' '.join(why.split())[:200]}")
     return "\n".join(lines) + "\n" if lines else "Everything could be built and run.\n"
 
@@ -394,8 +399,8 @@ def missing(runs):
 def main():
     kept = sorted((ROOT / "docs/raw").glob("peers-*.jsonl"), key=lambda file: (file.stat().st_mtime, file.name))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--anew", default="")
-    parser.add_argument("raw", nargs="*", type=pathlib.Path)
+    parser.add_argument("--anew", default="", help="peers, separated by commas")
+    parser.add_argument("raw", nargs="*", type=pathlib.Path, help="what run.py kept")
     options = parser.parse_args()
     files, anew = options.raw or kept[-1:], [name for name in options.anew.split(",") if name]
     if not files:

@@ -7,7 +7,7 @@ Every peer is an echo server and a client in two processes that do the same work
 constant, the client makes each request of a nonce of its own and checks every word. All are asked the same questions, in
 turn (A B C A B C ...), in several rounds, each time by fresh processes. A run that fails is kept with its reason.
 
-`--quick` takes about 10 minutes, without it the run takes about 50. Build first takes some minutes more. Then: report.py.
+`--quick` takes some 12 minutes, without it the run takes an hour. Build first takes some minutes more. Then: report.py.
 What cannot be built or run here is said so, in the raw file and in the report. setup.sh installs what peers need.
 """
 import argparse
@@ -123,14 +123,19 @@ def build():
 COMMAND = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / TRIPLE / "release/doorbell"
 
 
-def bare(asked, seconds):
-    """The bare ring beside a run of `doorbell bench`, in the words of a peer's client."""
-    words = ["--size", asked["size"], "--in-flight", asked.get("in_flight", 1), "--connections", asked.get("connections", 1)]
+def bench(seconds, *words):
+    """The report of `doorbell bench` where both sides poll."""
     command = [COMMAND, "bench", "--json", "--policy", "spin", "--seconds", seconds, *words]
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise Failed(f"ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    report = json.loads(done.stdout)
+        raise Failed(f"doorbell bench ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout)
+
+
+def bare(asked, seconds):
+    """The bare ring beside a run of `doorbell bench`, in the words of a peer's client."""
+    report = bench(seconds, "--size", asked["size"], "--in-flight", asked.get("in_flight", 1),
+                   "--connections", asked.get("connections", 1))
     found = {name: report[f"floor_{name}"] for name in ("per_second", "p50_ns", "p99_ns", "p999_ns", "max_ns")}
     # Its server polls all the time.
     requests = found["per_second"] * seconds
@@ -139,8 +144,11 @@ def bare(asked, seconds):
 
 def distance():
     """How far apart the two cores are now: p50 of a call of 64 B on the bare ring, ns. Those of a virtual machine move."""
-    command = [COMMAND, "bench", "--json", "--peer", "floor", "--size", "64", "--policy", "spin", "--seconds", "0.05"]
-    return json.loads(subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, check=True).stdout)["p50_ns"]
+    try:
+        return bench(0.05, "--peer", "floor", "--size", 64)["p50_ns"]
+    except (Failed, OSError, ValueError) as error:
+        # Not the fault of the peer whose turn it is.
+        sys.exit(f"the bare ring cannot be asked: {error}")
 
 
 def libraries():

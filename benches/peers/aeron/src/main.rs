@@ -1,5 +1,5 @@
 //! Aeron over its IPC channel: an exclusive publication and a subscription each way, its media driver in a process of its
-//! own. Terms are touched beforehand and small. Everybody polls, which is how it is meant to be used; where it is to
+//! own. Terms are touched beforehand, and as small as what is in flight allows. Everybody polls, which is how it is meant to be used; where it is to
 //! sleep, it sleeps for 50 µs when there was nothing.
 //!
 //! A publication may be ahead by half a term of what the driver has last seen of its subscription. A driver that naps for a
