@@ -257,7 +257,7 @@ mod exporter {
     }
 
     /// Goal:   R4.6: at a unix socket, which is the server's user's alone; a socket that a killed server has left is taken
-    ///         over, one that is served at is not.
+    ///         over, one that is served at is not. A server removes its own when it ends, and nobody else's.
     #[test]
     fn r4_6_metrics_are_served_at_a_unix_socket() {
         use std::os::unix::fs::MetadataExt;
@@ -280,6 +280,14 @@ mod exporter {
         assert!(path.exists());
         server.restart(&["--config", config.to_str().unwrap()]);
         assert!(ask(UnixStream::connect(&path).unwrap(), GET).contains("ipc_sessions 0"));
+        server.terminate();
+        assert!(!path.exists());
+        server.restart(&["--config", config.to_str().unwrap()]);
+        std::fs::remove_file(&path).unwrap();
+        let others = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        server.terminate();
+        UnixStream::connect(&path).unwrap();
+        drop(others);
     }
 
     /// Goal:   S12: slow and hostile readers hold up nobody, and are cut off.

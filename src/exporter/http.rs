@@ -15,8 +15,8 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketFlags};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Connections at a time.
@@ -35,6 +35,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Takes connections at an address, and answers them.
 #[derive(Debug)]
 pub struct Server {
+    /// The socket's file, if it has one; it goes before the socket does, which keeps its number from others.
+    _file: Option<SocketFile>,
     listener: OwnedFd,
     address: MetricsAddress,
     reader: MetricsReader,
@@ -51,24 +53,25 @@ impl Server {
     ///
     /// What the kernel refuses; `AddrInUse` if somebody serves there.
     pub fn bind(address: &MetricsAddress, reader: MetricsReader) -> io::Result<Self> {
-        let (listener, address) = match address {
+        let (listener, file, address) = match address {
             MetricsAddress::Tcp(at) => {
                 let listener = std::net::TcpListener::bind(at)?;
                 listener.set_nonblocking(true)?;
                 // With the port that the kernel chose.
                 let address = MetricsAddress::Tcp(listener.local_addr()?);
-                (OwnedFd::from(listener), address)
+                (OwnedFd::from(listener), None, address)
             }
             MetricsAddress::Unix(path) => {
                 remove_stale(path)?;
                 let listener = std::os::unix::net::UnixListener::bind(path)?;
+                let file = SocketFile::just_bound(path)?;
                 std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
                 listener.set_nonblocking(true)?;
-                (OwnedFd::from(listener), address.clone())
+                (OwnedFd::from(listener), Some(file), address.clone())
             }
         };
         let connections = VecDeque::with_capacity(CONNECTIONS_MAX);
-        Ok(Self { listener, address, reader, connections, rests_until: None })
+        Ok(Self { listener, _file: file, address, reader, connections, rests_until: None })
     }
 
     /// The address, with the port that the kernel chose.
@@ -126,6 +129,34 @@ impl Server {
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
             // No descriptors, say: that does not end the server.
             Err(_) => self.rests_until = Some(now + PAUSE),
+        }
+    }
+}
+
+/// The file of a socket: removed with it, unless another has taken its place.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    /// Device and number of the file.
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn just_bound(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), identity: Self::identity(path)? })
+    }
+
+    fn identity(path: &Path) -> io::Result<(u64, u64)> {
+        let file = std::fs::symlink_metadata(path)?;
+        Ok((file.dev(), file.ino()))
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let is_ours = Self::identity(&self.path).is_ok_and(|found| found == self.identity);
+        if is_ours && let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "could not remove the socket of the metrics");
         }
     }
 }

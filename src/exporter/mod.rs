@@ -102,11 +102,6 @@ impl Drop for Exporter {
         if let Some(Err(_panic)) = self.thread.take().map(JoinHandle::join) {
             tracing::error!("the thread that tells metrics panicked");
         }
-        if let Some(MetricsAddress::Unix(path)) = &self.address
-            && let Err(error) = std::fs::remove_file(path)
-        {
-            tracing::debug!(%error, "the socket of the metrics was gone before");
-        }
     }
 }
 
