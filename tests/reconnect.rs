@@ -6,13 +6,14 @@ mod common;
 use common::executed::{self, CODEC, HANG, LOG, LogServer, NUMBERS, TRACED, log_answer, log_request};
 use common::process::{returns, role};
 use common::{eventually, streams};
-use doorbell::protocol::handshake::{Welcome, code};
+use doorbell::protocol::handshake::{DisconnectReason, Goodbye, Scope, Welcome, code};
 use doorbell::{
     CallOptions, ClientConfig, IpcError, LinkStatus, PendingOutcome, Reconnect, ReconnectingClient,
     ReconnectingConnection, WaitPolicy,
 };
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -408,11 +409,7 @@ fn f48_r3_4_a_server_of_another_version_ends_the_client() {
     connection.submit(LOG, &log_request(1, 0, 12), &tagged(1)).unwrap();
     server.kill();
     std::fs::remove_file(server.path()).unwrap();
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .unwrap();
-    rustix::net::bind(&socket, &SocketAddrUnix::new(server.path()).unwrap()).unwrap();
-    rustix::net::listen(&socket, 16).unwrap();
+    let socket = listen(server.path());
     std::thread::spawn(move || {
         loop {
             let peer = rustix::net::accept(&socket).unwrap();
@@ -434,6 +431,51 @@ fn f48_r3_4_a_server_of_another_version_ends_the_client() {
     assert!(mismatch(&client.open().map(|_| ()).unwrap_err()));
     assert_eq!(finals.load(SeqCst), 1, "told once");
     assert_eq!(server.executions(), 0);
+}
+
+/// A socket that a server by hand listens at.
+fn listen(path: &Path) -> OwnedFd {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    rustix::net::listen(&socket, 16).unwrap();
+    socket
+}
+
+/// Goal:   R3.4, F27: a server that is busy holds up nobody who polls: what it is told is taken, and it is asked again later,
+///         in another poll.
+/// Method: a server by hand on the thread of its client: a poll that waited for it would wait for itself.
+#[test]
+fn r3_4_f27_who_polls_does_not_wait_for_a_busy_server() {
+    let mut server = LogServer::start();
+    let client = connect(server.path(), WaitPolicy::Block, Reconnect::default());
+    server.kill();
+    std::fs::remove_file(server.path()).unwrap();
+    let socket = listen(server.path());
+    rustix::io::ioctl_fionbio(&socket, true).unwrap();
+    let hear = || {
+        let mut peer = None;
+        eventually("a hello comes", || {
+            assert!(client.poll().unwrap().is_none());
+            peer = rustix::net::accept(&socket).ok();
+            peer.is_some()
+        });
+        let (peer, mut hello) = (peer.unwrap(), [0; 256]);
+        rustix::net::recv(&peer, &mut hello, RecvFlags::empty()).unwrap();
+        peer
+    };
+    let busy = Welcome::too_many(Scope::HandshakesOfProcess, 4, 1);
+    let late = Goodbye::new(DisconnectReason::HandshakeTimeout);
+    for answer in [busy.as_bytes(), late.as_bytes(), busy.as_bytes()] {
+        let peer = hear();
+        rustix::net::send(&peer, answer, SendFlags::NOSIGNAL).unwrap();
+        assert!(client.poll().unwrap().is_none());
+        assert_eq!(rustix::net::accept(&socket).unwrap_err(), rustix::io::Errno::AGAIN);
+    }
+    let last = Welcome { version_min: 7, version_max: 9, ..Welcome::refusal(code::VERSION_MISMATCH) };
+    rustix::net::send(hear(), last.as_bytes(), SendFlags::NOSIGNAL).unwrap();
+    let told = client.poll().unwrap_err();
+    assert!(matches!(told, IpcError::VersionMismatch { min: 7, .. }), "{told}");
 }
 
 /// Goal:   R3.4: whoever gives up after some time has given up for good.

@@ -14,10 +14,8 @@ use doorbell_shm::segment::Segment;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketAddrUnix, SocketFlags};
-use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use zerocopy::IntoBytes;
 
@@ -154,6 +152,15 @@ pub struct Connecting {
     backoff: Backoff,
 }
 
+/// What a server that was said hello to has answered, unless it has refused for good.
+#[derive(Debug)]
+enum Heard {
+    /// A session, and the descriptor of its segment.
+    Granted(Welcome, OwnedFd),
+    /// It is busy, or was: why.
+    Busy(IpcError),
+}
+
 impl AsFd for Connecting {
     /// Readable once the server has answered.
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -215,35 +222,48 @@ impl Connecting {
     ///
     /// As for [`IpcClient::connect_with`].
     pub fn finish(self) -> Result<IpcClient> {
-        let session = self.session()?;
-        let socket = Arc::clone(&session.socket);
-        Ok(IpcClient { session: RefCell::new(session), socket })
+        Ok(IpcClient::of(self.session()?))
+    }
+
+    /// As [`Connecting::finish`] for whoever tries again by himself: that the server is busy is an error, too. Waits for
+    /// nothing where it [is due](Connecting::is_due).
+    pub(super) fn finish_at_once(self) -> Result<IpcClient> {
+        match self.hear()? {
+            Heard::Granted(welcome, memory) => Ok(IpcClient::of(self.join(&welcome, memory)?)),
+            Heard::Busy(why) => Err(why),
+        }
     }
 
     fn session(mut self) -> Result<Session> {
         loop {
-            let (answer, memory) =
-                receive_answer(&self.path, &self.socket, self.give_up, self.config.connect_timeout)?;
-            kill_point!("client.welcome.received");
-            let why = match (answer, memory) {
-                (Answer::Granted(welcome), Some(memory)) => return self.join(&welcome, memory),
-                (Answer::Granted(_), None) => {
-                    return Err(IpcError::Handshake("the welcome came without a segment"));
-                }
-                (Answer::Refused(welcome), _) if welcome.scope() == Some(Scope::HandshakesOfProcess) => {
-                    refusal(&welcome)
-                }
-                (Answer::Refused(welcome), _) => return Err(refusal(&welcome)),
-                (Answer::Ended(reason), _) if reason == DisconnectReason::HandshakeTimeout => {
-                    IpcError::Disconnected(reason)
-                }
-                (Answer::Ended(reason), _) => return Err(IpcError::Disconnected(reason)),
+            let why = match self.hear()? {
+                Heard::Granted(welcome, memory) => return self.join(&welcome, memory),
+                Heard::Busy(why) => why,
             };
             if !self.backoff.pause()? {
                 return Err(why);
             }
             (self.socket, self.sent_ns) =
                 say_hello(&self.path, &self.config, self.geometry, self.client_id, &mut self.backoff)?;
+        }
+    }
+
+    /// Waits for the answer to the hello.
+    fn hear(&self) -> Result<Heard> {
+        let (answer, memory) =
+            receive_answer(&self.path, &self.socket, self.give_up, self.config.connect_timeout)?;
+        kill_point!("client.welcome.received");
+        match (answer, memory) {
+            (Answer::Granted(welcome), Some(memory)) => Ok(Heard::Granted(welcome, memory)),
+            (Answer::Granted(_), None) => Err(IpcError::Handshake("the welcome came without a segment")),
+            (Answer::Refused(welcome), _) if welcome.scope() == Some(Scope::HandshakesOfProcess) => {
+                Ok(Heard::Busy(refusal(&welcome)))
+            }
+            (Answer::Refused(welcome), _) => Err(refusal(&welcome)),
+            (Answer::Ended(reason), _) if reason == DisconnectReason::HandshakeTimeout => {
+                Ok(Heard::Busy(IpcError::Disconnected(reason)))
+            }
+            (Answer::Ended(reason), _) => Err(IpcError::Disconnected(reason)),
         }
     }
 

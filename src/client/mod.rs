@@ -63,6 +63,11 @@ pub struct IpcClient {
 }
 
 impl IpcClient {
+    fn of(session: Session) -> Self {
+        let socket = Arc::clone(&session.socket);
+        Self { session: RefCell::new(session), socket }
+    }
+
     /// Connects to the server at `path` with the default configuration.
     ///
     /// # Errors

@@ -294,7 +294,7 @@ impl Search {
                     self.stage = Stage::Greeting(begun);
                     return Ok(None);
                 }
-                Stage::Greeting(begun) => begun.finish().map(|client| {
+                Stage::Greeting(begun) => begun.finish_at_once().map(|client| {
                     let give_up = machine::now() + address.config.connect_timeout.min(PATIENCE_MAX);
                     let (wanted, connections) = (lines.to_vec(), Vec::new());
                     Stage::Opening(Box::new(Opening { client, wanted, connections, asked: None, give_up }))

@@ -154,8 +154,8 @@ impl ReconnectingClient {
         }
     }
 
-    /// Takes what has become of the next submitted call that is over, if there is one. Waits for nothing but, while the
-    /// server is away, one attempt to connect.
+    /// Takes what has become of the next submitted call that is over, if there is one. Waits for nothing, except up to 20 ms
+    /// for a place in the queue of a server that has come back and is busy.
     ///
     /// # Errors
     ///

@@ -10,7 +10,6 @@ use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
 use crate::protocol::handshake::{Welcome, doorbell_kind};
 use doorbell_shm::segment::Segment;
-use std::cell::RefCell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,8 +33,7 @@ pub(crate) fn join(
         policy,
         rings_sockets: welcome.doorbell_kind == doorbell_kind::SOCKET,
     })?;
-    let socket = Arc::clone(&session.socket);
-    Ok(IpcClient { session: RefCell::new(session), socket })
+    Ok(IpcClient::of(session))
 }
 
 /// Closes a connection that was detached.

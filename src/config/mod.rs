@@ -322,7 +322,8 @@ impl ServerConfig {
 
     /// File descriptors that a server of this configuration may need at once: three for each session (socket, process,
     /// segment), those of files that are read for clients, and 64 beside them, or more if there are more than 16
-    /// reactors.
+    /// reactors. Under epoll the bell of each further lane takes one, too, which is not among them: where there is none
+    /// left, a session goes without the lane.
     pub fn descriptors_needed(&self) -> u64 {
         // Cores that cannot be asked for are reported when the server starts.
         let reactors = self.count_reactors().unwrap_or(1).saturating_sub(REACTORS_BESIDE_SESSIONS);
