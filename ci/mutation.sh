@@ -2,7 +2,7 @@
 # Mutation testing by cargo-mutants of what everything stands on: rings, bells and slot tables of doorbell-shm, and the
 # classifier of calls whose session is over. Mutants that tests do not notice are tried against the loom models, too, which
 # alone see orderings. Those that change nothing anybody could notice stand in .cargo/mutants.toml, each with its reason.
-# Fails if any other survives. Not part of .ci/run: half an hour on two cores. Usage: ci/mutation.sh [shm | classifier]
+# Fails if any other survives. Not part of .ci/run: 20 minutes to half an hour on two cores. Usage: ci/mutation.sh [shm | classifier]
 set -eu
 cd "$(dirname "$0")/.."
 command -v cargo-mutants >/dev/null || cargo install cargo-mutants --locked
