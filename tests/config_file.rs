@@ -60,6 +60,15 @@ fn r4_1_the_default_file_is_what_holds_without_one() {
     assert!(text.lines().filter(|line| line.contains(" = ")).count() > 20);
 }
 
+/// Goal:   R4.1: what the page about providers shows is good as it stands.
+#[test]
+fn r4_1_the_file_that_the_book_shows_is_good() {
+    let page = include_str!("../docs/providers.md");
+    let text = page.split_once("```toml\n").unwrap().1.split_once("```").unwrap().0;
+    let config = parse(text).unwrap_or_else(|e| panic!("{e}\n{text}"));
+    assert_eq!(config.ai.providers.len(), 2);
+}
+
 /// Goal:   R4.1: an error names file, line, column and key, and what would be right.
 /// Method: a table of every kind of mistake, whole messages compared.
 #[test]
