@@ -468,6 +468,30 @@ fn f32_a_server_without_descriptors_does_not_spin() {
     drop(connect(server.path()));
 }
 
+/// Goal:   F32, F27: nor does it where half-open sockets have taken all places, one of which would be made free.
+/// Method: one place, taken for longer than it is safe by a socket that says nothing; no descriptors; clients as above.
+#[test]
+fn f32_f27_a_server_without_descriptors_and_places_does_not_spin() {
+    let directory = TestDir::new();
+    let config = directory.join("config.toml");
+    std::fs::write(&config, "[ipc]\nmax_half_open = 1\nhandshake_timeout_ms = 5000\n").unwrap();
+    let config = config.to_str().unwrap().to_owned();
+    let server = ServerProcess::start_in(directory, &["--config", &config]);
+    let fds = server.process.fds();
+    let silent = connect_silently(server.path());
+    eventually("it is half open", || server.process.fds() > fds);
+    let limited = Limited::to_free_descriptors(&server.process, 0);
+    let begun = Instant::now();
+    eventually("a tenth of its time is over", || begun.elapsed() > Duration::from_millis(500));
+    let (begun, used) = (Instant::now(), server.process.used_ns());
+    for _ in 0..300 {
+        assert_eq!(too_many(IpcClient::connect(server.path())).0, "file descriptors");
+    }
+    let (took, used) = (begun.elapsed(), server.process.used_ns() - used);
+    assert!(used < took.as_nanos() as u64 / 5, "{used} ns of processor time in {took:?}");
+    drop((limited, silent));
+}
+
 /// Goal:   F32: a client is let in with the descriptors of sessions that end, although accepting paused for want of them.
 /// Method: two sessions and no room for a third; they end while a client keeps trying.
 #[test]

@@ -379,6 +379,10 @@ impl<S> Exchanges<S> {
     /// The exchange is over: its record is free, its memory goes to whoever waits for it.
     pub fn end(&mut self, index: u32, mut record: Box<Exchange<S>>) {
         self.with_deadline -= u32::from(record.call.deadline != 0);
+        if self.with_deadline == 0 {
+            // Nobody is woken for a call that is over.
+            self.next_deadline = u64::MAX;
+        }
         if record.is_question {
             self.jobs.asked_ended(record.seat);
         }
@@ -604,7 +608,7 @@ mod tests {
             assert_eq!((record.call.deadline, all.with_deadline), (expected, 1));
             assert!(all.next_deadline <= expected);
             all.end(index, record);
-            assert_eq!(all.with_deadline, 0);
+            assert_eq!((all.with_deadline, all.next_deadline), (0, u64::MAX));
         }
     }
 

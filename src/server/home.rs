@@ -241,7 +241,9 @@ impl Home {
     /// When something is due; `u64::MAX` for never.
     pub fn due_ns(&self) -> u64 {
         let or_never = |ns| if ns == 0 { u64::MAX } else { ns };
-        let room_ns = if self.listener_armed { 0 } else { self.half_open.room_ns() };
+        // While accepting pauses, room is of no use.
+        let wants_room = !self.listener_armed && !self.accepts_no_more && self.pause_ends_ns == 0;
+        let room_ns = if wants_room { self.half_open.room_ns() } else { 0 };
         // While somebody is about to come the server does not end.
         let linger_ns = if self.half_open.is_empty() { self.linger.due_ns() } else { u64::MAX };
         let others_ns = or_never(self.pause_ends_ns).min(or_never(room_ns)).min(linger_ns);

@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// The `doorbell` command.
 pub fn doorbell() -> Command {
@@ -80,6 +81,22 @@ impl Process {
             text.split_whitespace().next().unwrap().parse::<u64>().unwrap()
         };
         tasks.map(time).sum()
+    }
+
+    /// Whether all its threads sleep for several ticks of the kernel's, at which the time of one that runs is counted.
+    pub fn rests(&self) -> bool {
+        let sleeps = |task: std::io::Result<std::fs::DirEntry>| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+            stat.rsplit_once(") ").unwrap().1.starts_with('S')
+        };
+        let tasks = || std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
+        let (before, begun) = (self.used_ns(), Instant::now());
+        while begun.elapsed() < Duration::from_millis(50) {
+            if !tasks().all(sleeps) || self.used_ns() != before {
+                return false;
+            }
+        }
+        true
     }
 
     /// Waits for its end, half a minute at most.
