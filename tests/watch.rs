@@ -150,6 +150,36 @@ fn r4_7_ps_shows_a_handler_that_holds_its_reactor_up() {
     });
 }
 
+/// Goal:   R4.7, R3.7: a question that has been taken is answered, although the server stops before it has looked at it.
+/// Method: the only reactor, which polls, is held up in a handler while two sessions ask and the server is told to stop. It
+///         takes both questions in the round in which it is let go, and looks at one of them before it hears of the stop.
+#[test]
+fn r4_7_r3_7_questions_that_were_taken_are_answered_before_the_stop() {
+    let server = TestServer::start(WaitPolicy::Spin);
+    let [busy, one, other] = [(); 3].map(|()| client(server.path(), WaitPolicy::Block));
+    let (held, asking) = (busy.open().unwrap(), [one.open().unwrap(), other.open().unwrap()]);
+    held.submit(GATE, b"", &CallOptions::default()).unwrap();
+    busy.flush().unwrap();
+    eventually("the handler runs", || server.entered() == 1);
+    let body = serde_json::to_vec(&Inquiry::default()).unwrap();
+    for connection in &asking {
+        let options = CallOptions { reply_capacity: 1024, ..CallOptions::default() };
+        connection.submit(MessageType::INSPECT, &body, &options).unwrap();
+        connection.client().flush().unwrap();
+    }
+    server.ask_to_stop();
+    server.open_gate();
+    for client in [&one, &other] {
+        let report = loop {
+            match client.poll().unwrap() {
+                Some(reply) => break reply.result().map(|_| reply.to_vec().unwrap()).unwrap(),
+                None => assert!(client.wait(None).unwrap()),
+            }
+        };
+        serde_json::from_slice::<Report>(&report).unwrap();
+    }
+}
+
 /// Goal:   `doorbell stat` tells of calls by type, once, as JSON, and again and again.
 #[test]
 fn r4_2_stat_tells_what_was_counted() {

@@ -126,6 +126,10 @@ impl<S> Reactor<S> {
         if self.core.leases.has_work() {
             self.serve_memory()?;
         }
+        while self.core.has_questions() {
+            self.serve_inspections()?;
+            done += 1;
+        }
         if self.core.has_jobs() {
             done += self.serve_files()?;
         }

@@ -215,6 +215,11 @@ pub struct TestServer {
 }
 
 impl TestServer {
+    /// Tells it to stop, once what is under way has been done.
+    pub fn ask_to_stop(&self) {
+        self.handle.shutdown().unwrap();
+    }
+
     /// Asks it to end, whatever is under way.
     pub fn end_at_once(&self) {
         self.handle.shutdown_now().unwrap();
