@@ -40,8 +40,8 @@ pub enum IpcError {
         /// Bytes sent so far.
         sent: u64,
     },
-    /// More of a request was sent after its end.
-    #[error("the request has been finished: nothing more can be sent in it")]
+    /// More of a request was to be sent after its end, or than had been announced. Nothing of that was sent.
+    #[error("the request is complete: nothing more can be sent in it; announce the right length, or none")]
     BodyFinished,
     /// The call named is none of those in flight whose request is sent piece by piece.
     #[error("there is no such call in flight: it has been answered, or was never started piece by piece")]

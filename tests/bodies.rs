@@ -214,6 +214,8 @@ fn a_body_is_as_long_as_it_was_announced() {
         !matches!(long, Ok(0))
     });
     assert_eq!(long.unwrap(), 2, "no more than was announced");
+    assert!(matches!(client.send(call, b"678"), Err(IpcError::BodyFinished)));
+    assert!(matches!(client.send_with(call, |w| w.write(b"6")), Err(IpcError::BodyFinished)));
     assert_eq!(next(&client).to_vec().unwrap(), b"12345");
     assert_eq!(connection.call(MessageType::ECHO, b"on").unwrap(), b"on");
 }

@@ -521,7 +521,9 @@ impl Session {
         let index = self.known_body(id)?;
         let Some(mut body) = self.bodies.all[index as usize].take() else { return Ok(false) };
         let lane = self.lane_mut(body.lane);
-        let sent = if body.owned.is_some() || body.finishing {
+        // All that was announced has been sent: there will be no room for more.
+        let is_complete = body.finished && !body.cancelled;
+        let sent = if body.owned.is_some() || body.finishing || is_complete {
             Err(IpcError::BodyFinished)
         } else {
             body.send_frame(lane, write)

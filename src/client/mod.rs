@@ -260,8 +260,8 @@ impl IpcClient {
     ///
     /// # Errors
     ///
-    /// [`IpcError::NoSuchCall`] if the call has been answered, [`IpcError::BodyFinished`] after its end,
-    /// [`IpcError::BodyLength`] for more than was announced.
+    /// [`IpcError::NoSuchCall`] if the call has been answered; [`IpcError::BodyFinished`] after its end, which comes with the
+    /// last byte that was announced, if a length was.
     pub fn send(&self, call: CallId, bytes: &[u8]) -> Result<usize> {
         let mut sent = 0;
         while sent < bytes.len() {
@@ -270,7 +270,11 @@ impl IpcClient {
                 written = (bytes.len() - sent).min(writer.remaining());
                 writer.write(&bytes[sent..sent + written])
             };
-            if !self.session.borrow_mut().send_piece(call, write)? {
+            let piece = self.session.borrow_mut().send_piece(call, write);
+            if sent > 0 && matches!(piece, Err(IpcError::BodyFinished)) {
+                break;
+            }
+            if !piece? {
                 if sent > 0 {
                     break;
                 }
@@ -283,13 +287,6 @@ impl IpcClient {
                     break;
                 }
                 continue;
-            }
-            if written == 0 {
-                let announced = sent as u64;
-                return Err(IpcError::BodyLength {
-                    announced,
-                    sent: announced + (bytes.len() - sent) as u64,
-                });
             }
             sent += written;
         }
