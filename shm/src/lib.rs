@@ -15,6 +15,7 @@ pub mod bus;
 pub mod bytes;
 pub mod entry;
 pub mod error;
+pub mod fork;
 #[cfg(fuzzing)]
 pub mod hooked;
 pub mod kill;

@@ -6,9 +6,10 @@
 //! views that keep the mapping alive. A view dereferences to atomics only, never to plain bytes.
 
 use crate::error::SegmentError;
+use crate::fork::Birthplace;
 #[cfg(not(loom))]
 use crate::sync::{AtomicU32, AtomicU64};
-use memmap2::MmapRaw;
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -24,13 +25,17 @@ pub struct Mapping {
     len: usize,
     /// Goes before the memory does.
     guard: Option<crate::bus::Guard>,
+    /// A fork of this process has nothing here.
+    birthplace: Option<Birthplace>,
     backing: Backing,
 }
 
 #[derive(Debug)]
 enum Backing {
     /// Unmapped on drop. Never a slice: `MmapRaw` promises nothing about the bytes.
-    File(#[expect(dead_code, reason = "held to be unmapped")] MmapRaw),
+    File(MmapRaw),
+    /// Nobody's any more.
+    Gone,
     Heap(Layout),
 }
 
@@ -45,7 +50,41 @@ impl Mapping {
     /// Takes over a mapped file.
     pub fn of_file(map: MmapRaw) -> Arc<Self> {
         let base = NonNull::new(map.as_mut_ptr()).expect("mmap never returns null");
-        Arc::new(Self { base, len: map.len(), guard: None, backing: Backing::File(map) })
+        Arc::new(Self { base, len: map.len(), guard: None, birthplace: None, backing: Backing::File(map) })
+    }
+
+    /// The same, of a file that forks of this process do not get: what they may have mapped in its place is not unmapped
+    /// there.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Os`] naming the call that the kernel refuses.
+    pub fn not_inherited(map: MmapRaw) -> Result<Arc<Self>, SegmentError> {
+        let (base, len) = (NonNull::new(map.as_mut_ptr()).expect("mmap never returns null"), map.len());
+        let birthplace = Some(Birthplace::here()?);
+        map.advise(Advice::DontFork).map_err(|e| SegmentError::os("madvise(MADV_DONTFORK)", len, e))?;
+        Ok(Arc::new(Self { base, len, guard: None, birthplace, backing: Backing::File(map) }))
+    }
+
+    /// A page of zeros, private to this process, which each of its forks finds zeroed again.
+    ///
+    /// # Errors
+    ///
+    /// [`SegmentError::Os`] naming the call that the kernel refuses.
+    pub(crate) fn wiped_by_forks() -> Result<Arc<Self>, SegmentError> {
+        let page = MmapOptions::new().len(PAGE).map_anon().map_err(|e| SegmentError::os("mmap", PAGE, e))?;
+        let page = Self::of_file(MmapRaw::from(page));
+        // SAFETY: the range is this value's own. The bytes change in processes that are yet to come, and nobody else has a
+        // view of them.
+        unsafe { rustix::mm::madvise(page.base.as_ptr().cast(), PAGE, rustix::mm::Advice::LinuxWipeOnFork) }
+            .map_err(|e| SegmentError::os("madvise(MADV_WIPEONFORK)", PAGE, e))?;
+        Ok(page)
+    }
+
+    /// Whether this process is a fork of the one that it was mapped in: then there is no memory behind it.
+    #[inline(always)]
+    pub fn was_left_behind(&self) -> bool {
+        self.birthplace.as_ref().is_some_and(|birthplace| !birthplace.is_here())
     }
 
     /// The same, and faults in it that the kernel cannot resolve are taken care of, if [`bus::install`](crate::bus::install)
@@ -53,7 +92,7 @@ impl Mapping {
     pub fn guarded(map: MmapRaw) -> Arc<Self> {
         let base = NonNull::new(map.as_mut_ptr()).expect("mmap never returns null");
         let guard = crate::bus::Guard::of(base.as_ptr().addr(), map.len());
-        Arc::new(Self { base, len: map.len(), guard, backing: Backing::File(map) })
+        Arc::new(Self { base, len: map.len(), guard, birthplace: None, backing: Backing::File(map) })
     }
 
     /// Whether memory of it has been lost and was replaced by zeros.
@@ -72,7 +111,7 @@ impl Mapping {
         // SAFETY: the layout has a size above 0.
         let raw = unsafe { alloc_zeroed(layout) };
         let Some(base) = NonNull::new(raw) else { handle_alloc_error(layout) };
-        Arc::new(Self { base, len, guard: None, backing: Backing::Heap(layout) })
+        Arc::new(Self { base, len, guard: None, birthplace: None, backing: Backing::Heap(layout) })
     }
 
     /// Length in bytes.
@@ -128,9 +167,11 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if let Backing::Heap(layout) = self.backing {
+        match std::mem::replace(&mut self.backing, Backing::Gone) {
+            Backing::File(map) if self.was_left_behind() => std::mem::forget(map),
             // SAFETY: `on_heap` allocated `base` with exactly this layout, and views hold the Arc.
-            unsafe { dealloc(self.base.as_ptr(), layout) }
+            Backing::Heap(layout) => unsafe { dealloc(self.base.as_ptr(), layout) },
+            Backing::File(_) | Backing::Gone => {}
         }
     }
 }

@@ -112,11 +112,9 @@ impl Segment {
             let (theirs, expected) = (size, len as u64);
             return Err(PeerFault::Header { field: "size", theirs, expected }.into());
         }
-        let map = map_shared(fd, len)?;
         // A forked child would be a second writer of the same rings (F9).
-        map.advise(memmap2::Advice::DontFork)
-            .map_err(|e| SegmentError::os("madvise(MADV_DONTFORK)", len, e))?;
-        let segment = Self::on(Mapping::of_file(map), geometry, lanes)?;
+        let map = Mapping::not_inherited(map_shared(fd, len)?)?;
+        let segment = Self::on(map, geometry, lanes)?;
         segment.check_header(identity)?;
         Ok(segment)
     }
@@ -144,6 +142,12 @@ impl Segment {
     /// Server: the memfd; `None` of a segment on the heap.
     pub fn memory(&self) -> Option<BorrowedFd<'_>> {
         self.memory.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Client: whether this process is a fork of the one that attached it: there is no memory behind it here (F9).
+    #[inline(always)]
+    pub fn was_left_behind(&self) -> bool {
+        self.map.was_left_behind()
     }
 
     /// Server: whether memory of it has been lost: its session cannot go on (F19).
