@@ -462,6 +462,89 @@ fn r3_4_an_idempotent_call_uses_two_slots_and_gives_both_back() {
     }
 }
 
+/// Goal:   R3.4, R1.9: an idempotent call comes through whatever slots a session has: where there are no two that its request and
+///         its answer fit, it goes in frames; afterwards all slots are free.
+/// Method: sessions with one slot of their largest class, requests and room for answers around the edges of each class; then as
+///         many calls at once as there are slots.
+#[test]
+fn r3_4_r1_9_an_idempotent_call_needs_no_second_slot_of_its_class() {
+    for policy in ALL {
+        let server = TestServer::start(policy);
+        let large = ClientConfig { medium_slots: 1, ..ClientConfig::for_load(1, 16384) };
+        for (config, slots) in [(ClientConfig::for_load(1, 4096), 5), (large, 6)] {
+            let client = IpcClient::connect_with(server.path(), &ClientConfig { policy, ..config }).unwrap();
+            let connection = client.open().unwrap();
+            for (len, room) in [
+                (0, 4096),
+                (1024, 1024),
+                (1024, 4096),
+                (1025, 1025),
+                (1025, 4096),
+                (4096, 4096),
+                (4096, 16384),
+                (4097, 4097),
+                (16384, 16384),
+                (16384, 16385),
+            ] {
+                let request = vec![len as u8; len];
+                let mut answer = vec![0; room];
+                let options = CallOptions { idempotent: true, ..PLAIN };
+                let called = connection.call_into(MessageType::ECHO, &request, &mut answer, &options);
+                assert_eq!(called.unwrap(), len, "{len} bytes, room for {room}");
+                assert!(answer[..len] == request, "{len} bytes, room for {room}");
+            }
+            for tag in 0..slots {
+                connection.submit(COUNT, b"", &tagged(tag)).unwrap();
+            }
+            for tag in 0..slots {
+                assert_eq!(next(&client).0, tag);
+            }
+        }
+    }
+}
+
+/// Goal:   R1.9, R3.1: what no waiting could make possible is refused with what to configure; what is possible is done.
+/// Method: sessions of one slot and of two: plain calls, idempotent ones and streams, longer and shorter than a slot.
+#[test]
+fn r1_9_r3_1_a_session_of_too_few_slots_says_so() {
+    let server = TestServer::start(WaitPolicy::Block);
+    let pieces = CallOptions { pieces: true, ..PLAIN };
+    let idempotent = CallOptions { idempotent: true, ..PLAIN };
+    for slots in [1, 2] {
+        let config = ClientConfig {
+            policy: WaitPolicy::Block,
+            small_slots: 0,
+            medium_slots: slots,
+            ..ClientConfig::smallest()
+        };
+        let client = IpcClient::connect_with(server.path(), &config).unwrap();
+        let connection = client.open().unwrap();
+        let tried = |len: usize, options: &CallOptions| {
+            let reply_capacity = len;
+            let options = CallOptions { reply_capacity, ..*options };
+            let id = connection.submit(MessageType::ECHO, &vec![7; len], &options)?;
+            assert!(client.wait(None).unwrap());
+            let answer = client.poll().unwrap().expect("waited for");
+            assert!(answer.is_last() && answer.to_vec().unwrap() == vec![7; len], "{id:?}");
+            Ok(())
+        };
+        let is_done = |result: Result<(), IpcError>| match result {
+            Ok(()) => true,
+            Err(IpcError::Config(what)) if what.contains("small_slots") => false,
+            Err(error) => panic!("{error}"),
+        };
+        for len in [0, 4096] {
+            assert!(is_done(tried(len, &PLAIN)), "{len} bytes");
+            assert_eq!(is_done(tried(len, &idempotent)), slots == 2, "{len} bytes in {slots}");
+            assert_eq!(is_done(tried(len, &pieces)), slots == 2, "{len} bytes in {slots}");
+        }
+        for options in [PLAIN, idempotent, pieces, CallOptions { idempotent: true, ..pieces }] {
+            assert!(!is_done(tried(4097, &options)), "{options:?} in {slots}");
+        }
+        assert_eq!(connection.call(MessageType::ECHO, b"on").unwrap(), b"on");
+    }
+}
+
 /// Goal:   a call whose deadline has passed before it could start is not run, and says so; one whose
 ///         deadline has not is run.
 /// Method: the reactor is held until the deadline is over; the counter tells what ran.

@@ -197,6 +197,34 @@ fn r3_4_i3_a_call_under_way_is_sent_again_only_if_it_is_idempotent() {
     }
 }
 
+/// Goal:   R3.4, R1.9: an idempotent call whose request and answer both want the only large slot of a session is sent, and sent
+///         again with the request that it had; those behind it are sent, too.
+/// Method: a session of one slot of 4 KiB; a handler that hangs until its server is killed, and does not in the next.
+#[test]
+fn r3_4_r1_9_an_idempotent_call_wants_no_second_slot_and_is_sent_again() {
+    for policy in ALL {
+        let mut server = LogServer::start();
+        server.let_hang(true);
+        let path = server.path().to_owned();
+        let calling = std::thread::spawn(move || {
+            let config = ClientConfig { policy, ..ClientConfig::for_load(1, 4096) };
+            let client = ReconnectingClient::connect_with(path, &config, Reconnect::default()).unwrap();
+            let connection = client.open().unwrap();
+            let options = CallOptions { reply_capacity: 4096, ..idempotent() };
+            let result = connection.call_with(HANG, &log_request(7, 0, 3000), &options);
+            (result, connection.call(LOG, &log_request(8, 0, 20)))
+        });
+        eventually("the handler runs", || server.executions() == 1);
+        server.kill();
+        server.let_hang(false);
+        server.restart();
+        let (result, later) = returns("the caller is answered", move || calling.join().unwrap());
+        assert_eq!(result.unwrap(), log_answer(&log_request(7, 0, 3000)));
+        assert_eq!(later.unwrap(), log_answer(&log_request(8, 0, 20)));
+        assert_eq!(server.executed(), HashMap::from([(7, 2), (8, 1)]));
+    }
+}
+
 /// Goal:   R3.4: an idempotent call that was under way in so many servers that died is not sent to another one: it is
 ///         likely to be what kills them.
 /// Method: it hangs in each of them until they are killed.

@@ -293,6 +293,8 @@ pub struct SlotAllocator {
     generations: Vec<u32>,
     capacities: Vec<u32>,
     largest: u32,
+    /// Bytes of the largest slot beside that one, 0 if there is none.
+    second: u32,
 }
 
 impl SlotAllocator {
@@ -309,8 +311,10 @@ impl SlotAllocator {
                 })
                 .collect()
         });
-        let largest = capacities.iter().copied().max().unwrap_or(0);
-        Self { free, generations: vec![0; numbers as usize], capacities, largest }
+        let (largest, second) = capacities.iter().fold((0, 0), |(largest, second), bytes| {
+            if *bytes > largest { (*bytes, largest) } else { (largest, second.max(*bytes)) }
+        });
+        Self { free, generations: vec![0; numbers as usize], capacities, largest, second }
     }
 
     #[inline(always)]
@@ -363,6 +367,14 @@ impl SlotAllocator {
     #[inline(always)]
     pub fn largest(&self) -> usize {
         self.largest as usize
+    }
+
+    /// Whether two slots of the lane, free or not, hold so many bytes each.
+    #[inline(always)]
+    pub fn holds_both(&self, one: usize, other: usize) -> bool {
+        let (less, more) = (one.min(other), one.max(other));
+        // Two that hold nothing are two all the same.
+        more <= self.largest as usize && less.max(1) <= self.second as usize
     }
 
     /// Free slots of any class.

@@ -372,6 +372,28 @@ fn s1_a_slot_holds_what_its_class_says() {
     assert_eq!(allocator.largest(), SLOT_LARGE);
 }
 
+/// Goal:   P3: whether two slots of a lane hold so much each does not depend on which are free, and is what a lane finds that has
+///         lent none.
+/// Method: all small geometries, lengths at every edge of the classes; the longer one is taken first, so that the shorter one does
+///         not take the only slot for it.
+#[test]
+fn p3_two_lengths_have_a_slot_each_or_not() {
+    const EDGES: [usize; 7] =
+        [0, SLOT_SMALL, SLOT_SMALL + 1, SLOT_MEDIUM, SLOT_MEDIUM + 1, SLOT_LARGE, SLOT_LARGE + 1];
+    for number in 0..27u16 {
+        let (large, medium, small) = (number % 3, number / 3 % 3, number / 9 * 4);
+        let geometry = Geometry { ring_order: 3, large, medium, small, lease_pages: 1 };
+        let Ok(geometry) = geometry.checked() else { continue };
+        for (one, other) in EDGES.into_iter().flat_map(|one| EDGES.map(|other| (one, other))) {
+            let mut lane = SlotAllocator::new(&geometry);
+            let told = lane.holds_both(one, other);
+            let taken = [one.max(other), one.min(other)].map(|len| lane.take(len).is_some());
+            assert_eq!(told, taken == [true; 2], "{one} and {other} in {geometry:?}");
+            assert_eq!(lane.holds_both(one, other), told, "{one} and {other}, lent, in {geometry:?}");
+        }
+    }
+}
+
 /// Goal:   S1: whoever asks for the call in a slot is told its generation and whether it goes on; of what is no slot, nothing.
 /// Method: every number of a lane with slots of each class, and two beyond: before a call, during it, after it, during the next.
 #[test]

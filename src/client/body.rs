@@ -234,7 +234,8 @@ impl Bodies {
 }
 
 impl Session {
-    /// A call that no base slot is large enough for: in a leased slot if there is one, else as a body of frames.
+    /// A call that no base slot is large enough for, or no two of them where it takes two: in a leased slot if there is one,
+    /// else as a body of frames.
     #[cold]
     pub(super) fn submit_long(
         &mut self,
@@ -312,6 +313,9 @@ impl Session {
         let offset = self.clock_offset_ns;
         let meta_len = options.meta_len();
         let lane = self.lane_mut(lane_index);
+        if lane.base_slots() < 2 {
+            return Err(too_few_slots("a session with a single slot carries no answers frame by frame"));
+        }
         if lane.lane.slots.free() < 2 || !lane.has_entry(target.bulk)? {
             return Err(IpcError::WouldBlock);
         }
@@ -384,10 +388,11 @@ impl Session {
         let offset = self.clock_offset_ns;
         let lane = self.lane_mut(lane_index);
         if lane.base_slots() < 3 {
-            return Err(IpcError::Config(
-                "a session with fewer than three slots carries no calls of several frames: connect with more small_slots"
-                    .to_owned(),
-            ));
+            return Err(too_few_slots(if options.idempotent && !options.pieces {
+                "an idempotent call takes a slot for its request and another one for its answer, or three to go in frames"
+            } else {
+                "a session with fewer than three slots carries no calls of several frames"
+            }));
         }
         if lane.lane.slots.free() < needed {
             return Err(IpcError::WouldBlock);
@@ -694,6 +699,11 @@ impl Session {
         }
         self.bodies.all[index as usize] = Some(body);
     }
+}
+
+/// No waiting helps: the session has not the slots that such a call takes.
+fn too_few_slots(why: &str) -> IpcError {
+    IpcError::Config(format!("{why}: connect with more small_slots"))
 }
 
 /// What the entry of a call says whatever its place.

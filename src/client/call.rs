@@ -37,7 +37,8 @@ pub struct CallOptions {
     /// Bytes that the answer is expected to have at most, where it may be longer than the request: it then gets room to
     /// come quickly. A longer one comes all the same.
     pub reply_capacity: usize,
-    /// The call may be executed more than once: its request stays untouched in a slot of its own.
+    /// The call may be executed more than once: its request stays untouched in a slot of its own. It takes two slots for that,
+    /// and goes in frames where the session has no two that are large enough.
     pub idempotent: bool,
     /// The answer is handed out by [`IpcClient::poll`] frame by frame as it comes, each with the call's tag, the last
     /// one being the one that [`Reply::is_last`]; the server sends more as frames are dropped. Otherwise an answer of

@@ -86,7 +86,8 @@ impl ClientConfig {
         Self { ring_entries: 128, small_slots: 64, lease_pages: 128, ..Self::default() }
     }
 
-    /// A session that carries `in_flight` calls of `len` bytes at once, up to 16 KiB each.
+    /// A session that carries `in_flight` calls of `len` bytes at once, up to 16 KiB each. One that is
+    /// [idempotent](super::CallOptions::idempotent) counts twice.
     pub fn for_load(in_flight: u32, len: usize) -> Self {
         use doorbell_shm::layout::{SLOT_MEDIUM, SLOT_SMALL};
         // One in 64 entries, at least one, is left to frames.

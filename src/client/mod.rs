@@ -550,7 +550,8 @@ impl<'c> Connection<'c> {
     ///
     /// # Errors
     ///
-    /// [`IpcError::WouldBlock`] when all slots are in use; [`IpcError::MessageTooLarge`] naming the limit.
+    /// [`IpcError::WouldBlock`] when all slots are in use; [`IpcError::MessageTooLarge`] naming the limit;
+    /// [`IpcError::Config`] where the session has fewer than three slots.
     pub fn start(
         &self,
         message_type: MessageType,
@@ -565,7 +566,8 @@ impl<'c> Connection<'c> {
     /// # Errors
     ///
     /// [`IpcError::WouldBlock`] when all slots or entries are in use: nothing was sent or lost.
-    /// [`IpcError::MessageTooLarge`] naming the limit.
+    /// [`IpcError::MessageTooLarge`] naming the limit. [`IpcError::Config`] where the session has fewer slots than such a
+    /// call takes.
     #[inline(always)]
     pub fn submit(&self, message_type: MessageType, request: &[u8], options: &CallOptions) -> Result<CallId> {
         self.submit_with(message_type, request.len(), options, |writer| writer.write(request))

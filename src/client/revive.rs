@@ -2,8 +2,8 @@
 //!
 //! Memory: the request of a call that fits a slot stays in that slot, which the server does not write before it has
 //!         started the call; an idempotent call has its answer in a slot of its own for that. So nothing is copied as
-//!         long as nothing breaks: requests are taken out of what is left of the session. Longer ones go out in frames
-//!         from slots that are used again, so of those a copy is kept.
+//!         long as nothing breaks: requests are taken out of what is left of the session. Longer ones, and those for which
+//!         a session has no two slots, go out in frames from slots that are used again, so of those a copy is kept.
 //! Order:  what is sent again goes first, in the order in which it was first sent.
 
 use super::IpcClient;

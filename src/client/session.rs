@@ -18,7 +18,7 @@ use doorbell_shm::kill_point;
 use doorbell_shm::lane::{BULK, ClientLane, INTERACTIVE};
 use doorbell_shm::layout::{LaneLayout, state};
 use doorbell_shm::segment::Segment;
-use doorbell_shm::slots::Grant;
+use doorbell_shm::slots::{Grant, SlotAllocator};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -218,8 +218,7 @@ impl Session {
         let wanted = if options.idempotent { request } else { request.max(options.reply_capacity) };
         let offset = self.clock_offset_ns;
         let lane = self.lane_mut(index);
-        let in_slot = wanted.max(options.reply_capacity) <= lane.lane.slots.largest();
-        if !in_slot || options.pieces && options.idempotent {
+        if !has_slots(&lane.lane.slots, request, options) {
             return self.submit_long(target, message_type, capacity, options, write);
         }
         if options.pieces {
@@ -542,8 +541,8 @@ impl Session {
     /// Whether the request of such a call lies whole in a base slot of its own, where it stays as it is until the call
     /// has been started; that of an idempotent one until it has been answered.
     pub fn keeps_request(&self, len: usize, options: &CallOptions) -> bool {
-        let in_slot = (len + options.meta_len()).max(options.reply_capacity);
-        !options.pieces && in_slot <= self.home.lane.slots.largest()
+        let request = len.saturating_add(options.meta_len());
+        !options.pieces && has_slots(&self.home.lane.slots, request, options)
     }
 
     /// Of a session that is over: whether what lies in its slots is what the client wrote there. From a client that did
@@ -566,6 +565,16 @@ impl Session {
             Some(End::Died) | None => IpcError::NotExecuted,
         }
     }
+}
+
+/// Whether a lane has, free or not, the base slots that such a call goes in: one for both its request and its answer; two for
+/// an idempotent call, whose request stays in its slot, and none if that is to be answered frame by frame.
+#[inline(always)]
+fn has_slots(slots: &SlotAllocator, request: usize, options: &CallOptions) -> bool {
+    if options.idempotent {
+        return !options.pieces && slots.holds_both(request, options.reply_capacity);
+    }
+    request.max(options.reply_capacity) <= slots.largest()
 }
 
 /// A deadline in the server's clock.
