@@ -393,7 +393,7 @@ impl<T> Mux<T> {
         if session.bodies.are_active() { session.body_begins_at() } else { None }
     }
 
-    /// Where calls come from, for the choice of lanes: keeps the server's work off this core.
+    /// Where the next call comes from, for the choice of lanes: keeps the server's work off this core.
     pub fn keep_off(&mut self, core: u32) {
         if let Some(client) = &self.client {
             client.session.borrow_mut().keep_off(core);

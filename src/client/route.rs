@@ -57,7 +57,8 @@ impl Routes {
         needed.then(|| Box::new(Self::by(policy)))
     }
 
-    /// Those of a client that sleeps whatever its core, and keeps off one. `None` if no reactor is pinned.
+    /// Those of a client that sleeps whatever its core, and keeps off one; to be made while none of its calls is in flight,
+    /// since they count from nothing. `None` if no reactor is pinned.
     pub fn keeping_off(home_core: u32) -> Option<Box<Self>> {
         (home_core != NO_CORE).then(|| Box::new(Self::by(WaitPolicy::Block)))
     }

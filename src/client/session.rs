@@ -270,10 +270,12 @@ impl Session {
         chosen
     }
 
-    /// Calls go to reactors of other cores than this one from here on, each connection's as soon as none is in flight.
+    /// Calls go to reactors of other cores than this one from here on, each connection's as soon as none is in flight. To be
+    /// said again before each call: what was submitted before it was first said has not been counted, and as long as any of
+    /// that is in flight all calls stay on the home lane, so that none overtakes it (P6).
     pub fn keep_off(&mut self, core: u32) {
         self.avoided = Some(core);
-        if self.routes.is_none() && self.segment.lanes() > 1 {
+        if self.routes.is_none() && self.segment.lanes() > 1 && self.in_flight() == 0 {
             self.routes = Routes::keeping_off(self.home.core);
         }
     }

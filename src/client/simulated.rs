@@ -64,6 +64,12 @@ pub(crate) fn why_over(client: &IpcClient) -> Option<IpcError> {
     session.end.map(|_| session.ended())
 }
 
+/// Whether all connections of a client use its home lane as long as it keeps off no core, and may use others then.
+pub(crate) fn stays_home(client: &IpcClient) -> bool {
+    let session = client.session.borrow();
+    session.routes.is_none() && session.segment.lanes() > 1
+}
+
 /// A client that many use, and that goes on in the next session.
 #[derive(Debug)]
 pub(crate) struct Many(Mux<u64>);
@@ -113,6 +119,16 @@ impl Many {
         tag: u64,
     ) -> std::result::Result<CallKey, IpcError> {
         self.0.submit(line, message_type, request, options, tag).map(CallKey).map_err(|(error, _)| error)
+    }
+
+    /// Where the next call comes from.
+    pub fn keep_off(&mut self, core: u32) {
+        self.0.keep_off(core);
+    }
+
+    /// The lane of a call that is in flight.
+    pub fn lane_of(&self, key: CallKey) -> Option<u32> {
+        self.0.calls.iter().flatten().find(|call| call.key == key.0)?.id.map(|id| id.lane())
     }
 
     /// Takes note of what has come; returns for which calls.

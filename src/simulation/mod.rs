@@ -214,6 +214,54 @@ mod tests {
         assert_eq!(simulated::begins_at(&client), None);
     }
 
+    /// Goal:   P6, R3.4: calls that are sent again to the next server are overtaken by none that their caller makes then: it keeps
+    ///         off the core of their lane's reactor only once they have been answered.
+    /// Method: a server of two reactors dies with a call in flight; the next one has not taken it yet when the caller, on its home
+    ///         reactor's core, makes another call, and it has answered both when he makes a third.
+    #[test]
+    fn p6_r3_4_calls_that_were_sent_again_are_not_overtaken() {
+        let world = World::quiet_with(|config| {
+            (config.reactors, config.memory_budget) = (2, crate::ServerConfig::default().memory_budget);
+        });
+        let _ends = Ends;
+        let guest = || std::iter::repeat_with(|| world.guest()).find(simulated::stays_home).unwrap();
+        let mut many = simulated::Many::away(1);
+        many.attach(guest()).unwrap();
+        let request = || {
+            let (call, _) = world.make_call();
+            ledger::Call { of: ledger::MIRROR, len: 100, ..call }.request(world.secret())
+        };
+        let submit = |many: &mut simulated::Many| {
+            // Each reactor is on the core of its number.
+            many.keep_off(0);
+            let options = CallOptions::default();
+            many.submit(0, ledger::MIRROR, &request(), &options, 0).unwrap()
+        };
+        let first = submit(&mut many);
+        assert_eq!(many.lane_of(first), Some(1), "there is a lane away from that core");
+        world.kill_server();
+        while !many.is_away() {
+            assert!(many.take().unwrap().is_none(), "it was not started");
+        }
+        world.start_server();
+        many.attach(guest()).unwrap();
+        assert_eq!(many.lane_of(first), Some(0), "it has been sent again");
+        let second = submit(&mut many);
+        assert_eq!(many.lane_of(second), Some(0), "behind the one that was sent again");
+        let mut answered = Vec::new();
+        while answered.len() < 2 {
+            many.prepare_to_wait().unwrap();
+            kernel::others_run(Duration::from_millis(1));
+            while let Some((key, _)) = many.take().unwrap() {
+                assert!(matches!(many.next(key), simulated::Came::Frame { last: true, .. }));
+                answered.push(key);
+            }
+        }
+        assert_eq!(answered, [first, second]);
+        let third = submit(&mut many);
+        assert_eq!(many.lane_of(third), Some(1), "nothing is in flight on the other one");
+    }
+
     /// Goal:   the same as [`simulation_seeds`], of as many seeds as asked for.
     /// Method: DOORBELL_SEED is the first, DOORBELL_SEEDS how many, DOORBELL_EVENTS the steps of each, DOORBELL_THREADS.
     #[test]

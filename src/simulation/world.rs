@@ -146,7 +146,14 @@ impl World {
 
     /// One in which nothing happens but to a guest.
     pub fn quiet() -> Rc<Self> {
-        let world = Rc::new(Self::with(Random::new(1), Vec::new()));
+        Self::quiet_with(|_| ())
+    }
+
+    /// The same with another configuration of its servers.
+    pub fn quiet_with(change: impl FnOnce(&mut ServerConfig)) -> Rc<Self> {
+        let mut world = Self::with(Random::new(1), Vec::new());
+        change(&mut world.config);
+        let world = Rc::new(world);
         world.finishing.set(true);
         world.limit.set(u64::MAX);
         Rc::clone(&world).let_others_run();
@@ -338,6 +345,11 @@ impl World {
     pub fn kill_server(&self) {
         assert!(self.bury_server(), "it does not run further up");
         self.starts_at.set(u64::MAX);
+    }
+
+    /// The next server starts.
+    pub fn start_server(&self) {
+        self.starts_at.set(0);
     }
 
     /// A client does something.
