@@ -216,6 +216,11 @@ pub enum IpcError {
     /// The client was closed, or what it runs on has ended, while the call was under way: it may have been executed.
     #[error("the client was closed before the answer came: the call may or may not have been executed")]
     ClientClosed,
+    /// This process is a fork of the one that the client is of, which alone may use it (F9). What is under way goes on there.
+    #[error(
+        "this client is of the process that connected it, of which this one is a fork: connect anew here"
+    )]
+    ForkedClient,
     /// What the server wrote into shared memory breaks the protocol.
     #[error("the server broke the protocol: {0}")]
     ServerFault(#[source] PeerFault),

@@ -221,7 +221,7 @@ impl Reply<'_> {
     #[inline(always)]
     pub fn copy_to(&self, target: &mut [u8]) -> Result<usize> {
         let len = self.len().min(target.len());
-        self.client.session.borrow().read(&self.answered, &mut target[..len])?;
+        self.client.session()?.read(&self.answered, &mut target[..len])?;
         Ok(len)
     }
 
@@ -275,6 +275,6 @@ impl Reply<'_> {
 impl Drop for Reply<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        self.client.session.borrow_mut().release(&self.answered);
+        self.client.release(&self.answered);
     }
 }

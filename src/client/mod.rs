@@ -40,13 +40,16 @@ use doorbell_shm::entry::{Status, codec, flag};
 use doorbell_shm::layout::LaneLayout;
 use lane::{Answered, Outcome};
 use session::Session;
-use std::cell::RefCell;
+use std::cell::{RefCell, RefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// One session with a server: one socket, one shared segment, any number of connections.
+///
+/// It is of the process that connected it. In a fork of that every call is [`IpcError::ForkedClient`], and dropping it does
+/// nothing to the session; a fork connects anew.
 ///
 /// A client may move between threads but not be shared by them: its rings have one producer and one
 /// consumer (trap 7), and the type says so. A thread of its own gets a client of its own, which costs 8 KiB
@@ -66,6 +69,22 @@ impl IpcClient {
     fn of(session: Session) -> Self {
         let socket = Arc::clone(&session.socket);
         Self { session: RefCell::new(session), socket }
+    }
+
+    /// The session, unless this process is a fork of the one that it is of (F9).
+    #[inline(always)]
+    fn session(&self) -> Result<RefMut<'_, Session>> {
+        let session = self.session.borrow_mut();
+        if session.was_left_behind() { Err(IpcError::ForkedClient) } else { Ok(session) }
+    }
+
+    /// Gives back the slot of an answer. A fork gives nothing back.
+    #[inline(always)]
+    fn release(&self, answered: &Answered) {
+        let mut session = self.session.borrow_mut();
+        if !session.was_left_behind() {
+            session.release(answered);
+        }
     }
 
     /// Connects to the server at `path` with the default configuration.
@@ -117,7 +136,7 @@ impl IpcClient {
 
     /// What the answer to an OPEN says.
     fn opened(&self, answered: &Answered, codec: u8, bulk: bool) -> Result<ConnectionId> {
-        self.session.borrow_mut().release(answered);
+        self.session()?.release(answered);
         match answered.outcome {
             Outcome::Reply { status, detail, .. } if status == Status::Ok as u8 => {
                 Ok(ConnectionId { number: detail as u32, codec, bulk })
@@ -146,7 +165,7 @@ impl IpcClient {
     /// [`IpcError::Io`] if the kernel refuses the wake.
     #[inline(always)]
     pub fn flush(&self) -> Result<()> {
-        self.session.borrow_mut().flush()
+        self.session()?.flush()
     }
 
     /// Takes the next answer, if one has come, of whichever connection. Does not wait.
@@ -160,7 +179,7 @@ impl IpcClient {
     /// [`IpcError::NotExecuted`] when the session is over and every answer has been taken.
     #[inline(always)]
     pub fn poll(&self) -> Result<Option<Reply<'_>>> {
-        let mut session = self.session.borrow_mut();
+        let mut session = self.session()?;
         let next = match session.next_plain() {
             Some(plain) => Some(plain.into()),
             None => session.next()?,
@@ -176,7 +195,7 @@ impl IpcClient {
     /// As for [`IpcClient::poll`].
     #[inline(always)]
     pub fn poll_into(&self, target: &mut [u8]) -> Result<Option<Taken>> {
-        let mut session = self.session.borrow_mut();
+        let mut session = self.session()?;
         if let Some(plain) = session.next_plain() {
             let len = (plain.len as usize).min(target.len());
             let offset = LaneLayout::slot_offset(plain.response_slot);
@@ -207,7 +226,7 @@ impl IpcClient {
     /// been taken.
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
         let deadline = timeout.and_then(|t| machine::now().checked_add(t));
-        self.session.borrow_mut().wait(deadline)
+        self.session()?.wait(deadline)
     }
 
     /// Flushes, and makes the client's descriptor ([`AsFd`]) readable as soon as there is an answer to take, or the
@@ -221,13 +240,15 @@ impl IpcClient {
     ///
     /// As for [`IpcClient::wait`].
     pub fn prepare_to_wait(&self) -> Result<bool> {
-        self.session.borrow_mut().prepare_to_wait()
+        self.session()?.prepare_to_wait()
     }
 
     /// Says that the answer of a submitted call is no longer wanted. If the call has not been started it
     /// will be answered [`IpcError::Cancelled`]; it is answered exactly once in any case.
     pub fn cancel(&self, call: CallId) {
-        self.session.borrow_mut().cancel(call);
+        if let Ok(mut session) = self.session() {
+            session.cancel(call);
+        }
     }
 
     /// Calls submitted and not yet answered or taken.
@@ -270,7 +291,7 @@ impl IpcClient {
                 written = (bytes.len() - sent).min(writer.remaining());
                 writer.write(&bytes[sent..sent + written])
             };
-            let piece = self.session.borrow_mut().send_piece(call, write);
+            let piece = self.session()?.send_piece(call, write);
             if sent > 0 && matches!(piece, Err(IpcError::BodyFinished)) {
                 break;
             }
@@ -279,11 +300,11 @@ impl IpcClient {
                     break;
                 }
                 // Whatever gives room has to come first, and has to be asked for.
-                let mut session = self.session.borrow_mut();
+                let mut session = self.session()?;
                 session.stash()?;
                 session.flush()?;
                 drop(session);
-                if !self.session.borrow_mut().send_piece(call, |_| Ok(()))? {
+                if !self.session()?.send_piece(call, |_| Ok(()))? {
                     break;
                 }
                 continue;
@@ -304,7 +325,7 @@ impl IpcClient {
         call: CallId,
         write: impl FnOnce(&mut SlotWriter<'_>) -> Result<()>,
     ) -> Result<bool> {
-        self.session.borrow_mut().send_piece(call, write)
+        self.session()?.send_piece(call, write)
     }
 
     /// The request of a [started](Connection::start) call is complete. Need not be said of one whose length was
@@ -314,7 +335,7 @@ impl IpcClient {
     ///
     /// [`IpcError::BodyLength`] if less was sent than announced, [`IpcError::NoSuchCall`] if the call has been answered.
     pub fn finish(&self, call: CallId) -> Result<()> {
-        self.session.borrow_mut().finish_body(call)
+        self.session()?.finish_body(call)
     }
 
     /// Runs `attempt` until it does not block, or until `deadline`; while it does, flushes and waits for answers.
@@ -323,7 +344,7 @@ impl IpcClient {
         deadline: Option<Instant>,
         mut attempt: impl FnMut(&mut Session) -> Result<T>,
     ) -> Result<T> {
-        let mut session = self.session.borrow_mut();
+        let mut session = self.session()?;
         let tried = session.retry_until(deadline, &mut attempt);
         session.bodies.tell_news();
         tried
@@ -331,7 +352,7 @@ impl IpcClient {
 
     /// Waits until the call `id` is answered, or can send more of its request (`None`).
     fn look_for(&self, id: CallId, deadline: Option<Instant>) -> Result<Option<Answered>> {
-        let mut session = self.session.borrow_mut();
+        let mut session = self.session()?;
         loop {
             while let Some(next) = session.next_completed()? {
                 if (next.lane, next.slot) == (id.lane, id.slot) {
@@ -355,7 +376,7 @@ impl IpcClient {
     /// Waits for the next frame of the answer to `id`, or for its end; what comes for others is kept for `poll`.
     fn wait_for_frame(&self, id: CallId, deadline: Option<Instant>) -> Result<Answered> {
         // Frames that came while somebody else waited are older than those in the rings.
-        let kept = self.session.borrow_mut().take_kept(id.lane, id.slot);
+        let kept = self.session()?.take_kept(id.lane, id.slot);
         match kept {
             Some(answered) => Ok(answered),
             None => self.wait_for(id.lane, id.slot, deadline),
@@ -365,7 +386,7 @@ impl IpcClient {
     /// Waits for the next completion of the call in `slot` of `lane`; others that come are kept for `poll`.
     #[inline]
     fn wait_for(&self, lane: u32, slot: u32, deadline: Option<Instant>) -> Result<Answered> {
-        let mut session = self.session.borrow_mut();
+        let mut session = self.session()?;
         let waited = session.wait_for(lane, slot, deadline);
         if session.bodies.are_active() {
             session.bodies.tell_news();
@@ -491,7 +512,7 @@ impl<'c> Connection<'c> {
         let answered = match client.wait_for(id.lane, id.slot, deadline) {
             Err(IpcError::Timeout) => {
                 // The slot stays lent until the late answer has come: nobody else can get it (F58).
-                client.session.borrow_mut().abandon(id)?;
+                client.session()?.abandon(id)?;
                 return Err(IpcError::Timeout);
             }
             other => other?,
@@ -535,7 +556,7 @@ impl<'c> Connection<'c> {
                 Ok(Some(answered)) => break answered,
                 Ok(None) => {}
                 Err(IpcError::Timeout) => {
-                    client.session.borrow_mut().abandon(id)?;
+                    client.session()?.abandon(id)?;
                     return Err(IpcError::Timeout);
                 }
                 Err(error) => return Err(error),
@@ -558,7 +579,7 @@ impl<'c> Connection<'c> {
         body_len: Option<u64>,
         options: &CallOptions,
     ) -> Result<CallId> {
-        self.client.session.borrow_mut().start_body(self.target(), message_type, body_len, options)
+        self.client.session()?.start_body(self.target(), message_type, body_len, options)
     }
 
     /// Submits a call without waiting: [`IpcClient::flush`] sends it, [`IpcClient::poll`] brings its answer.
@@ -586,7 +607,7 @@ impl<'c> Connection<'c> {
         options: &CallOptions,
         write: impl FnOnce(&mut SlotWriter<'_>) -> Result<()>,
     ) -> Result<CallId> {
-        let mut session = self.client.session.borrow_mut();
+        let mut session = self.client.session()?;
         session.submit(self.target(), message_type, capacity, options, write)
     }
 
@@ -608,7 +629,9 @@ impl Drop for Connection<'_> {
 impl Connection<'_> {
     fn close_now(&self) {
         // A guard that is dropped inside a callback of the same client waits for the next flush.
-        if let Ok(mut session) = self.client.session.try_borrow_mut() {
+        if let Ok(mut session) = self.client.session.try_borrow_mut()
+            && !session.was_left_behind()
+        {
             session.close_later(self.id.number, self.id.bulk);
             // Nobody may come to flush it. Where the kernel refuses the wake, the server's sweep finds the entry.
             if let Err(error) = session.flush() {

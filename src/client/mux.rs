@@ -98,6 +98,7 @@ pub(super) enum Broken {
     NotPermitted,
     Handshake(&'static str),
     Config(String),
+    Forked,
     Died,
 }
 
@@ -117,6 +118,7 @@ impl Broken {
             IpcError::NotPermitted => Self::NotPermitted,
             IpcError::Handshake(what) => Self::Handshake(what),
             IpcError::Config(what) => Self::Config(what.clone()),
+            IpcError::ForkedClient => Self::Forked,
             _ => Self::Died,
         }
     }
@@ -124,6 +126,7 @@ impl Broken {
     pub fn error(&self) -> IpcError {
         match self {
             Self::Closed => IpcError::ClientClosed,
+            Self::Forked => IpcError::ForkedClient,
             Self::Fault(fault) => IpcError::ServerFault(*fault),
             Self::Io(call, code) => {
                 let source = code.map_or_else(|| io::ErrorKind::Other.into(), io::Error::from_raw_os_error);
@@ -243,7 +246,7 @@ impl<T> Mux<T> {
         }
         loop {
             let Some(client) = &self.client else { return Ok(None) };
-            let next = client.session.borrow_mut().next();
+            let next = client.session().and_then(|mut session| session.next());
             let answered = match next {
                 Ok(Some(answered)) => answered,
                 Ok(None) => return Ok(None),
@@ -257,7 +260,7 @@ impl<T> Mux<T> {
                 self.calls.get_mut(key.index()).and_then(Option::as_mut).filter(|c| c.key == key)
             else {
                 // Nobody waits for it any more.
-                client.session.borrow_mut().release(&answered);
+                client.release(&answered);
                 continue;
             };
             if answered.is_last() {
@@ -329,8 +332,9 @@ impl<T> Mux<T> {
     /// Nobody wants anything of a call any more: cancels it unless it is over, and forgets it.
     pub fn drop_call(&mut self, key: Key) -> Option<T> {
         let call = self.forget(key)?;
-        let Some(client) = &self.client else { return Some(call.data) };
-        let mut session = client.session.borrow_mut();
+        let Some(Ok(mut session)) = self.client.as_ref().map(IpcClient::session) else {
+            return Some(call.data);
+        };
         if let State::Frames(frames) = call.state {
             for frame in frames {
                 if let Frame::InPlace(answered) = frame {
@@ -375,7 +379,7 @@ impl<T> Mux<T> {
             return Ok(true);
         }
         let Some(client) = &self.client else { return Ok(true) };
-        let waited = client.session.borrow_mut().wait(deadline);
+        let waited = client.session().and_then(|mut session| session.wait(deadline));
         self.or_lose(waited)
     }
 

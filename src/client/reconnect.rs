@@ -250,16 +250,16 @@ impl Opening {
             let client = &self.client;
             let Some(slot) = self.asked else {
                 let flags = if bulk { flag::BULK } else { 0 };
-                self.asked = Some(client.session.borrow_mut().submit_open(codec, flags)?);
+                self.asked = Some(client.session()?.submit_open(codec, flags)?);
                 continue;
             };
-            let next = client.session.borrow_mut().next()?;
+            let next = client.session()?.next()?;
             match next {
                 Some(answered) if answered.slot == slot => {
                     self.asked = None;
                     self.connections.push((at, client.opened(&answered, codec, bulk)?));
                 }
-                Some(other) => client.session.borrow_mut().release(&other),
+                Some(other) => client.release(&other),
                 None if client.prepare_to_wait()? => {}
                 None if machine::now() >= self.give_up => return Err(IpcError::Timeout),
                 None => return Ok(false),

@@ -261,7 +261,7 @@ impl ReconnectingClient {
             return Ok(true);
         }
         let mut mux = self.mux.borrow_mut();
-        let looked = mux.client.as_ref().map_or(Ok(()), |c| c.session.borrow_mut().look_after_server());
+        let looked = mux.client.as_ref().map_or(Ok(()), |c| c.session()?.look_after_server());
         if looked.is_err() {
             // The session is over: what it left is taken, and each call told what became of it.
             self.take_all(&mut mux)?;
@@ -272,7 +272,7 @@ impl ReconnectingClient {
     /// Looks at the server's socket, and takes what there is.
     fn look(&self) -> Result<()> {
         let mut mux = self.mux.borrow_mut();
-        let looked = mux.client.as_ref().map_or(Ok(()), |c| c.session.borrow_mut().look_at_server());
+        let looked = mux.client.as_ref().map_or(Ok(()), |c| c.session()?.look_at_server());
         self.or_end(&mut mux, looked)?;
         self.take_all(&mut mux).map(|_| ())
     }

@@ -131,6 +131,12 @@ impl Session {
         })
     }
 
+    /// Whether this process is a fork of the one that it was joined in: there is no memory behind it here.
+    #[inline(always)]
+    pub fn was_left_behind(&self) -> bool {
+        self.segment.was_left_behind()
+    }
+
     #[inline(always)]
     pub fn lane(&self, index: u32) -> &Lane {
         match index {

@@ -120,7 +120,7 @@ impl<'c> AnswerStream<'c> {
     /// Nobody wants what is still to come.
     fn give_up(&mut self) {
         if std::mem::take(&mut self.in_flight) {
-            let mut session = self.client.session.borrow_mut();
+            let Ok(mut session) = self.client.session() else { return };
             if let Err(error) = session.abandon(self.id) {
                 // The cancel is published all the same; the server's sweep finds it.
                 tracing::debug!(%error, "the server could not be woken for a cancel");

@@ -17,6 +17,7 @@ use super::reconnect::{Address, LinkOptions};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
 use crate::protocol::MessageType;
+use doorbell_shm::fork::Birthplace;
 use doorbell_uring::current_cpu;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
@@ -115,6 +116,8 @@ struct Shared {
     /// Somebody runs callbacks in `poll_events`.
     polling: AtomicBool,
     broken: OnceLock<Broken>,
+    /// A fork of this process has no thread of the client's.
+    birthplace: Birthplace,
 }
 
 impl Shared {
@@ -202,6 +205,7 @@ impl CallbackClient {
             panics: AtomicU64::new(0),
             polling: AtomicBool::new(false),
             broken: OnceLock::new(),
+            birthplace: Birthplace::here()?,
         });
         let (commands, incoming) = channel();
         let (outgoing, deliveries) = channel();
@@ -286,6 +290,9 @@ impl CallbackClient {
         options: CallOptions,
         callback: Callback,
     ) -> Result<CallHandle> {
+        if !self.shared.birthplace.is_here() {
+            return Err(IpcError::ForkedClient);
+        }
         if self.shared.broken.get().is_some() {
             return Err(self.shared.why_broken());
         }
@@ -344,6 +351,11 @@ impl CallbackClient {
     /// callback it does not wait.
     pub fn close(mut self) {
         let thread = self.thread.take();
+        if !self.shared.birthplace.is_here() {
+            // There is none, here: nobody can wait for it.
+            std::mem::forget(thread);
+            return;
+        }
         drop(self);
         if let Some(thread) = thread.filter(|thread| thread.thread().id() != std::thread::current().id())
             && thread.join().is_err()
@@ -356,7 +368,10 @@ impl CallbackClient {
 impl Drop for CallbackClient {
     fn drop(&mut self) {
         self.shared.closing.store(true, SeqCst);
-        self.shared.bell.ring();
+        // The bell of a fork is its parent's, too.
+        if self.shared.birthplace.is_here() {
+            self.shared.bell.ring();
+        }
     }
 }
 
