@@ -3,8 +3,11 @@
 
 mod common;
 
-use common::{AT_MOST, BREAKS, Bystander, EARLY, FLOOD, LENGTH, STUCK, TestServer, client, eventually, stat};
+use common::{
+    AT_MOST, BREAKS, Bystander, EARLY, FLOOD, LENGTH, STUCK, TestServer, all_memory, client, eventually, stat,
+};
 use doorbell::{CallOptions, ClientConfig, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::time::{Duration, Instant};
 
 const ALL: [WaitPolicy; 3] = [WaitPolicy::Block, WaitPolicy::Spin, WaitPolicy::Handoff];
@@ -447,21 +450,6 @@ fn r5_3_f59_unused_leases_go_back() {
     }
 }
 
-/// Sessions whose base slots use up the memory of a server.
-fn all_memory(server: &TestServer) -> Vec<IpcClient> {
-    let greedy = |pages| ClientConfig { medium_slots: pages, lease_pages: 0, ..ClientConfig::default() };
-    let mut held = Vec::new();
-    let mut pages = 256;
-    while pages > 0 {
-        match IpcClient::connect_with(server.path(), &greedy(pages)) {
-            Ok(client) => held.push(client),
-            Err(IpcError::NoMemory { .. }) => pages /= 2,
-            Err(error) => panic!("{error}"),
-        }
-    }
-    held
-}
-
 /// Goal:   R1.9, P3: asking for memory that does not come takes no slot which the call that waits for it needs.
 /// Method: no memory; a session with four slots, one of which an answer has that is kept; a long call needs two of the others,
 ///         and one stays free.
@@ -470,7 +458,7 @@ fn r1_9_p3_a_wish_for_memory_stops_no_call() {
     let server = TestServer::start_with(ServerConfig { reactors: 1, ..ServerConfig::default() });
     let client = IpcClient::connect(server.path()).unwrap();
     let connection = client.open().unwrap();
-    let _held = all_memory(&server);
+    let _held = all_memory(server.path());
     connection.submit(MessageType::ECHO, b"kept", &CallOptions::default()).unwrap();
     let kept = next(&client);
     let request = body(100_000, 1);
@@ -489,7 +477,7 @@ fn r1_9_without_memory_to_lease_calls_go_on_in_base_slots() {
     let server = TestServer::start_with(ServerConfig { reactors: 1, ..ServerConfig::default() });
     let client = IpcClient::connect(server.path()).unwrap();
     let connection = client.open().unwrap();
-    let held = all_memory(&server);
+    let held = all_memory(server.path());
     assert_eq!(client.waits_for_memory(), None);
     for seed in 0..3 {
         let request = body(100_000, seed);
@@ -502,6 +490,49 @@ fn r1_9_without_memory_to_lease_calls_go_on_in_base_slots() {
         assert!(connection.call(MessageType::ECHO, &request).unwrap() == request);
         client.waits_for_memory().is_none()
     });
+}
+
+/// Goal:   R1.9, DESIGN §5: whoever waits on the descriptor gets his long call answered where there is no memory to lease, with
+///         a limit to his waits or without: the call begins though nothing comes that says so.
+/// Method: no memory; the recipes of `prepare_to_wait` and of `prepare_to_sleep` to the letter, by poll(2); a whole answer, and
+///         one in pieces; of requests for leases of either class.
+#[test]
+fn r1_9_who_waits_on_the_descriptor_gets_on_without_memory_to_lease() {
+    let server = TestServer::start_with(ServerConfig { reactors: 1, ..ServerConfig::default() });
+    let client = IpcClient::connect(server.path()).unwrap();
+    let connection = client.open().unwrap();
+    let _held = all_memory(server.path());
+    let without_limit = || (!client.prepare_to_wait().unwrap()).then_some(None);
+    let with_limit = || Some(client.prepare_to_sleep().unwrap());
+    let recipes: [&dyn Fn() -> Option<Option<Duration>>; 2] = [&without_limit, &with_limit];
+    for (recipe, prepare) in recipes.iter().enumerate() {
+        for (len, pieces) in [(2000, false), (2000, true), (100_000, false), (100_000, true)] {
+            let request = body(len, len as u64);
+            let options = CallOptions { pieces, ..CallOptions::default() };
+            connection.submit(MessageType::ECHO, &request, &options).unwrap();
+            let (mut answer, mut over) = (Vec::new(), false);
+            while !over {
+                while let Some(frame) = client.poll().unwrap() {
+                    answer.extend(frame.to_vec().unwrap());
+                    over = frame.is_last();
+                }
+                if over {
+                    break;
+                }
+                let Some(limit) = prepare() else { continue };
+                assert!(limit.is_none_or(|limit| limit <= Duration::from_millis(5)), "{limit:?}");
+                // For ever, in a test.
+                let at_most = Timespec::try_from(limit.unwrap_or(Duration::from_secs(30))).unwrap();
+                let ready = poll(&mut [PollFd::new(&client, PollFlags::IN)], Some(&at_most)).unwrap();
+                assert!(
+                    ready > 0 || limit.is_some(),
+                    "recipe {recipe}, {len} bytes, pieces {pieces}: never sent"
+                );
+            }
+            assert!(answer == request, "recipe {recipe}, {len} bytes, pieces {pieces}");
+            assert!(client.waits_for_memory().is_some(), "the lease was not to be had");
+        }
+    }
 }
 
 /// Goal:   P3: more long calls at once than a session's ring admits calls are all answered: they do not stop each other.

@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::process::{ServerProcess, doorbell, run, stderr};
-use common::{TestDir, eventually};
+use common::process::{Process, ServerProcess, doorbell, run, stderr};
+use common::{TestDir, all_memory, eventually, stat};
+use doorbell::IpcClient;
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, Output, Stdio};
@@ -42,6 +43,31 @@ fn r2_10_chat_and_complete_print_the_answer() {
         let child = started(&server, &[command, "-m", "loopback-fast"], Some("größe\n".as_bytes()));
         let output = child.wait_with_output().unwrap();
         assert!(text(&output.stdout).ends_with("größe\n"), "{}", stderr(&output));
+    }
+}
+
+/// Goal:   R2.10, R1.9: a prompt longer than a slot is sent, and answered, where the server has no memory to lease.
+/// Method: sessions that use up the budget, all but the room of the one that asks.
+#[test]
+fn r2_10_r1_9_a_long_prompt_is_answered_without_memory_to_lease() {
+    let server = ServerProcess::start(&["--reactors", "1"]);
+    let room = IpcClient::connect(server.path()).unwrap();
+    let witness = IpcClient::connect(server.path()).unwrap();
+    let witness = witness.open().unwrap();
+    let _held = all_memory(server.path());
+    let prompt = "long ".repeat(20_000);
+    let sessions = stat(&witness, "sessions_open");
+    drop(room);
+    for command in ["chat", "complete"] {
+        eventually("there is room for one more", || stat(&witness, "sessions_open") < sessions);
+        let mut child = started(&server, &[command, "-m", "loopback-fast"], Some(prompt.as_bytes()));
+        let (mut stdout, mut said) = (child.stdout.take().unwrap(), String::new());
+        let mut stderr = child.stderr.take().unwrap();
+        let reader = std::thread::spawn(move || stdout.read_to_string(&mut said).map(|_| said));
+        let status = Process(child).wait();
+        let (said, mut wrong) = (reader.join().unwrap().unwrap(), String::new());
+        stderr.read_to_string(&mut wrong).unwrap();
+        assert!(status.success() && said.contains("long long"), "{command}: {status} {said} {wrong}");
     }
 }
 

@@ -230,11 +230,29 @@ impl IpcClient {
     }
 
     /// Flushes, and makes the client's descriptor ([`AsFd`]) readable as soon as there is an answer to take, or the
-    /// session is over; says whether there is one already. For those who wait for other things too, in an event loop
-    /// of their own:
+    /// session is over; returns for how long the caller may sleep: zero if there is something to take already, `None` for
+    /// ever. For those who wait for other things too, in an event loop of their own:
+    ///
+    /// 1. [`IpcClient::poll`] until it brings nothing; 2. this; 3. wait until the descriptor is readable, at most as long
+    ///    as this says, and back to 1. Nothing needs to be read from it.
+    ///
+    /// A long call that waits for memory of the server's begins without it after a while: in step 1, which is why step 3
+    /// ends then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`IpcClient::wait`].
+    pub fn prepare_to_sleep(&self) -> Result<Option<Duration>> {
+        self.session.borrow_mut().prepare_to_sleep()
+    }
+
+    /// As [`IpcClient::prepare_to_sleep`], for a wait without a limit; says whether there is an answer to take already:
     ///
     /// 1. [`IpcClient::poll`] until it brings nothing; 2. this, and back to 1 if it says `true`; 3. wait until the
-    ///    descriptor is readable, and back to 1. Nothing needs to be read from it.
+    ///    descriptor is readable, and back to 1.
+    ///
+    /// Where a long call waits for memory of the server's this sleeps until that comes, or the call begins without it:
+    /// 5 ms at most, and while other calls of this client use its leases as much for each MiB of the request.
     ///
     /// # Errors
     ///
@@ -395,8 +413,8 @@ impl IpcClient {
     }
 }
 
-/// The session's socket, to be waited on after [`IpcClient::prepare_to_wait`] said `false`. Not to be read from or
-/// written to.
+/// The session's socket, to be waited on after [`IpcClient::prepare_to_sleep`] or [`IpcClient::prepare_to_wait`]. Not to
+/// be read from or written to.
 impl AsFd for IpcClient {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()

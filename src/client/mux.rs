@@ -358,7 +358,8 @@ impl<T> Mux<T> {
         Some(call)
     }
 
-    /// As [`IpcClient::prepare_to_wait`]; `false` while the client is away.
+    /// Makes the descriptor readable as soon as there is something to take; says whether there is already. `false` while
+    /// the client is away. What [`Mux::wakes_at`] says is the caller's to see to.
     pub fn prepare_to_wait(&mut self) -> Result<bool> {
         if self.broken.is_some() {
             return Err(self.why_broken());
@@ -368,8 +369,8 @@ impl<T> Mux<T> {
             return Ok(true);
         }
         let Some(client) = &self.client else { return Ok(false) };
-        let prepared = client.prepare_to_wait();
-        self.or_lose(prepared)
+        let watched = client.session.borrow_mut().watch_socket();
+        self.or_lose(watched)
     }
 
     /// Waits until there is something to take, by the policy of the client; `false` when the deadline came first.
@@ -393,8 +394,7 @@ impl<T> Mux<T> {
     /// When something is to be done whether the descriptor becomes readable or not: a call that waits for memory begins
     /// without it.
     pub fn wakes_at(&self) -> Option<Instant> {
-        let session = self.client.as_ref()?.session.borrow();
-        if session.bodies.are_active() { session.body_begins_at() } else { None }
+        self.client.as_ref()?.session.borrow().wakes_at()
     }
 
     /// Where the next call comes from, for the choice of lanes: keeps the server's work off this core.

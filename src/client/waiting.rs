@@ -236,7 +236,7 @@ impl Session {
             if left == Some(Duration::ZERO) {
                 return Ok(self.is_ready());
             }
-            let begins = if self.bodies.are_active() { self.body_begins_at() } else { None };
+            let begins = self.wakes_at();
             let left = match begins.map(|at| at.saturating_duration_since(now)) {
                 Some(soon) => Some(left.map_or(soon, |left| left.min(soon))),
                 None => left,
@@ -300,8 +300,34 @@ impl Session {
         }
     }
 
-    /// Makes the server ring the socket for the next completion; `true` if there is something to take already.
+    /// When something is to be done whether anything comes or not: a call that waits for memory begins without it.
+    pub fn wakes_at(&self) -> Option<Instant> {
+        if self.bodies.are_active() { self.body_begins_at() } else { None }
+    }
+
+    /// For a caller that will wait on the socket, and for nothing else: whether there is something to take already. What
+    /// is due by the clock is waited for here, since he does not come back for it.
     pub fn prepare_to_wait(&mut self) -> Result<bool> {
+        while !self.watch_socket()? {
+            let Some(at) = self.wakes_at() else { return Ok(false) };
+            // A bell ends it, too, and so does a signal: the next look tells which.
+            poll_socket(self, Some(at.saturating_duration_since(machine::now())))?;
+        }
+        Ok(true)
+    }
+
+    /// For a caller that will wait on the socket for at most as long as this says: not at all if there is something to
+    /// take already, for ever if nothing is due by the clock.
+    pub fn prepare_to_sleep(&mut self) -> Result<Option<Duration>> {
+        if self.watch_socket()? {
+            return Ok(Some(Duration::ZERO));
+        }
+        Ok(self.wakes_at().map(|at| at.saturating_duration_since(machine::now())))
+    }
+
+    /// Makes the server ring the socket for the next completion; `true` if there is something to take already. What is due
+    /// by the clock ([`Session::wakes_at`]) is the caller's to see to.
+    pub fn watch_socket(&mut self) -> Result<bool> {
         self.flush()?;
         // Bytes of earlier bells would make the descriptor readable for nothing.
         if self.end.is_some() || self.is_over()? {

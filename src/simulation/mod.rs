@@ -204,10 +204,12 @@ mod tests {
         let client = world.guest();
         let connection = client.open().unwrap().detach();
         client.attached(connection).submit(ledger::MIRROR, &[0; 9000], &CallOptions::default()).unwrap();
-        if simulated::begins_at(&client).is_none() {
+        let Some(begins_at) = simulated::begins_at(&client) else {
             // There is nothing to lease: it has begun.
             return;
-        }
+        };
+        let at_most = client.prepare_to_sleep().unwrap().expect("whoever waits on the descriptor is told");
+        assert!(crate::machine::now() + at_most >= begins_at && at_most <= Duration::from_millis(5));
         with_kernel(|kernel| kernel.pass(6_000_000));
         assert!(simulated::begins_at(&client).is_some_and(|at| at <= crate::machine::now()));
         client.flush().unwrap();

@@ -6,9 +6,10 @@ use super::world::World;
 use crate::client::simulated;
 use crate::client::{CallId, CallOptions, ConnectionId, IpcClient, Reply};
 use crate::error::IpcError;
+use crate::machine;
 use rustix::event::PollFlags;
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Connections that it has open at most.
 const CONNECTIONS: usize = 6;
@@ -32,6 +33,8 @@ pub struct Plain {
     connections: Vec<ConnectionId>,
     calls: BTreeMap<u64, Begun>,
     asleep: bool,
+    /// When it wakes by the clock.
+    due: Option<Instant>,
     /// Cancels every third call as soon as it has submitted it.
     fickle: bool,
     submitted: u64,
@@ -65,7 +68,7 @@ fn judge(error: IpcError) -> Step {
 impl Plain {
     pub fn new(client: IpcClient, fickle: bool) -> Self {
         let (connections, calls) = (Vec::new(), BTreeMap::new());
-        Self { client, connections, calls, asleep: false, fickle, submitted: 0 }
+        Self { client, connections, calls, asleep: false, due: None, fickle, submitted: 0 }
     }
 
     /// Whether it does nothing until its socket says something.
@@ -82,7 +85,8 @@ impl Plain {
     pub fn step(&mut self, world: &World, finishing: bool) -> Step {
         if self.asleep {
             let ready = kernel::is_ready(&self.client, PollFlags::IN | PollFlags::RDHUP);
-            if !ready && !(world.one_in(400)) {
+            let due = self.due.is_some_and(|at| at <= machine::now());
+            if !ready && !due && !world.one_in(400) {
                 return Ok(());
             }
             self.asleep = false;
@@ -272,12 +276,23 @@ impl Plain {
         }
     }
 
+    /// In a loop whose waits have a limit, or in one whose waits have none.
     fn sleep(&mut self, world: &World) -> Step {
         // Whoever is told of room once uses it before he sleeps.
         self.go_on(world, true)?;
-        match self.client.prepare_to_wait() {
-            Ok(ready) => self.asleep = !ready,
-            Err(error) => return judge(error),
+        if world.one_in(2) {
+            match self.client.prepare_to_wait() {
+                Ok(ready) => (self.asleep, self.due) = (!ready, None),
+                Err(error) => return judge(error),
+            }
+        } else {
+            match self.client.prepare_to_sleep() {
+                Ok(at_most) => {
+                    self.asleep = at_most != Some(Duration::ZERO);
+                    self.due = at_most.map(|at_most| machine::now() + at_most);
+                }
+                Err(error) => return judge(error),
+            }
         }
         Ok(())
     }

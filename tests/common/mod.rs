@@ -12,8 +12,8 @@ pub mod raw;
 pub mod streams;
 
 use doorbell::{
-    ClientConfig, Connection, Context, HandlerError, HandlerTable, IpcClient, IpcServer, MessageType,
-    Metrics, Pieces, Progress, Reply, ServerConfig, ShutdownHandle, WaitPolicy,
+    ClientConfig, Connection, Context, HandlerError, HandlerTable, IpcClient, IpcError, IpcServer,
+    MessageType, Metrics, Pieces, Progress, Reply, ServerConfig, ShutdownHandle, WaitPolicy,
 };
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -282,6 +282,21 @@ impl Drop for TestServer {
 pub fn client(path: &Path, policy: WaitPolicy) -> IpcClient {
     let slots = ClientConfig { medium_slots: 1, large_slots: 1, ..ClientConfig::default() };
     IpcClient::connect_with(path, &ClientConfig { policy, ..slots }).unwrap()
+}
+
+/// Sessions whose base slots use up the memory of a server.
+pub fn all_memory(path: &Path) -> Vec<IpcClient> {
+    let greedy = |pages| ClientConfig { medium_slots: pages, lease_pages: 0, ..ClientConfig::default() };
+    let mut held = Vec::new();
+    let mut pages = 256;
+    while pages > 0 {
+        match IpcClient::connect_with(path, &greedy(pages)) {
+            Ok(client) => held.push(client),
+            Err(IpcError::NoMemory { .. }) => pages /= 2,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    held
 }
 
 /// A counter of the server, as its `Stats` handler tells it.

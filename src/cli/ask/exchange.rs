@@ -5,12 +5,13 @@ use doorbell::messages::StreamChunk;
 use doorbell::protocol::records::RecordReader;
 use doorbell::{CallId, CallOptions, IpcClient, IpcError, MessageType};
 use doorbell_shm::entry::codec;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use signal_hook::consts::SIGINT;
 use std::collections::VecDeque;
 use std::error::Error;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 /// Ctrl-C, once; the second ends the program as ever.
 pub struct Interrupt {
@@ -81,9 +82,8 @@ impl<'c> Exchange<'c> {
                 Err(_) if self.is_over && self.is_cancelled => return Ok(None),
                 Err(error) => return Err(error),
             }
-            if !self.client.prepare_to_wait()? {
-                self.sleep(interrupt)?;
-            }
+            let at_most = self.client.prepare_to_sleep()?;
+            self.sleep(interrupt, at_most)?;
         }
     }
 
@@ -109,15 +109,16 @@ impl<'c> Exchange<'c> {
         Ok(true)
     }
 
-    /// Until something comes of the call, or an interrupt.
-    fn sleep(&mut self, interrupt: &Interrupt) -> Result<(), Box<dyn Error>> {
+    /// Until something comes of the call, or an interrupt, or the client has something to do.
+    fn sleep(&mut self, interrupt: &Interrupt, at_most: Option<Duration>) -> Result<(), Box<dyn Error>> {
+        let at_most = at_most.map(Timespec::try_from).transpose()?;
         let mut both = [
             PollFd::new(self.client, PollFlags::IN | PollFlags::RDHUP),
             PollFd::from_borrowed_fd(interrupt.bell.as_fd(), PollFlags::IN),
         ];
         // Once is enough: after the first interrupt nobody looks at them any more.
         let watched = if self.is_cancelled { &mut both[..1] } else { &mut both[..] };
-        match poll(watched, None) {
+        match poll(watched, at_most.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(format!("poll of the session socket failed: {error}").into()),
         }

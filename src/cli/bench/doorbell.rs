@@ -583,14 +583,17 @@ impl DoorbellTarget {
             self.clients[0].wait(Some(Duration::from_nanos(at_most_ns)))?;
             return Ok(());
         };
+        let mut at_most = Duration::from_nanos(at_most_ns);
         for client in self.clients.iter().filter(|client| client.in_flight() > 0) {
-            if client.prepare_to_wait()? {
-                return Ok(());
+            match client.prepare_to_sleep()? {
+                Some(Duration::ZERO) => return Ok(()),
+                Some(due) => at_most = at_most.min(due),
+                None => {}
             }
         }
         // One that is ready is enough: the generator looks at all of them.
         let mut ready = [MaybeUninit::uninit()];
-        match epoll::wait(sockets, &mut ready, Some(&timespec(at_most_ns))) {
+        match epoll::wait(sockets, &mut ready, Some(&timespec(at_most.as_nanos() as u64))) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(e) => Err(IpcError::Io { call: "epoll_wait", source: e.into() }),
         }
