@@ -223,6 +223,52 @@ fn none_left(connection: &Connection<'_>) {
     });
 }
 
+/// Goal:   F58, R2.6: whoever waits until there is something to poll is told of nothing else: not of the end of a call that was
+///         given up or of a connection that was closed, nor of the beginning of a long answer; and waits for nobody once
+///         nothing is in flight that could answer him.
+/// Method: a call that is not answered before the test says so, and each of these beside it, as calls of one frame; in the end
+///         a call that was given up, alone.
+#[test]
+fn f58_who_waits_is_told_of_answers_only() {
+    for policy in ALL {
+        let server = Server::start(policy);
+        let (client, other) = (server.client(policy), server.client(WaitPolicy::Block));
+        let (connection, other) = (client.open().unwrap(), other.open().unwrap());
+        let call =
+            |tag| connection.submit(TICKET, b"", &CallOptions { tag, ..CallOptions::default() }).unwrap();
+        let give_up = |connection: &Connection<'_>| {
+            let options = CallOptions { timeout: Some(Duration::from_millis(1)), ..CallOptions::default() };
+            let late = connection.call_with(TICKET, b"", &options, |_| ());
+            assert!(matches!(late, Err(IpcError::Timeout)), "{late:?}");
+        };
+        let is_told = || client.wait(Some(Duration::ZERO)).unwrap();
+        call(1);
+        client.flush().unwrap();
+        let mut ticket = server.ticket(&client);
+
+        let open = stat(&other, "connections_open");
+        drop(client.open().unwrap());
+        eventually("the connection has been closed", || stat(&other, "connections_open") == open);
+        assert!(!is_told(), "a connection was closed, under {policy:?}");
+
+        give_up(&connection);
+        eventually("the call has been cancelled", || stat(&other, "calls_cancelled") == 1);
+        assert!(!is_told(), "a call was given up, under {policy:?}");
+
+        ticket.write(&[7; 100]).unwrap();
+        assert!(!client.wait(Some(Duration::from_millis(50))).unwrap(), "an answer began, under {policy:?}");
+        ticket.finish();
+        assert!(client.wait(None).unwrap());
+        assert_eq!(client.poll().unwrap().unwrap().to_vec().unwrap(), [7; 100]);
+
+        give_up(&connection);
+        assert_eq!(client.in_flight(), 1);
+        assert!(!client.wait(None).unwrap(), "nobody is answered");
+        assert_eq!((client.in_flight(), client.poll().unwrap().is_none()), (0, true));
+        server.state.tickets.lock().unwrap().clear();
+    }
+}
+
 /// Goal:   R2.5, R1.9: a stream comes whole and in order, with one end, however far the writer is ahead; its writer waits
 ///         for its reader.
 /// Method: 3000 records of 0 to 699 bytes from a thread, and the same by a future; every policy.

@@ -247,6 +247,21 @@ impl Lane {
         self.lane.completions[INTERACTIVE].is_ready() || self.lane.completions[BULK].is_ready()
     }
 
+    /// Whether the next completion in one of its rings ends a call of one frame that somebody waits for: a hint, it is judged
+    /// when it is taken.
+    #[inline(always)]
+    pub fn brings_answer(&self) -> bool {
+        let answers = |words| {
+            let Ok(Completion { kind, slot, generation, .. }) = Completion::unpack(words) else {
+                return false;
+            };
+            let call = self.calls.get(slot as usize).filter(|call| call.generation == generation);
+            let waited_for = |call: &Call| call.phase == Phase::InFlight && call.response_slot != LEASE;
+            kind == kind::REPLY && call.is_some_and(waited_for)
+        };
+        [INTERACTIVE, BULK].iter().any(|ring| self.lane.completions[*ring].peek().is_some_and(answers))
+    }
+
     /// Whether its reactor polls it, as far as can be seen without a fence: a hint.
     #[inline(always)]
     pub fn seems_polled(&self) -> bool {

@@ -218,12 +218,12 @@ impl IpcClient {
     }
 
     /// Flushes, then waits until [`IpcClient::poll`] has something, or until `timeout` is over; says
-    /// whether it has.
+    /// whether it has. Calls that were given up, and connections that were closed, end no wait, unless nothing else was in
+    /// flight: then it says `false` as soon as all of them have ended.
     ///
     /// # Errors
     ///
-    /// [`IpcError::Disconnected`] or [`IpcError::NotExecuted`] when the session is over and every answer has
-    /// been taken.
+    /// As for [`IpcClient::poll`].
     pub fn wait(&self, timeout: Option<Duration>) -> Result<bool> {
         let deadline = timeout.and_then(|t| machine::now().checked_add(t));
         self.session()?.wait(deadline)
@@ -243,7 +243,7 @@ impl IpcClient {
     ///
     /// As for [`IpcClient::wait`].
     pub fn prepare_to_sleep(&self) -> Result<Option<Duration>> {
-        self.session.borrow_mut().prepare_to_sleep()
+        self.session()?.prepare_to_sleep()
     }
 
     /// As [`IpcClient::prepare_to_sleep`], for a wait without a limit; says whether there is an answer to take already:

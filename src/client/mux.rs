@@ -369,18 +369,19 @@ impl<T> Mux<T> {
             return Ok(true);
         }
         let Some(client) = &self.client else { return Ok(false) };
-        let watched = client.session.borrow_mut().watch_socket();
+        let watched = client.session().and_then(|mut session| session.watch_socket());
         self.or_lose(watched)
     }
 
-    /// Waits until there is something to take, by the policy of the client; `false` when the deadline came first.
+    /// Waits until there is something to take, or room for calls that wait for it, by the policy of the client; `false` when
+    /// the deadline came first.
     pub fn wait(&mut self, deadline: Option<Instant>) -> Result<bool> {
         self.resend();
         if self.revival.as_ref().is_some_and(|revival| revival.has_news()) {
             return Ok(true);
         }
         let Some(client) = &self.client else { return Ok(true) };
-        let waited = client.session().and_then(|mut session| session.wait(deadline));
+        let waited = client.session().and_then(|mut session| session.wait_for_any(deadline));
         self.or_lose(waited)
     }
 

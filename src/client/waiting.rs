@@ -9,7 +9,7 @@
 //! Who sleeps does so on the futex of his lane for 20 ms, then, or at once if calls are in flight on several lanes,
 //! on the session's socket: the server rings it with one byte, and its end shows there too (F51).
 
-use super::lane::Answered;
+use super::lane::{Answered, Lane};
 use super::session::{End, Session};
 use crate::config::WaitPolicy;
 use crate::error::{IpcError, Result};
@@ -54,10 +54,25 @@ const LANE_TIMEOUT: Duration = Duration::from_millis(100);
 const DRAINING_RETRY_MS: u32 = 100;
 
 impl Session {
-    /// Waits until an answer can be taken; `false` when the deadline came first.
+    /// Waits until an answer can be taken, or more of a request be sent; `false` when the deadline came first, or the last
+    /// call in flight ended and answers nobody.
     pub fn wait(&mut self, deadline: Option<Instant>) -> Result<bool> {
+        if !self.has_inner_calls() {
+            if !self.wait_for_any(deadline)? {
+                return Ok(false);
+            }
+            // Mostly it is an answer. What else there is has to be taken before it can be seen what is behind it.
+            if self.has_kept() || self.lanes().any(Lane::brings_answer) {
+                return Ok(true);
+            }
+        }
+        self.wait_inside(deadline, Ends::Answer)
+    }
+
+    /// The same for a caller who waits for room, too: ends with any call, whether that answers somebody or not.
+    pub fn wait_for_any(&mut self, deadline: Option<Instant>) -> Result<bool> {
         if self.has_inner_calls() {
-            return self.wait_for_answer(deadline);
+            return self.wait_inside(deadline, Ends::Call);
         }
         if self.has_kept() || self.is_ready() {
             self.flush()?;
@@ -66,14 +81,25 @@ impl Session {
         self.wait_for_completion(deadline)
     }
 
-    /// The same where not every completion is an answer: frames, leases.
+    /// The same where not every completion is an answer: frames, leases, calls that were given up.
     #[cold]
-    fn wait_for_answer(&mut self, deadline: Option<Instant>) -> Result<bool> {
+    fn wait_inside(&mut self, deadline: Option<Instant>, ends: Ends) -> Result<bool> {
+        let before = self.in_flight();
         loop {
             self.stash()?;
             if self.has_kept() || self.bodies.take_news() {
                 self.flush()?;
                 return Ok(true);
+            }
+            let left = self.in_flight();
+            // Of a session that is over something else tells.
+            let ended = match ends {
+                Ends::Answer => left == 0 && before > 0,
+                Ends::Call => left < before,
+            };
+            if ended && self.end.is_none() {
+                self.flush()?;
+                return Ok(matches!(ends, Ends::Call));
             }
             if !self.wait_for_completion(deadline)? {
                 return Ok(false);
@@ -468,6 +494,15 @@ impl Session {
 fn futex_slice(slept: Duration, left: Option<Duration>) -> Duration {
     let slice = FUTEX_SLICE.saturating_sub(slept);
     left.map_or(slice, |left| left.min(slice))
+}
+
+/// What ends a wait.
+#[derive(Debug, Clone, Copy)]
+enum Ends {
+    /// An answer, or that none is to come.
+    Answer,
+    /// The end of any call.
+    Call,
 }
 
 /// What a look at the socket brought.
