@@ -5,11 +5,11 @@ mod common;
 
 use common::executed::{self, CODEC, HANG, LOG, LogServer, NUMBERS, TRACED, log_answer, log_request};
 use common::process::{returns, role};
-use common::{eventually, streams};
+use common::{COUNT, GATE, TestServer, eventually, stat, streams};
 use doorbell::protocol::handshake::{DisconnectReason, Goodbye, Scope, Welcome, code};
 use doorbell::{
-    CallOptions, ClientConfig, IpcError, LinkStatus, PendingOutcome, Reconnect, ReconnectingClient,
-    ReconnectingConnection, WaitPolicy,
+    CallOptions, ClientConfig, IpcClient, IpcError, LinkStatus, PendingOutcome, Reconnect,
+    ReconnectingClient, ReconnectingConnection, WaitPolicy,
 };
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use std::collections::HashMap;
@@ -58,6 +58,35 @@ fn collect(client: &ReconnectingClient, count: usize) -> HashMap<u64, doorbell::
         }
     }
     results
+}
+
+/// Goal:   R1.9, F58: a call that waits for room gets it when calls end that were given up, though nobody hears of their ends.
+/// Method: calls that are given up have all slots of a session whose reactor is held; it goes on, and all of them have ended
+///         when the next call is made.
+#[test]
+fn r1_9_f58_a_call_finds_the_room_of_calls_that_were_given_up() {
+    for policy in ALL {
+        let server = TestServer::start(policy);
+        let client = connect(server.path(), policy, Reconnect::default());
+        let connection = client.open().unwrap();
+        let other = IpcClient::connect(server.path()).unwrap();
+        let holder = other.open().unwrap();
+        holder.submit(GATE, b"", &CallOptions::default()).unwrap();
+        other.flush().unwrap();
+        eventually("the gate holds the reactor", || server.entered() == 1);
+        let mut given_up = 0;
+        loop {
+            match connection.call_with(COUNT, b"", &within(Duration::from_millis(1))) {
+                Err(IpcError::Timeout) => given_up += 1,
+                Err(IpcError::NotExecuted) => break,
+                answer => panic!("{answer:?}"),
+            }
+        }
+        server.open_gate();
+        eventually("they have ended", || stat(&holder, "calls_cancelled") == given_up);
+        let answer = connection.call_with(COUNT, b"", &within(Duration::from_secs(30)));
+        assert_eq!(answer.unwrap(), 2u64.to_le_bytes(), "{given_up} were given up, under {policy:?}");
+    }
 }
 
 /// Goal:   R3.4: calls that a killed server had not started are executed by the next one, each once, in their order, long

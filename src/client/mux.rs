@@ -373,6 +373,11 @@ impl<T> Mux<T> {
         self.or_lose(watched)
     }
 
+    /// Calls that have a slot of the session, given up or not.
+    pub fn in_flight(&self) -> usize {
+        self.client.as_ref().map_or(0, |client| client.session.borrow().in_flight())
+    }
+
     /// Waits until there is something to take, or room for calls that wait for it, by the policy of the client; `false` when
     /// the deadline came first.
     pub fn wait(&mut self, deadline: Option<Instant>) -> Result<bool> {

@@ -227,11 +227,13 @@ impl ReconnectingClient {
         }
     }
 
-    /// Takes what has come, or waits until something has; `false` when `deadline` came first. While the server is away it
-    /// is looked for until `away`, [`IpcError::Timeout`] if it is not back by then.
+    /// Takes what has come, or waits until something has, or there may be more room; `false` when `deadline` came first.
+    /// While the server is away it is looked for until `away`, [`IpcError::Timeout`] if it is not back by then.
     fn turn(&self, deadline: Option<Instant>, away: Option<Instant>) -> Result<bool> {
         let mut mux = self.mux.borrow_mut();
-        if self.take_all(&mut mux)? {
+        let before = mux.in_flight();
+        // A call that was given up has left room, even if nobody is told of its end.
+        if self.take_all(&mut mux)? || mux.in_flight() < before {
             return Ok(true);
         }
         if mux.is_away() {
