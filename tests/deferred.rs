@@ -533,18 +533,22 @@ fn r3_7_a_server_that_stops_tells_the_holders_of_tickets() {
 ///         default deadline is applied to calls that have none, and to no other.
 #[test]
 fn r2_9_a_deferred_call_ends_with_its_deadline() {
-    let server = Server::start(WaitPolicy::Block);
-    let client = server.client(WaitPolicy::Block);
-    let connection = client.open().unwrap();
-    let begun = std::time::Instant::now();
-    let deadline = Some(Duration::from_millis(30));
-    connection.submit(TICKET, b"", &CallOptions { deadline, ..pieces(1) }).unwrap();
-    client.flush().unwrap();
-    let mut ticket = server.ticket(&client);
-    ticket.write(b"part").unwrap();
-    let error = collect(&client).unwrap_err();
-    assert!(matches!(error, IpcError::DeadlineExceeded), "{error}");
-    assert!(begun.elapsed() >= Duration::from_millis(30) && ticket.is_cancelled());
+    // Longer than whoever sleeps goes on looking by himself.
+    let long = Duration::from_millis(150);
+    for policy in ALL {
+        let server = Server::start(policy);
+        let client = server.client(WaitPolicy::Block);
+        let connection = client.open().unwrap();
+        let begun = std::time::Instant::now();
+        connection.submit(TICKET, b"", &CallOptions { deadline: Some(long), ..pieces(1) }).unwrap();
+        client.flush().unwrap();
+        let mut ticket = server.ticket(&client);
+        ticket.write(b"part").unwrap();
+        let error = collect(&client).unwrap_err();
+        assert!(matches!(error, IpcError::DeadlineExceeded), "{error}");
+        assert!(begun.elapsed() >= long && ticket.is_cancelled());
+        assert!(begun.elapsed() < Duration::from_secs(20), "nobody was woken for it, under {policy:?}");
+    }
 
     let default_deadline = Some(Duration::from_millis(30));
     let server = Server::with(ServerConfig { default_deadline, reactors: 1, ..ServerConfig::default() });

@@ -1046,6 +1046,26 @@ mod tests {
         assert_eq!(core.lane(client.id).unwrap().asleep_state(), doorbell_shm::bell::ASLEEP);
     }
 
+    /// Goal:   S6, P5: a lane that is to sleep and finds an entry for which there is no space says that space is to ring, although
+    ///         no turn has seen that entry.
+    #[test]
+    fn s6_p5_an_entry_without_space_is_seen_by_the_last_look() {
+        let mut core = core(ServerConfig { entries_per_turn: 1000, ..ServerConfig::default() });
+        let mut client = Client::join(&mut core);
+        for _ in 0..GEOMETRY.admitted() {
+            assert!(client.call(INTERACTIVE, 0));
+        }
+        round(&mut core);
+        round(&mut core);
+        assert_eq!(core.lane(client.id).unwrap().asleep_state(), doorbell_shm::bell::ASLEEP);
+        assert!(client.call(INTERACTIVE, 0));
+        let lane = core.lane(client.id).unwrap();
+        assert_eq!(lane.has_work(), Ok(false));
+        assert_eq!(lane.asleep_state(), doorbell_shm::bell::ASLEEP_WANTS_SPACE);
+        client.take(INTERACTIVE).unwrap();
+        assert_eq!(core.lane(client.id).unwrap().has_work(), Ok(true));
+    }
+
     /// Goal:   S7: a client with a full ring does not keep others waiting for more than its turn.
     /// Method: 60 calls of one, one call of another behind them, one round.
     #[test]

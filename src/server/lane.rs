@@ -498,11 +498,14 @@ impl SessionLane {
             return Ok(true);
         }
         for ring in Drain::ORDER {
-            if self.lane.submissions[ring].is_ready() && !self.is_stuffed() {
-                self.lane.completions[ring].refresh()?;
-                if self.lane.completions[ring].outstanding() < self.admitted[ring] {
-                    return Ok(true);
+            if self.lane.submissions[ring].is_ready() {
+                if !self.is_stuffed() {
+                    self.lane.completions[ring].refresh()?;
+                    if self.lane.completions[ring].outstanding() < self.admitted[ring] {
+                        return Ok(true);
+                    }
                 }
+                self.starved[ring] = true;
             }
         }
         if self.exchanges.is_some() { self.exchanges_have_work() } else { Ok(false) }

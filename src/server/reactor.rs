@@ -380,7 +380,8 @@ impl<S> Reactor<S> {
         }
         let expects = !self.core.all_cold() || self.core.tickets().attached() > 0;
         let polls = expects && (spins || pace.polls_until_ns != 0);
-        if (!polls || pace.idle_rounds == QUIET_ROUNDS) && !self.core.touched().is_empty() {
+        // Calls may also be answered between two rounds, however long there has been nothing to take: by a deadline, say.
+        if (!polls || pace.idle_rounds >= QUIET_ROUNDS) && !self.core.touched().is_empty() {
             pace.unfenced = 0;
             self.ring_clients()?;
         }
@@ -1058,11 +1059,17 @@ impl<S> Reactor<S> {
     fn put_to_sleep(&mut self, id: SessionId) -> Result<()> {
         let worked = self.core.has_worked(id);
         let Some(lane) = self.core.lane(id) else { return Ok(()) };
-        let state = lane.asleep_state();
+        let mut state = lane.asleep_state();
         // Mark, fence, look again (P5): pairs with publish, fence, look at the bell in the client.
         lane.lane().common.server_bell.mark(state);
         kill_point!("server.sleep.marked");
-        let found = lane.has_work();
+        let mut found = lane.has_work();
+        if lane.asleep_state() != state && matches!(found, Ok(false)) {
+            // An entry has come for whose completion there is no space: that it takes some is to ring, too.
+            state = lane.asleep_state();
+            lane.lane().common.server_bell.mark(state);
+            found = lane.has_work();
+        }
         let Some(Some(peer)) = self.peers.get_mut(id.index as usize) else { return Ok(()) };
         if worked {
             peer.storm.worked();
