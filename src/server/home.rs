@@ -12,7 +12,7 @@ use super::listener::Listener;
 use super::process::{ProcessKey, Processes};
 use super::reactor::{GENERATION_MASK, Reactor, Source};
 use crate::config::ServerConfig;
-use crate::error::Result;
+use crate::error::{IpcError, Result};
 use crate::machine;
 use crate::protocol::handshake::{
     DisconnectReason, Goodbye, Hello, LaneChoice, LaneGrant, LaneRequest, NO_CORE, Scope, Welcome, code,
@@ -276,7 +276,14 @@ impl Home {
         match source {
             Source::Listener => {
                 self.listener_armed = false;
-                self.accept(reactor)
+                match result {
+                    // Not listened to at all: to ask again at once would be a loop.
+                    Err(error @ (Errno::NOMEM | Errno::NOSPC)) => {
+                        self.accept_failed(reactor, error);
+                        Ok(())
+                    }
+                    _ => self.accept(reactor),
+                }
             }
             Source::HalfOpen(id) => self.half_open_spoke(reactor, id, result),
             Source::Socket(id) => self.socket_spoke(reactor, id, result),
@@ -287,7 +294,11 @@ impl Home {
                 }
                 _ => Ok(()),
             },
-            Source::Shutdown => self.told(reactor),
+            // A server that cannot be told to stop is none.
+            Source::Shutdown => match result {
+                Err(error @ (Errno::NOMEM | Errno::NOSPC)) => Err(IpcError::io("waiting for orders", error)),
+                _ => self.told(reactor),
+            },
             Source::Bell(_) | Source::Mail | Source::Timer | Source::File(_) | Source::Tickets => Ok(()),
         }
     }

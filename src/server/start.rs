@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Scope, ScopedJoinHandle};
+use std::time::Duration;
 
 /// What all reactors start with.
 struct Plan<S: 'static> {
@@ -126,11 +127,12 @@ pub(super) fn serve<S: Send + Sync + 'static>(
         let (address, inbox) = Address::new(duplicate(&driver)?, pins[0]);
         let addresses: Arc<[Address]> = std::iter::once(address).chain(further.addresses).collect();
         let crew = Crew { own: 0, addresses };
+        // Before the others begin: nobody would stop them if it fails.
+        let reactor = plan.reactor(driver, crew.clone(), inbox, Some(home))?;
         for (i, start) in further.starts.into_iter().enumerate() {
             // A thread that has ended by now says so when it is joined.
             start.send(Crew { own: i + 1, ..crew.clone() }).ok();
         }
-        let reactor = plan.reactor(driver, crew.clone(), inbox, Some(home))?;
         if let Some(ready) = ready {
             ready();
         }
@@ -305,12 +307,29 @@ fn join(threads: Vec<ScopedJoinHandle<'_, Result<Counters>>>, home: Result<Count
     result
 }
 
-/// Tells the other reactors to stop, over a ring made for that.
+/// Tries, and pauses between them, to have a ring that tells the other reactors to stop.
+const STOP_TRIES: u32 = 100;
+const STOP_PAUSE: Duration = Duration::from_millis(10);
+
+/// Tells the other reactors to stop, over a ring made for that. Ends the process if none can be had: those that have no
+/// session would sleep for ever (F47).
 fn stop_from_outside(config: &ServerConfig, crew: &Crew) -> Result<()> {
     // All of them first: whoever has sessions looks into its inbox at every sweep.
     let told: Vec<&Address> =
         crew.addresses[1..].iter().filter(|address| address.put(Message::Stop)).collect();
-    let mut driver = reactor::driver(config, false)?;
+    let mut looks = 0;
+    // What the home reactor had comes back with its end, though not at once.
+    let mut driver = loop {
+        match reactor::driver(config, false) {
+            Ok(driver) => break driver,
+            Err(_) if looks < STOP_TRIES => looks += 1,
+            Err(error) => {
+                tracing::error!(%error, "the other reactors cannot be told to stop: the server aborts");
+                std::process::abort();
+            }
+        }
+        std::thread::sleep(STOP_PAUSE);
+    };
     for address in told {
         driver.msg_ring(address.ring(), 0, Source::Mail.token())?;
     }
