@@ -86,9 +86,11 @@ impl ProviderHost {
         let (requests, inbox) = mpsc::channel(Self::INBOX);
         let room = Arc::new(Room::new(pool.max_request_bytes()));
         let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new()
-            .name("providers".into())
-            .spawn(move || runtime.block_on(serve(pool, inbox, stopped)))?;
+        let thread = std::thread::Builder::new().name("providers".into()).spawn(move || {
+            runtime.block_on(serve(pool, inbox, stopped));
+            // A name that is being looked up would be waited for otherwise: for as long as the resolver is patient.
+            runtime.shutdown_background();
+        })?;
         Ok(Self { handle: HostHandle { requests, room }, stop: Some(stop), thread: Some(thread) })
     }
 
