@@ -60,6 +60,13 @@ fn r4_1_the_default_file_is_what_holds_without_one() {
     assert!(text.lines().filter(|line| line.contains(" = ")).count() > 20);
 }
 
+/// Goal:   R4.1: a limit that another one follows may be lowered alone.
+#[test]
+fn r4_1_fewer_sessions_need_no_fewer_half_open_ones() {
+    let config = parse("[ipc]\nmax_sessions = 100").unwrap();
+    assert_eq!(config.ipc.server.max_sessions, 100);
+}
+
 /// Goal:   R4.1: what the page about providers shows is good as it stands.
 #[test]
 fn r4_1_the_file_that_the_book_shows_is_good() {

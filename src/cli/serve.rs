@@ -143,14 +143,12 @@ impl ServeOptions {
     fn limits(&self, file: ServerConfig) -> Result<ServerConfig, Box<dyn Error>> {
         let roots = if self.roots.is_empty() { &file.file_roots } else { &self.roots };
         let file_roots = roots.iter().map(std::path::absolute).collect::<Result<_, _>>()?;
-        let max_sessions = self.max_sessions.unwrap_or(file.max_sessions);
         Ok(ServerConfig {
             policy: self.policy.unwrap_or(file.policy),
             backend: self.backend.unwrap_or(file.backend),
             max_connections: self.max_connections.unwrap_or(file.max_connections),
-            max_sessions,
+            max_sessions: self.max_sessions.unwrap_or(file.max_sessions),
             max_sessions_per_process: self.max_sessions_per_process.unwrap_or(file.max_sessions_per_process),
-            max_half_open: file.max_half_open.min(max_sessions),
             reactors: self.reactors.unwrap_or(file.reactors),
             cores: self.cores.clone().unwrap_or_else(|| file.cores.clone()),
             pinned: file.pinned && !self.unpinned,

@@ -126,7 +126,7 @@ pub struct ServerConfig {
     /// Sessions of one process (F29). The default leaves it to `max_sessions`.
     pub max_sessions_per_process: u32,
     /// Sessions whose hello has not come yet; when reached, the kernel's backlog holds the others until the oldest has
-    /// had a tenth of `handshake_timeout` (F27).
+    /// had a tenth of `handshake_timeout` (F27). Never more than `max_sessions`.
     pub max_half_open: u32,
     /// Those of one process; whoever comes beyond that without a hello is refused (F27).
     pub max_half_open_per_process: u32,
@@ -286,7 +286,7 @@ impl ServerConfig {
         range("max_connections", self.max_connections.into(), 1, CONNECTIONS_LIMIT.into())?;
         range("max_sessions", self.max_sessions.into(), 1, CONNECTIONS_LIMIT.into())?;
         range("max_sessions_per_process", self.max_sessions_per_process.into(), 1, CONNECTIONS_LIMIT.into())?;
-        range("max_half_open", self.max_half_open.into(), 1, self.max_sessions.into())?;
+        range("max_half_open", self.max_half_open.into(), 1, CONNECTIONS_LIMIT.into())?;
         let (per_process, most) = (self.max_half_open_per_process.into(), CONNECTIONS_LIMIT.into());
         range("max_half_open_per_process", per_process, 1, most)?;
         range("handshake_timeout (ms)", self.handshake_timeout.as_millis() as u64, 1, 60_000)?;

@@ -38,11 +38,12 @@ pub(super) struct HalfOpenTable {
 
 impl HalfOpenTable {
     pub fn new(config: &ServerConfig) -> Self {
+        let most = config.max_half_open.min(config.max_sessions);
         Self {
-            places: Vec::with_capacity(config.max_half_open as usize),
+            places: Vec::with_capacity(most as usize),
             count: 0,
             generation: 0,
-            most: config.max_half_open,
+            most,
             most_of_process: config.max_half_open_per_process,
             patience_ns: config.handshake_timeout.as_nanos() as u64,
         }

@@ -68,13 +68,8 @@ pub fn run(job: &ServerJob) -> Result<(), BenchError> {
     let log = File::options().create(true).append(true).open(&job.log);
     let log = log.map_err(|e| BenchError::os("opening the log", e))?;
     let peer = |doing| move |error: IpcError| BenchError::peer(doing, error);
-    let usual = ServerConfig::default();
-    let config = ServerConfig {
-        max_sessions: job.sessions,
-        max_connections: job.sessions + 32,
-        max_half_open: usual.max_half_open.min(job.sessions),
-        ..usual
-    };
+    let (max_sessions, max_connections) = (job.sessions, job.sessions + 32);
+    let config = ServerConfig { max_sessions, max_connections, ..ServerConfig::default() };
     let server = IpcServer::new(&TABLE, State { log, number: job.number }).config(config);
     let bound = server.bind(&job.path).map_err(peer("binding"))?;
     say(&())?;

@@ -60,11 +60,7 @@ const WIDTH_MIN: usize = 60;
 ///
 /// If the report cannot be written.
 pub fn run(options: &DoctorOptions) -> Result<ExitCode, Box<dyn Error>> {
-    let config = ServerConfig {
-        max_sessions: options.max_sessions,
-        max_half_open: ServerConfig::default().max_half_open.min(options.max_sessions.max(1)),
-        ..ServerConfig::default()
-    };
+    let config = ServerConfig { max_sessions: options.max_sessions, ..ServerConfig::default() };
     if let Err(error) = config.check() {
         eprintln!("doorbell: {error}");
         return Ok(ExitCode::from(WRONG_USAGE));
