@@ -232,11 +232,15 @@ fn r1_8_f29_the_limits_given_to_serve_hold() {
 fn f41_an_answer_that_cannot_be_written_is_an_error() {
     let server = ServerProcess::start(&[]);
     let socket = server.path().to_str().unwrap();
-    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-    let mut command = doorbell();
-    command.args(["call", "--type", "stats", "--socket", socket]);
-    let output = command.stdout(full).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
-    fails(&output, 1, &["doorbell:", "No space left"]);
+    for arguments in
+        [&["call", "--type", "stats", "--socket", socket][..], &["config", "default"], &["config", "check"]]
+    {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let mut command = doorbell();
+        command.args(arguments).stdout(full).stderr(Stdio::piped());
+        let output = command.spawn().unwrap().wait_with_output().unwrap();
+        fails(&output, 1, &["doorbell:", "No space left"]);
+    }
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let mut command = doorbell();

@@ -84,31 +84,32 @@ fn r2_5_json_prints_each_chunk() {
 
 /// Goal:   R2.6: Ctrl-C ends an answer in the middle: what has come stays, the exit status says so, and the server has
 ///         cancelled the call.
-/// Method: an interrupt once the first line has come of an answer that would take for ever.
+/// Method: an interrupt once the first line has come, of an answer that would take for ever, and of one that comes faster than it
+///         is read.
 #[test]
 fn r2_6_an_interrupt_cancels_the_answer() {
-    let server = ServerProcess::start(&[]);
-    let arguments = ["chat", "--json", "-m", "loopback-pace-50-chunks-1000000", "x"];
-    let mut child = started(&server, &arguments, None);
-    let mut stdout = BufReader::new(child.stdout.take().unwrap());
-    let mut line = String::new();
-    stdout.read_line(&mut line).unwrap();
-    assert!(line.contains("loopback"), "{line}");
-    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
-    let status = child.wait().unwrap();
-    let mut rest = String::new();
-    stdout.read_to_string(&mut rest).unwrap();
-    assert_eq!(status.code(), Some(130));
-    assert!(rest.lines().all(|line| serde_json::from_str::<serde_json::Value>(line).is_ok()), "{rest}");
-    let stats = || {
-        let output = ask(&server, "call", &["--type", "stats"]);
-        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
-    };
-    eventually("the call has been cancelled", || stats()["calls_cancelled"] == 1);
-    eventually("its ticket has been dropped", || {
-        let stats = stats();
-        (&stats["deferred_live"], &stats["deferred_detached"]) == (&0.into(), &0.into())
-    });
+    for model in ["loopback-pace-50-chunks-1000000", "loopback-fast-chunks-300000"] {
+        let server = ServerProcess::start(&[]);
+        let mut child = started(&server, &["chat", "--json", "-m", model, "x"], None);
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        assert!(line.contains("loopback"), "{line}");
+        kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+        for line in stdout.lines().map(Result::unwrap) {
+            assert!(serde_json::from_str::<serde_json::Value>(&line).is_ok(), "{line}");
+        }
+        assert_eq!(child.wait().unwrap().code(), Some(130), "{model}");
+        let stats = || {
+            let output = ask(&server, "call", &["--type", "stats"]);
+            serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+        };
+        eventually("the call has been cancelled", || stats()["calls_cancelled"] == 1);
+        eventually("its ticket has been dropped", || {
+            let stats = stats();
+            (&stats["deferred_live"], &stats["deferred_detached"]) == (&0.into(), &0.into())
+        });
+    }
 }
 
 /// Goal:   every way to ask wrongly, or to get no answer, is one line that says what to do, and a status.

@@ -13,11 +13,12 @@ use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use rustix::thread::CpuSet;
 use serde_json::Value;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Output;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 fn run(server: &Path, command: &str, arguments: &[&str]) -> Output {
     doorbell().arg(command).arg("--socket").arg(server).args(arguments).output().unwrap()
@@ -148,6 +149,20 @@ fn r4_7_ps_shows_a_handler_that_holds_its_reactor_up() {
         let told = ask(&watching, &ALL);
         told.silent.is_empty() && told.running.iter().all(|running| running.message_type != GATE.0)
     });
+}
+
+/// Goal:   R4.7: whoever looks so seldom that the server has ended his session meanwhile goes on looking.
+#[test]
+fn r4_7_stat_goes_on_beyond_the_idle_timeout() {
+    let (idle_timeout, sweep_interval) = (Some(Duration::from_millis(50)), Duration::from_millis(5));
+    let server =
+        TestServer::start_with(ServerConfig { idle_timeout, sweep_interval, ..ServerConfig::default() });
+    let mut command = doorbell();
+    command.args(["stat", "--json", "--watch", "1", "--socket"]).arg(server.path());
+    let mut child = Process(command.stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let stdout = BufReader::new(child.0.stdout.take().unwrap());
+    let reports = stdout.lines().take(3).map(|line| serde_json::from_str::<Value>(&line.unwrap()).unwrap());
+    assert!(reports.map(|report| report["pid"] == std::process::id()).eq([true; 3]));
 }
 
 /// Goal:   R4.7, R3.7: a question that has been taken is answered, although the server stops before it has looked at it.

@@ -3,6 +3,7 @@
 use clap::{Args, Subcommand};
 use doorbell::config::file::ConfigFile;
 use std::error::Error;
+use std::io::{Write, stdout};
 use std::path::PathBuf;
 
 /// Check a configuration file, or print one with all defaults.
@@ -30,11 +31,11 @@ pub fn run(options: &ConfigOptions) -> Result<(), Box<dyn Error>> {
         Action::Check { file } => {
             ConfigFile::load(file.as_deref())?;
             match file {
-                Some(file) => println!("{}: good", file.display()),
-                None => println!("the environment: good"),
+                Some(file) => writeln!(stdout(), "{}: good", file.display()),
+                None => writeln!(stdout(), "the environment: good"),
             }
         }
-        Action::Default => print!("{}", ConfigFile::default_text()),
+        Action::Default => stdout().write_all(ConfigFile::default_text().as_bytes()),
     }
-    Ok(())
+    .map_err(|error| format!("standard output cannot be written: {error}").into())
 }

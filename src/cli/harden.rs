@@ -30,6 +30,9 @@ const READ: [&str; 8] = [
     "/usr/share",
 ];
 
+/// Files that a resolver of names reads, and that may be links elsewhere.
+const NAMES: [&str; 3] = ["/etc/hosts", "/etc/nsswitch.conf", "/etc/resolv.conf"];
+
 /// System calls that no server needs. Each is answered EPERM.
 const REFUSED: &[i64] = &[
     // Other programs.
@@ -128,7 +131,9 @@ pub fn keep_to(files: &Files<'_>) -> Result<RulesetStatus, Box<dyn Error>> {
     // The lock is opened for writing; the socket is made, renamed and removed.
     let write = read | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::MakeSock | AccessFs::RemoveFile;
     let parent = |path: &Path| path.parent().map(Path::to_owned);
-    let read_too = files.roots.iter().cloned().chain(files.config.and_then(parent));
+    // Where they are: what is there now may be replaced by another file.
+    let of_names = NAMES.iter().filter_map(|file| parent(&Path::new(file).canonicalize().ok()?));
+    let read_too = files.roots.iter().cloned().chain(files.config.and_then(parent)).chain(of_names);
     let written = files.written.iter().cloned().chain(parent(files.socket));
     let status = Ruleset::default()
         .handle_access(AccessFs::from_all(KNOWN))?

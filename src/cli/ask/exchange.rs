@@ -33,6 +33,15 @@ impl Interrupt {
         signal_hook::low_level::pipe::register(SIGINT, end)?;
         Ok(Self { bell })
     }
+
+    /// Whether it has come; said again and again.
+    fn has_come(&self) -> Result<bool, Box<dyn Error>> {
+        match poll(&mut [PollFd::new(&self.bell, PollFlags::IN)], Some(&Timespec::default())) {
+            Ok(ready) => Ok(ready > 0),
+            Err(Errno::INTR) => Ok(false),
+            Err(error) => Err(format!("poll of the interrupt failed: {error}").into()),
+        }
+    }
 }
 
 /// A call under way.
@@ -75,6 +84,10 @@ impl<'c> Exchange<'c> {
             }
             if self.is_over {
                 return Ok(None);
+            }
+            // However quickly more comes.
+            if !self.is_cancelled && interrupt.has_come()? {
+                self.cancel()?;
             }
             match self.take() {
                 Ok(true) => continue,
@@ -122,11 +135,12 @@ impl<'c> Exchange<'c> {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(format!("poll of the session socket failed: {error}").into()),
         }
-        if !self.is_cancelled && both[1].revents().contains(PollFlags::IN) {
-            self.is_cancelled = true;
-            self.client.cancel(self.id);
-            self.client.flush()?;
-        }
         Ok(())
+    }
+
+    fn cancel(&mut self) -> Result<(), Box<dyn Error>> {
+        self.is_cancelled = true;
+        self.client.cancel(self.id);
+        Ok(self.client.flush()?)
     }
 }

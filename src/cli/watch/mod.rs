@@ -9,9 +9,11 @@ mod words;
 
 use clap::Args;
 use doorbell::inspect::{EndSession, Inquiry, Report};
+use doorbell::protocol::handshake::DisconnectReason;
 use doorbell::{
     CallOptions, ClientConfig, IpcClient, IpcError, MessageType, WaitPolicy, default_socket_path,
 };
+use std::cell::RefCell;
 use std::error::Error;
 use std::io::Write;
 use std::path::PathBuf;
@@ -39,7 +41,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 
 /// A server that is looked at.
 pub struct Watched {
-    client: IpcClient,
+    client: RefCell<IpcClient>,
+    path: PathBuf,
+    config: ClientConfig,
 }
 
 impl Watched {
@@ -52,7 +56,7 @@ impl Watched {
             ..ClientConfig::default()
         };
         let path = at.socket.clone().unwrap_or_else(default_socket_path);
-        Ok(Self { client: IpcClient::connect_with(path, &config)? })
+        Ok(Self { client: RefCell::new(IpcClient::connect_with(&path, &config)?), path, config })
     }
 
     /// Asks what there is.
@@ -69,28 +73,37 @@ impl Watched {
     }
 
     fn call(&self, message_type: MessageType, body: &[u8]) -> Result<Vec<u8>, Box<dyn Error>> {
+        let mut answer = self.call_once(message_type, body);
+        if matches!(answer, Err(IpcError::Disconnected(DisconnectReason::IdleTimeout))) {
+            // It was looked at too long ago.
+            *self.client.borrow_mut() = IpcClient::connect_with(&self.path, &self.config)?;
+            answer = self.call_once(message_type, body);
+        }
+        match answer {
+            Err(IpcError::Timeout) => Err("the server does not answer within 3 s: a handler may hold its first reactor \
+                                           up; what that runs is also in the metrics, which a thread of their own serves"
+                .into()),
+            other => Ok(other?),
+        }
+    }
+
+    fn call_once(&self, message_type: MessageType, body: &[u8]) -> Result<Vec<u8>, IpcError> {
+        let client = self.client.borrow();
         let options = CallOptions {
             timeout: Some(PATIENCE),
-            reply_capacity: self.client.max_message_size(),
+            reply_capacity: client.max_message_size(),
             ..CallOptions::default()
         };
-        let connection = self.client.open()?;
+        let connection = client.open()?;
         let until = Instant::now() + PATIENCE;
-        let answer = loop {
+        loop {
             match connection.call_with(message_type, body, &options, |reply| reply.to_vec()) {
                 // Others watch, too, and a server answers few at a time.
                 Err(IpcError::Overloaded { retry_ms }) if Instant::now() < until => {
                     std::thread::sleep(Duration::from_millis(retry_ms));
                 }
-                answer => break answer,
+                answer => return answer?,
             }
-        };
-        match answer {
-            Ok(answer) => Ok(answer?),
-            Err(IpcError::Timeout) => Err("the server does not answer within 3 s: a handler may hold its first reactor \
-                                           up; what that runs is also in the metrics, which a thread of their own serves"
-                .into()),
-            Err(error) => Err(error.into()),
         }
     }
 }
