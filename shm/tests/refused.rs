@@ -41,6 +41,11 @@ const MAP: Refusal<'_> = (libc::SYS_mmap, &[(3, MaskedEq(libc::MAP_SHARED as u64
 const MAP_OVER: Refusal<'_> =
     (libc::SYS_mmap, &[(3, MaskedEq(libc::MAP_FIXED as u64), libc::MAP_FIXED as u64)]);
 const DONTFORK: Refusal<'_> = (libc::SYS_madvise, &[(2, Eq, libc::MADV_DONTFORK as u64)]);
+/// A page of this process alone.
+const MAP_PAGE: Refusal<'_> = (
+    libc::SYS_mmap,
+    &[(1, Eq, PAGE as u64), (3, MaskedEq(libc::MAP_PRIVATE as u64), libc::MAP_PRIVATE as u64)],
+);
 const WIPEONFORK: Refusal<'_> = (libc::SYS_madvise, &[(2, Eq, libc::MADV_WIPEONFORK as u64)]);
 const ASK_HANDLER: Refusal<'_> = (libc::SYS_rt_sigaction, &[(0, Eq, libc::SIGBUS as u64), (1, Eq, 0)]);
 const SET_HANDLER: Refusal<'_> = (libc::SYS_rt_sigaction, &[(0, Eq, libc::SIGBUS as u64), (1, Ne, 0)]);
@@ -104,7 +109,8 @@ fn f33_every_refused_call_is_named_and_nothing_is_left() {
         assert_eq!(named(refused(refusal, || Segment::create(GEOMETRY, LANES, IDENTITY))), name);
     }
     for (refusal, name) in [
-        // Asked for once in each process: by the first to get so far.
+        // These are asked for once in each process: by the first to get so far.
+        (MAP_PAGE, "mmap"),
         (WIPEONFORK, "madvise(MADV_WIPEONFORK)"),
         (GET_SEALS, "fcntl(F_GET_SEALS)"),
         (FSTAT, "fstat"),
