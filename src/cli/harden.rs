@@ -121,6 +121,17 @@ pub struct Files<'a> {
     pub written: &'a [PathBuf],
 }
 
+/// A file, or its directory if that is a service's own: there the file may be replaced by another one. A link to anywhere
+/// else opens nothing but what it names.
+fn around(file: PathBuf) -> PathBuf {
+    match file.parent() {
+        Some(directory) if directory.starts_with("/run") && directory != Path::new("/run") => {
+            directory.to_owned()
+        }
+        _ => file,
+    }
+}
+
 /// Gives up all other files, for the calling thread and those that it starts; says how far that went.
 ///
 /// # Errors
@@ -131,8 +142,7 @@ pub fn keep_to(files: &Files<'_>) -> Result<RulesetStatus, Box<dyn Error>> {
     // The lock is opened for writing; the socket is made, renamed and removed.
     let write = read | AccessFs::WriteFile | AccessFs::MakeReg | AccessFs::MakeSock | AccessFs::RemoveFile;
     let parent = |path: &Path| path.parent().map(Path::to_owned);
-    // Where they are: what is there now may be replaced by another file.
-    let of_names = NAMES.iter().filter_map(|file| parent(&Path::new(file).canonicalize().ok()?));
+    let of_names = NAMES.iter().filter_map(|file| Path::new(file).canonicalize().ok().map(around));
     let read_too = files.roots.iter().cloned().chain(files.config.and_then(parent)).chain(of_names);
     let written = files.written.iter().cloned().chain(parent(files.socket));
     let status = Ruleset::default()
@@ -184,6 +194,19 @@ mod tests {
     use super::*;
     use std::fs;
     use std::io::ErrorKind;
+
+    /// Goal:   a link to a file of names opens the directory of the service that keeps it, and no other directory.
+    #[test]
+    fn what_is_around_a_file_of_names_is_a_service() {
+        for (file, opened) in [
+            ("/run/NetworkManager/resolv.conf", "/run/NetworkManager"),
+            ("/run/resolv.conf", "/run/resolv.conf"),
+            ("/home/me/resolv.conf", "/home/me/resolv.conf"),
+            ("/resolv.conf", "/resolv.conf"),
+        ] {
+            assert_eq!(around(file.into()), Path::new(opened));
+        }
+    }
 
     /// Goal:   what was given up is refused, and what is needed is not.
     /// Method: on a thread of its own, which alone is restricted: a program is started, a namespace left, a file outside
