@@ -350,12 +350,8 @@ impl CallbackClient {
     /// Answers what is outstanding with [`IpcError::ClientClosed`], and waits until that has been done; inside a
     /// callback it does not wait.
     pub fn close(mut self) {
-        let thread = self.thread.take();
-        if !self.shared.birthplace.is_here() {
-            // There is none, here: nobody can wait for it.
-            std::mem::forget(thread);
-            return;
-        }
+        // In a fork there is none to wait for.
+        let thread = if self.shared.birthplace.is_here() { self.thread.take() } else { None };
         drop(self);
         if let Some(thread) = thread.filter(|thread| thread.thread().id() != std::thread::current().id())
             && thread.join().is_err()
@@ -367,11 +363,13 @@ impl CallbackClient {
 
 impl Drop for CallbackClient {
     fn drop(&mut self) {
-        self.shared.closing.store(true, SeqCst);
-        // The bell of a fork is its parent's, too.
-        if self.shared.birthplace.is_here() {
-            self.shared.bell.ring();
+        if !self.shared.birthplace.is_here() {
+            // The thread is not there to be let go of, and the bell is the parent's, too.
+            std::mem::forget(self.thread.take());
+            return;
         }
+        self.shared.closing.store(true, SeqCst);
+        self.shared.bell.ring();
     }
 }
 
