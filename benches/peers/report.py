@@ -86,6 +86,14 @@ def few_slots(slots):
 NEAR, FAR, BETWEEN = "near", "far", "between"
 
 
+def whole_rounds(lines):
+    """Rounds that were not broken off: those which have the last run of the first."""
+    key = lambda line: (line["experiment"], line["peer"], line["idle"], line["placement"])
+    runs = [line for line in lines if "error" not in line]
+    last = next((key(line) for line in reversed(runs) if line["round"] == 1), None)
+    return sum(key(line) == last for line in runs)
+
+
 class Runs:
     """What was kept, by what was asked of whom; of the peers `anew`, an experiment's last file alone."""
 
@@ -93,8 +101,9 @@ class Runs:
         self.heads, self.runs, self.errors = [], {}, {}
         for file in files:
             lines = [json.loads(line) for line in file.read_text().splitlines()]
-            self.heads += [line for line in lines if "machine" in line]
+            heads = [line for line in lines if "machine" in line]
             lines = [line for line in lines if "machine" not in line]
+            self.heads += [{**head, "made": whole_rounds(lines)} for head in heads]
             again = {(line["experiment"], line["peer"]) for line in lines if line["peer"] in anew}
             self.runs = {key: runs for key, runs in self.runs.items() if key[:2] not in again}
             for (peer, _), names in self.errors.items():
@@ -391,7 +400,8 @@ def describe(heads):
     versions = ", ".join(f"{name} {version}" for name, version in sorted(machine["versions"].items()))
     virtual = ", a virtual machine on a shared host, whose slow phases show in the ranges" if machine["hypervisor"] else ""
     commits = ", ".join(dict.fromkeys(head["machine"]["commit"] for head in heads))
-    rounds = " and ".join(f"{head['rounds']} rounds, windows of {head['seconds']} s" for head in heads)
+    made = lambda head: head["rounds"] if head["made"] == head["rounds"] else f"{head['made']} of {head['rounds']}"
+    rounds = " and ".join(f"{made(head)} rounds, windows of {head['seconds']} s" for head in heads)
     return (
         f"{machine['cores']} cores of {machine['cpu']}{virtual}; Linux {machine['kernel']}; {machine['rustc']}; Node.js "
         f"{machine['node']}; {versions}. doorbell at {commits}, {machine['date']}. {rounds}. "
