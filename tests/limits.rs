@@ -7,12 +7,14 @@ use common::process::{
     Actor, Process, ServerProcess, copy_at, copy_for_everybody, doorbell, has_io_uring, is_root, ready, role,
     stderr, until_dismissed,
 };
-use common::raw::{Heard, connect_silently, hear, hear_goodbye, hear_refusal, hello, send, send_with_fds};
+use common::raw::{
+    Heard, connect_silently, hear, hear_goodbye, hear_refusal, hello, listen, send, send_with_fds,
+};
 use common::{Bystander, TestDir, TestServer, eventually};
 use doorbell::protocol::handshake::{DisconnectReason, Goodbye, Scope, Welcome, code};
 use doorbell::{ClientConfig, Connecting, IpcClient, IpcError, MessageType, ServerConfig, WaitPolicy};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use std::collections::BTreeSet;
 use std::io::Read;
@@ -269,7 +271,7 @@ fn f26_many_handshakes_of_one_thread_are_under_way_at_once() {
 
     let directory = TestDir::new();
     let path = directory.join("s");
-    let listener = listen(&path);
+    let listener = listen(&path, 0);
     let config = ClientConfig { connect_timeout: Duration::from_millis(20), ..config };
     let unanswered = Connecting::begin(&path, &config).unwrap().finish().map(|_| ());
     assert!(matches!(unanswered, Err(IpcError::HandshakeTimeout(_))), "{unanswered:?}");
@@ -277,15 +279,6 @@ fn f26_many_handshakes_of_one_thread_are_under_way_at_once() {
     let refused = Connecting::begin(&path, &config).unwrap();
     answer(&listener, Welcome::too_many(Scope::Sessions, 7, 1).as_bytes());
     assert_eq!(too_many(refused.finish()), ("sessions", 7));
-}
-
-/// A socket that listens as a server's does, and whose backlog holds one.
-fn listen(path: &Path) -> OwnedFd {
-    let flags = SocketFlags::CLOEXEC;
-    let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-    rustix::net::bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
-    rustix::net::listen(&listener, 0).unwrap();
-    listener
 }
 
 /// Accepts a client, hears its hello, answers.
@@ -306,7 +299,7 @@ fn answer(listener: &OwnedFd, bytes: &[u8]) {
 fn f26_a_client_waits_for_room_in_the_servers_queue() {
     let directory = TestDir::new();
     let path = directory.join("s");
-    let listener = listen(&path);
+    let listener = listen(&path, 0);
     let _queued = connect_silently(&path);
     let patience = Duration::from_millis(20);
     let config = ClientConfig { connect_timeout: patience, ..ClientConfig::default() };
@@ -343,7 +336,7 @@ const CLOCK_NANOSLEEP: u32 = 230;
 fn f27_a_client_that_was_sent_away_for_its_haste_or_slowness_tries_again() {
     let directory = TestDir::new();
     let path = directory.join("s");
-    let listener = listen(&path);
+    let listener = listen(&path, 0);
     let trying = std::thread::spawn(move || IpcClient::connect(&path).map(|_| ()));
     answer(&listener, Welcome::too_many(Scope::HandshakesOfProcess, 4, 1).as_bytes());
     answer(&listener, Goodbye::new(DisconnectReason::HandshakeTimeout).as_bytes());

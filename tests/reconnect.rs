@@ -5,15 +5,15 @@ mod common;
 
 use common::executed::{self, CODEC, HANG, LOG, LogServer, NUMBERS, TRACED, log_answer, log_request};
 use common::process::{returns, role};
+use common::raw::listen;
 use common::{COUNT, GATE, TestServer, eventually, stat, streams};
 use doorbell::protocol::handshake::{DisconnectReason, Goodbye, Scope, Welcome, code};
 use doorbell::{
     CallOptions, ClientConfig, IpcClient, IpcError, LinkStatus, PendingOutcome, Reconnect,
     ReconnectingClient, ReconnectingConnection, WaitPolicy,
 };
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{RecvFlags, SendFlags};
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -466,7 +466,7 @@ fn f48_r3_4_a_server_of_another_version_ends_the_client() {
     connection.submit(LOG, &log_request(1, 0, 12), &tagged(1)).unwrap();
     server.kill();
     std::fs::remove_file(server.path()).unwrap();
-    let socket = listen(server.path());
+    let socket = listen(server.path(), 16);
     std::thread::spawn(move || {
         loop {
             let peer = rustix::net::accept(&socket).unwrap();
@@ -490,15 +490,6 @@ fn f48_r3_4_a_server_of_another_version_ends_the_client() {
     assert_eq!(server.executions(), 0);
 }
 
-/// A socket that a server by hand listens at.
-fn listen(path: &Path) -> OwnedFd {
-    let flags = SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
-    rustix::net::listen(&socket, 16).unwrap();
-    socket
-}
-
 /// Goal:   R3.4, F27: a server that is busy holds up nobody who polls: what it is told is taken, and it is asked again later,
 ///         in another poll.
 /// Method: a server by hand on the thread of its client: a poll that waited for it would wait for itself.
@@ -508,7 +499,7 @@ fn r3_4_f27_who_polls_does_not_wait_for_a_busy_server() {
     let client = connect(server.path(), WaitPolicy::Block, Reconnect::default());
     server.kill();
     std::fs::remove_file(server.path()).unwrap();
-    let socket = listen(server.path());
+    let socket = listen(server.path(), 16);
     rustix::io::ioctl_fionbio(&socket, true).unwrap();
     let hear = || {
         let mut peer = None;

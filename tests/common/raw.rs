@@ -43,6 +43,15 @@ pub fn connect_silently(path: &Path) -> OwnedFd {
     socket
 }
 
+/// A socket that listens as a server's does; its queue holds so many and one more.
+pub fn listen(path: &Path, queue: i32) -> OwnedFd {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    rustix::net::listen(&socket, queue).unwrap();
+    socket
+}
+
 /// A correct hello.
 pub fn hello() -> Hello {
     Hello::new(GEOMETRY, [1, 2], 0, "raw")
